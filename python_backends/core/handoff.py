@@ -1,0 +1,62 @@
+"""The handoff ticket: a signed, versioned, self-describing claim on KV that a prefill worker holds under a lease.
+
+The ticket is msgpack followed by HMAC-SHA256 over all of it, with the deployment's key. Never pickle. It says where the
+bytes are, never carries them (except `inline`), and nothing in it is believed before the signature is checked.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from python_backends.core.errors import HandoffRefused, RefusalReason
+from python_backends.core.layout import KVLayout
+from python_backends.core.signing import Domain, sign, verify
+from python_backends.core.types import Epoch, WorkerId
+
+TICKET_VERSION = 1
+
+
+class KVHandoff(msgspec.Struct, frozen=True):
+    """One claim. Blocks are in prompt order and cover `num_tokens`; the last one may be partly filled."""
+
+    version: int
+    transport: str  # registry name in kv/transfer
+    source: WorkerId
+    epoch: Epoch
+    lease_id: str
+    expires_at: float  # wall clock, s; after it the blocks may be reused
+    layout: KVLayout
+    fingerprint: str
+    num_tokens: int  # tokens whose KV is handed over
+    blocks: list[int]  # block numbers in the source's pool
+    generations: list[int]  # per block: the pool's generation when published; another one later means reused
+    digests: list[bytes]  # per block: xxh3_128 of its bytes
+    locator: str = ""  # transport's own address of the pool
+    opaque: bytes = b""  # transport or engine private
+
+
+def seal(handoff: KVHandoff, key: bytes) -> bytes:
+    """Encode and sign."""
+    return sign(Domain.HANDOFF, msgspec.msgpack.encode(handoff), key)
+
+
+def unseal(ticket: bytes, key: bytes, now: float) -> KVHandoff:
+    """Verify and decode. Raises HandoffRefused for a bad signature, a foreign version, nonsense or a passed expiry."""
+    body = verify(Domain.HANDOFF, ticket, key)
+    if body is None:
+        raise HandoffRefused(RefusalReason.BAD_SIGNATURE, "the ticket was not signed with this deployment's key")
+    try:
+        handoff = _decoder.decode(body)
+    except msgspec.MsgspecError as error:
+        raise HandoffRefused(RefusalReason.MALFORMED, str(error)) from error
+    if handoff.version != TICKET_VERSION:
+        raise HandoffRefused(RefusalReason.MALFORMED, f"ticket version {handoff.version}, this worker reads {TICKET_VERSION}")
+    num_blocks = handoff.layout.blocks_for(handoff.num_tokens)
+    if not num_blocks == len(handoff.blocks) == len(handoff.generations) == len(handoff.digests):
+        raise HandoffRefused(RefusalReason.MALFORMED, "block, generation and digest lists do not cover the tokens")
+    if now >= handoff.expires_at:
+        raise HandoffRefused(RefusalReason.EXPIRED, f"the lease ended {now - handoff.expires_at:.2f} s ago")
+    return handoff
+
+
+_decoder = msgspec.msgpack.Decoder(KVHandoff)

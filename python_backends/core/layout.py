@@ -1,0 +1,47 @@
+"""What the KV of one block looks like, and what must be equal for KV to be exchangeable."""
+
+from __future__ import annotations
+
+import hashlib
+
+import msgspec
+
+LAYOUT_VERSION = 1
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+class KVLayout(msgspec.Struct, frozen=True):
+    """Shape of one KV block: `[layers, 2 (K, V), kv_heads, block_size, head_dim]`, contiguous, so a block is one piece."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int  # tokens
+    dtype: str  # float32 | bfloat16 | float16
+    tp: int = 1
+    version: int = LAYOUT_VERSION
+
+    @property
+    def block_shape(self) -> tuple[int, int, int, int, int]:
+        return (self.num_layers, 2, self.num_kv_heads, self.block_size, self.head_dim)
+
+    @property
+    def block_bytes(self) -> int:
+        return self.token_bytes * self.block_size
+
+    @property
+    def token_bytes(self) -> int:
+        return self.num_layers * 2 * self.num_kv_heads * self.head_dim * DTYPE_BYTES[self.dtype]
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Blocks needed to hold `num_tokens`, the last one perhaps partial."""
+        return -(-num_tokens // self.block_size)
+
+
+def fingerprint(layout: KVLayout, config_digest: str, weights_digest: str) -> str:
+    """32 hex digits that differ whenever KV computed by one model must not be used by the other.
+
+    A reload with other weights changes `weights_digest`, hence the fingerprint, hence every block hash and ticket.
+    """
+    material = msgspec.json.encode([msgspec.to_builtins(layout), config_digest, weights_digest])
+    return hashlib.blake2b(material, digest_size=16).hexdigest()

@@ -1,0 +1,166 @@
+"""What routers and workers say to each other: work by a short signed Triton call, everything else on the channel.
+
+Outputs and control are msgspec tagged unions, so a message of an unknown type is refused when decoded.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from python_backends.core.errors import InvalidRequest, TritonCode
+from python_backends.core.layout import KVLayout
+from python_backends.core.signing import Domain, sign, verify
+from python_backends.core.types import (
+    Epoch,
+    FinishReason,
+    GenerateRequest,
+    KVReport,
+    RequestId,
+    Role,
+    TokenLogprob,
+    WorkerId,
+    WorkerLoad,
+)
+
+# --- router -> worker, in the `work` tensor of a non-decoupled call ---------------------------------------------------
+
+
+class PrefillWork(msgspec.Struct, frozen=True, tag=True):
+    """Compute the prompt, sample the first token, publish the KV under a lease."""
+
+    request: GenerateRequest
+
+
+class DecodeWork(msgspec.Struct, frozen=True, tag=True):
+    """Continue to the end. With a ticket the KV is fetched; without one the worker prefills by itself."""
+
+    request: GenerateRequest
+    ticket: bytes | None = None
+
+
+Work = PrefillWork | DecodeWork
+_work_encoder = msgspec.msgpack.Encoder()
+_work_decoder = msgspec.msgpack.Decoder(list[Work])
+
+
+def seal_work(work: list[Work], key: bytes) -> bytes:
+    """Encode and sign; several pieces of work may share one call."""
+    return sign(Domain.WORK, _work_encoder.encode(work), key)
+
+
+def unseal_work(sealed: bytes, key: bytes) -> list[Work]:
+    """Verify and decode. Raises InvalidRequest when the caller is not a router of this deployment."""
+    body = verify(Domain.WORK, sealed, key)
+    if body is None:
+        raise InvalidRequest("this is an internal model of a Baton deployment: send requests to the model 'router'")
+    try:
+        return _work_decoder.decode(body)
+    except msgspec.MsgspecError as error:
+        raise InvalidRequest(f"work: {error}; router and workers must be of the same version") from error
+
+
+# --- worker -> router, on the channel ---------------------------------------------------------------------------------
+
+
+class PrefillDone(msgspec.Struct, frozen=True, tag=True):
+    """The first token, and the ticket for the KV (None when the first token already finished the request)."""
+
+    request_id: RequestId
+    token_id: int
+    logprob: TokenLogprob | None
+    finish_reason: FinishReason | None
+    ticket: bytes | None
+    lease_id: str | None
+    reused_tokens: int  # prefix hit on the prefill worker
+    computed_tokens: int
+    compute_ms: float  # from the first chunk's start to the published ticket
+
+
+class KVReady(msgspec.Struct, frozen=True, tag=True):
+    """A decode worker has the prompt's KV it was handed, or has given up on it. `lease_id` can be released now."""
+
+    request_id: RequestId
+    lease_id: str | None
+    report: KVReport
+
+
+class TokenChunk(msgspec.Struct, frozen=True, tag=True):
+    """Tokens produced now. The last chunk of a request carries finish_reason and the final KVReport."""
+
+    request_id: RequestId
+    token_ids: list[int]
+    logprobs: list[TokenLogprob] | None = None
+    finish_reason: FinishReason | None = None
+    report: KVReport | None = None
+
+
+class RequestFailed(msgspec.Struct, frozen=True, tag=True):
+    request_id: RequestId
+    code: TritonCode
+    message: str
+    retryable: bool
+
+
+Output = PrefillDone | KVReady | TokenChunk | RequestFailed
+
+
+class Outputs(msgspec.Struct, frozen=True, tag=True):
+    """All outputs of one engine step, for all streams of this router."""
+
+    worker: WorkerId
+    epoch: Epoch
+    outputs: list[Output]
+
+
+class BlockEvents(msgspec.Struct, frozen=True, tag=True):
+    """Changes of a worker's prefix cache. `sequence` counts by one; a gap means: ask for a resync.
+
+    With `reset` the list `stored` is the whole cache and everything known before is void.
+    """
+
+    worker: WorkerId
+    epoch: Epoch
+    sequence: int
+    stored: list[bytes]
+    removed: list[bytes]
+    reset: bool = False
+
+
+class Heartbeat(msgspec.Struct, frozen=True, tag=True):
+    worker: WorkerId
+    role: Role
+    epoch: Epoch
+    pid: int
+    load: WorkerLoad
+    layout: KVLayout
+    fingerprint: str
+    max_context: int  # tokens, prompt and output; bounded by model and pool
+    events_sequence: int  # of the last BlockEvents sent
+
+
+FromWorker = Outputs | BlockEvents | Heartbeat
+
+# --- router -> worker, on the channel ---------------------------------------------------------------------------------
+
+
+class RouterHeartbeat(msgspec.Struct, frozen=True, tag=True):
+    router: str
+
+
+class Abort(msgspec.Struct, frozen=True, tag=True):
+    request_ids: list[RequestId]
+
+
+class ReleaseLease(msgspec.Struct, frozen=True, tag=True):
+    lease_ids: list[str]
+
+
+class Resync(msgspec.Struct, frozen=True, tag=True):
+    """Send all block hashes again."""
+
+
+ToWorker = RouterHeartbeat | Abort | ReleaseLease | Resync
+
+from_worker_decoder = msgspec.msgpack.Decoder(FromWorker)
+to_worker_decoder = msgspec.msgpack.Decoder(ToWorker)
+encode = msgspec.msgpack.Encoder().encode

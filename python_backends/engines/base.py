@@ -1,0 +1,98 @@
+"""The contract between a worker and its engine, and the registry of engines.
+
+Promises of the caller
+- `start` is called once, before anything else; `close` is called at the end, also after a failed start, and may be
+  called twice. No other call is made concurrently with `start` or after `close`.
+- `prefill`, `decode`, `abort` and `release` may be called from any thread; they hand over and return at once.
+- Request ids are never used twice, not even for a retry.
+
+Promises of the engine
+- Every request handed over ends in exactly one of: PrefillDone, a TokenChunk with finish_reason, RequestFailed - or in
+  silence, if it was aborted. Aborting an unknown, finished or aborted request is a no-op; aborting a request before it
+  arrives makes it be ignored on arrival.
+- After an abort, compute for the request stops within one step and its blocks, leases included, are free within 1 s.
+- A ticket that can't be used costs a recompute, never an error and never wrong text. KVReady says which.
+- Outputs are delivered by `on_outputs` once per engine step, in order, from one thread that belongs to the engine.
+- Published KV stays intact until its lease is released or expires; then it is reused and the ticket is worthless.
+- Sampling is position-deterministic: the token at output position i depends on the seed and i, not on batch or worker.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import msgspec
+
+from python_backends.core.config import Deployment, WorkerConfig
+from python_backends.core.errors import ConfigError
+from python_backends.core.layout import KVLayout
+from python_backends.core.messages import Output
+from python_backends.core.types import Epoch, GenerateRequest, RequestId, WorkerLoad
+
+
+class CacheChange(msgspec.Struct, frozen=True):
+    """Full blocks that entered or left the prefix cache since the last delivery."""
+
+    stored: list[bytes]
+    removed: list[bytes]
+    reset: bool = False
+
+
+OnOutputs = Callable[[Sequence[Output], CacheChange | None], None]
+
+
+class EngineInfo(msgspec.Struct, frozen=True):
+    """Known once `start` has returned."""
+
+    layout: KVLayout
+    fingerprint: str
+    max_context: int  # tokens
+
+
+class Engine(Protocol):
+    @property
+    def info(self) -> EngineInfo: ...
+
+    def start(self, on_outputs: OnOutputs) -> None:
+        """Load the model; ready when it returns. Raises ConfigError with the fix."""
+
+    def prefill(self, request: GenerateRequest) -> None:
+        """Compute the prompt, sample one token, publish the KV under a lease: PrefillDone."""
+
+    def decode(self, request: GenerateRequest, ticket: bytes | None) -> None:
+        """Produce tokens to the end: KVReady, then TokenChunks. Without a ticket the prompt is computed here."""
+
+    def abort(self, request_id: RequestId) -> None:
+        """Stop the request and give back all it holds, its published KV included."""
+
+    def release(self, lease_id: str) -> None:
+        """End a lease. Unknown or ended leases are a no-op."""
+
+    def resync(self) -> None:
+        """Deliver a CacheChange with `reset` that lists the whole prefix cache."""
+
+    def load(self) -> WorkerLoad:
+        """A snapshot, never older than one step."""
+
+    def close(self) -> None:
+        """Stop computing, end all leases, free memory. Idempotent."""
+
+
+EngineFactory = Callable[[Deployment, WorkerConfig, Epoch, bytes], Engine]
+
+_ENGINES = {
+    "torch": "python_backends.engines.torch.engine:create",
+    "fake": "python_backends.engines.fake:create",
+}
+
+
+def create_engine(deployment: Deployment, worker: WorkerConfig, epoch: Epoch, key: bytes) -> Engine:
+    """Import only the engine in use. `key` signs tickets."""
+    location = _ENGINES.get(worker.engine)
+    if location is None:
+        raise ConfigError(f"workers: engine {worker.engine!r} is unknown; known are {', '.join(sorted(_ENGINES))}")
+    module, _, name = location.partition(":")
+    factory: EngineFactory = getattr(importlib.import_module(module), name)
+    return factory(deployment, worker, epoch, key)

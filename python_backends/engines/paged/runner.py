@@ -1,0 +1,76 @@
+"""What a paged engine needs of a model: compute slices of sequences over a paged KV pool, and sample.
+
+The paged engine (engine.py, scheduler.py) owns blocks, queues and leases and knows no torch; a ModelRunner owns weights
+and arithmetic and knows no queues. All calls come from the engine's one thread, `start` included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from python_backends.core.layout import KVLayout
+from python_backends.core.types import SamplingParams, TokenLogprob
+from python_backends.kv.memory import PoolMemory
+
+
+@dataclass(slots=True)
+class Draw:
+    """What sampling one token needs. `len(output_ids)` is the position that seeds the random draw."""
+
+    sampling: SamplingParams  # seed is not None
+    prompt_ids: Sequence[int]
+    output_ids: Sequence[int]
+    banned_ids: Sequence[int]  # must not be drawn now (stops before min_tokens)
+
+
+@dataclass(slots=True)
+class Slice:
+    """Consecutive tokens of one sequence to compute in this step.
+
+    token_ids: the tokens at positions start .. start + len - 1; the KV of positions < start is already in the blocks.
+    block_table: the sequence's block numbers in prompt order, covering start + len tokens; KV is written there.
+    draw: sample the next token from the last position's logits, or None in the middle of a prompt.
+    """
+
+    token_ids: Sequence[int]
+    start: int
+    block_table: Sequence[int]
+    draw: Draw | None
+
+
+@dataclass(slots=True)
+class Sampled:
+    token_id: int
+    logprob: TokenLogprob | None  # when sampling.logprobs is not None
+
+
+class ModelRunner(Protocol):
+    """A model that computes in blocks of `layout`. Attributes are known once `start` has returned."""
+
+    layout: KVLayout
+    fingerprint: str
+    max_positions: int  # tokens of context the model was made for
+    eos_token_ids: tuple[int, ...]
+
+    def start(self) -> None:
+        """Load weights. Raises ConfigError that says what is wrong with the model directory."""
+
+    def attach(self, memory: PoolMemory) -> None:
+        """Compute in (CPU) or mirror (GPU) this pool from now on. The runner doesn't own it."""
+
+    def step(self, batch: Sequence[Slice]) -> list[Sampled | None]:
+        """Compute all slices and write their KV; one entry per slice, None where draw is None.
+
+        Sequences in one batch never share a block that is written in this step.
+        """
+
+    def export_blocks(self, blocks: Sequence[int]) -> None:
+        """Make the pool memory hold these blocks' KV (GPU: copy to the host mirror; CPU: nothing to do)."""
+
+    def import_blocks(self, blocks: Sequence[int]) -> None:
+        """Take these blocks' KV from the pool memory (GPU: copy to the device; CPU: nothing to do)."""
+
+    def close(self) -> None:
+        """Free weights. Idempotent; called also after a failed start."""
