@@ -34,3 +34,9 @@ def block_hashes(token_ids: Sequence[int], block_size: int, root: BlockHash) -> 
         parent = block_hash(parent, token_ids[start : start + block_size])
         hashes.append(parent)
     return hashes
+
+
+def content_hash(token_ids: Sequence[int], full_hashes: Sequence[BlockHash], block_size: int, root: BlockHash) -> BlockHash:
+    """Hash of all of `token_ids`, the partial last block included; `full_hashes` are its block_hashes."""
+    tail = token_ids[len(full_hashes) * block_size :]
+    return block_hash(full_hashes[-1] if full_hashes else root, tail)

@@ -27,19 +27,19 @@ class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Base of all sections: immutable, and an unknown key is an error."""
 
 
-class ModelConfig(Section):
+class ModelConfig(Section, frozen=True):
     path: Annotated[
         str, Meta(description="A Hugging Face model directory, or `smollm2-135m-instruct`: the weights that `make` fetches.")
     ] = "smollm2-135m-instruct"
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"], Meta(description="Of weights, arithmetic and KV cache.")
-    ] = "float32"
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"], Meta(description="Of weights, arithmetic and KV cache.")] = (
+        "float32"
+    )
     max_context: Annotated[
         NonNegative, Meta(description="Tokens of prompt and output together; 0: what model and KV pool allow.")
     ] = 0
 
 
-class WorkerConfig(Section):
+class WorkerConfig(Section, frozen=True):
     role: Annotated[Role, Meta(description="prefill, decode, or aggregated (both in one engine).")]
     name: Annotated[
         str, Meta(description="Triton model name. Default: the role, then role_1, role_2 ...", pattern="^([a-z][a-z0-9_]*)?$")
@@ -59,7 +59,12 @@ class WorkerConfig(Section):
         return WorkerId(self.name)
 
 
-class EngineConfig(Section):
+class FakeConfig(Section, frozen=True):
+    prefill_us_per_token: Annotated[NonNegative, Meta(description="engine fake: microseconds slept per prompt token.")] = 200
+    step_us: Annotated[NonNegative, Meta(description="engine fake: microseconds slept per step.")] = 5000
+
+
+class EngineConfig(Section, frozen=True):
     block_size: Annotated[Positive, Meta(description="Tokens per KV block.")] = 16
     kv_pool_mib: Annotated[Positive, Meta(description="KV pool of each worker, MiB.")] = 512
     max_batch: Annotated[Positive, Meta(description="Requests computed in one step.")] = 64
@@ -67,9 +72,10 @@ class EngineConfig(Section):
         Positive, Meta(description="Tokens computed in one step: the chunk of a long prompt, shared with running streams.")
     ] = 256
     max_queue: Annotated[Positive, Meta(description="Requests that may wait in one worker; more are refused.")] = 1024
+    fake: FakeConfig = FakeConfig()
 
 
-class TransferConfig(Section):
+class TransferConfig(Section, frozen=True):
     transport: Annotated[
         Literal["shm", "inline"],
         Meta(description="How KV moves: shm (shared memory, same host) or inline (in the ticket; tests and tiny prompts)."),
@@ -82,7 +88,7 @@ class TransferConfig(Section):
     ] = {}
 
 
-class RouterConfig(Section):
+class RouterConfig(Section, frozen=True):
     mode: Annotated[
         Literal["auto", "remote", "local", "aggregated"],
         Meta(description="Route of requests that ask for none: auto decides per request; the others force one way."),
@@ -95,12 +101,17 @@ class RouterConfig(Section):
         Positive, Meta(description="Prompt tokens waiting for their first token; more are refused at once.")
     ] = 262_144
     default_max_tokens: Annotated[Positive, Meta(description="max_tokens of a request that gives none.")] = 128
-    default_deadline_s: Annotated[PositiveSeconds, Meta(description="Seconds a request may take if it gives no timeout.")] = 600.0
+    default_deadline_s: Annotated[PositiveSeconds, Meta(description="Seconds that a request without a timeout may take.")] = (
+        600.0
+    )
     max_prompt_bytes: Annotated[Positive, Meta(description="Longest prompt text accepted, bytes of UTF-8.")] = 1_000_000
+    worker_wait_s: Annotated[
+        PositiveSeconds, Meta(description="Seconds a request waits for a worker when none is up, say during a restart.")
+    ] = 20.0
     max_attempts: Annotated[Positive, Meta(description="Tries of one request when workers die under it.")] = 4
 
 
-class HealthConfig(Section):
+class HealthConfig(Section, frozen=True):
     heartbeat_s: Annotated[PositiveSeconds, Meta(description="Seconds between heartbeats of workers and routers.")] = 0.2
     silent_s: Annotated[
         PositiveSeconds, Meta(description="Seconds of silence after which a living worker process is taken out.")
@@ -108,7 +119,7 @@ class HealthConfig(Section):
     restart: Annotated[bool, Meta(description="Restart dead or wedged workers through Triton's model control.")] = True
 
 
-class SecurityConfig(Section):
+class SecurityConfig(Section, frozen=True):
     key_file: Annotated[
         str, Meta(description="File with the key that signs work and tickets. Empty: one is made for this server, mode 0600.")
     ] = ""
@@ -138,7 +149,7 @@ def load_deployment(path: Path) -> Deployment:
     try:
         raw = yaml.safe_load(path.read_text())
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}; give an existing deployment file, such as configs/default.yaml") from error
+        raise ConfigError(f"{path}: {error.strerror}; give an existing file, such as configs/default.yaml") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     try:

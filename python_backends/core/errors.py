@@ -86,6 +86,7 @@ class RefusalReason(str, Enum):
     EXPIRED = "expired"
     REPLAYED = "replayed"
     FOREIGN_FINGERPRINT = "foreign_fingerprint"
+    FOREIGN_CONTENT = "foreign_content"
     STALE_EPOCH = "stale_epoch"
     DIGEST_MISMATCH = "digest_mismatch"
     TRANSFER_FAILED = "transfer_failed"

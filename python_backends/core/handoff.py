@@ -33,6 +33,7 @@ class KVHandoff(msgspec.Struct, frozen=True):
     digests: list[bytes]  # per block: xxh3_128 of its bytes
     locator: str = ""  # transport's own address of the pool
     opaque: bytes = b""  # transport or engine private
+    content: bytes = b""  # core.block_hash.content_hash of the tokens: a ticket can't be used for another prompt
 
 
 def seal(handoff: KVHandoff, key: bytes) -> bytes:

@@ -138,7 +138,14 @@ class Heartbeat(msgspec.Struct, frozen=True, tag=True):
     events_sequence: int  # of the last BlockEvents sent
 
 
-FromWorker = Outputs | BlockEvents | Heartbeat
+class Leaving(msgspec.Struct, frozen=True, tag=True):
+    """The worker ends because it was told to: unloaded, or the server stops. It is not to be restarted."""
+
+    worker: WorkerId
+    epoch: Epoch
+
+
+FromWorker = Outputs | BlockEvents | Heartbeat | Leaving
 
 # --- router -> worker, on the channel ---------------------------------------------------------------------------------
 

@@ -81,9 +81,7 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         _require(self.seed is None or 0 <= self.seed <= _MAX_SEED, "seed", self.seed, "0 to 2**64 - 1")
         _require(all(self.stop) and len(self.stop) <= 16, "stop", self.stop, "at most 16 non-empty strings")
         _require(all(t >= 0 for t in self.stop_token_ids), "stop_token_ids", self.stop_token_ids, "token ids, 0 or more")
-        _require(
-            self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, "logprobs", self.logprobs, f"0 to {MAX_LOGPROBS}"
-        )
+        _require(self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, "logprobs", self.logprobs, f"0 to {MAX_LOGPROBS}")
         return self
 
 
@@ -137,6 +135,7 @@ class KVReport(msgspec.Struct, frozen=True):
     computed_tokens: int = 0  # prompt tokens computed here by plan (local prefill)
     received_bytes: int = 0
     transfer_ms: float = 0.0
+    compute_ms: float = 0.0  # from the first step here to the first token sampled here
     digest: str = "none"  # verified | none | the RefusalReason value
     transport: str = ""
 

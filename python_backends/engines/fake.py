@@ -1,0 +1,79 @@
+"""An engine without weights: real scheduling, real KV movement, arithmetic instead of a model.
+
+For load, failure and scale tests. Its "KV" is the token and its position, written into the blocks; its next token is
+computed from what it *reads* there, so KV that is missing, stale or another prompt's gives another text, as in a model.
+It sleeps as configured in `engine.fake`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from python_backends.core.config import Deployment, WorkerConfig
+from python_backends.core.layout import KVLayout, fingerprint
+from python_backends.core.types import Epoch, TokenLogprob
+from python_backends.engines.paged.engine import PagedEngine
+from python_backends.engines.paged.runner import Sampled, Slice
+from python_backends.kv.memory import PoolMemory
+
+_FIRST_TOKEN = 300  # below are special tokens and bytes in common vocabularies
+_NUM_TOKENS = 20_000
+_MAX_POSITIONS = 131_072
+
+
+class FakeRunner:
+    """Implements engines.paged.runner.ModelRunner."""
+
+    def __init__(self, deployment: Deployment) -> None:
+        self._fake = deployment.engine.fake
+        self.layout = KVLayout(1, 1, 1, deployment.engine.block_size, "float32")
+        self.fingerprint = fingerprint(self.layout, "fake", "fake")
+        self.max_positions = _MAX_POSITIONS
+        self.eos_token_ids: tuple[int, ...] = ()
+
+    def start(self) -> None:
+        """There is nothing to load."""
+
+    def attach(self, memory: PoolMemory) -> None:
+        size = self.layout.block_size
+        self._keys = memory.blocks.view(np.uint32).reshape(memory.num_blocks, 2, size)
+
+    def step(self, batch: Sequence[Slice]) -> list[Sampled | None]:
+        prompt_tokens = sum(len(piece.token_ids) for piece in batch if len(piece.token_ids) > 1)
+        time.sleep((self._fake.step_us + prompt_tokens * self._fake.prefill_us_per_token) * 1e-6)
+        for piece in batch:
+            positions = np.arange(piece.start, piece.start + len(piece.token_ids))
+            table = np.asarray(piece.block_table)[positions // self.layout.block_size]
+            self._keys[table, 0, positions % self.layout.block_size] = piece.token_ids
+            self._keys[table, 1, positions % self.layout.block_size] = positions
+        return [self._sample(piece) for piece in batch]
+
+    def _sample(self, piece: Slice) -> Sampled | None:
+        if piece.draw is None:
+            return None
+        end = piece.start + len(piece.token_ids)
+        blocks = self._keys[np.asarray(piece.block_table[: self.layout.blocks_for(end)])]
+        seen = np.ascontiguousarray(blocks.transpose(1, 0, 2)).reshape(2, -1)[:, :end]
+        sampling = piece.draw.sampling
+        draw = f"{sampling.seed}/{len(piece.draw.output_ids)}" if sampling.temperature else "greedy"
+        digest = hashlib.blake2b(seen.tobytes() + draw.encode(), digest_size=8).digest()
+        token_id = _FIRST_TOKEN + int.from_bytes(digest, "big") % _NUM_TOKENS
+        logprob = TokenLogprob(token_id, 0.0) if sampling.logprobs is not None else None
+        return Sampled(token_id, logprob)
+
+    def export_blocks(self, blocks: Sequence[int]) -> None:
+        """The pool memory is where it computes."""
+
+    def import_blocks(self, blocks: Sequence[int]) -> None:
+        """The pool memory is where it computes."""
+
+    def close(self) -> None:
+        """There is nothing to free."""
+
+
+def create(deployment: Deployment, worker: WorkerConfig, epoch: Epoch, key: bytes) -> PagedEngine:
+    return PagedEngine(deployment, worker, FakeRunner(deployment), epoch, key)

@@ -1,0 +1,477 @@
+"""The paged engine: one thread that takes requests, schedules steps, runs the model, publishes and fetches KV.
+
+All state - pool, scheduler, leases, sequences - belongs to that thread. Other threads only put calls into its inbox.
+Transfers run on their own small pool, so that a slow or hanging one never delays a running stream; what they write into
+stays owned by the sequence until they have returned.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+from python_backends.core.block_hash import chain_root, content_hash
+from python_backends.core.config import Deployment, WorkerConfig
+from python_backends.core.errors import BatonError, ConfigError, HandoffRefused, RefusalReason, TritonCode
+from python_backends.core.handoff import TICKET_VERSION, KVHandoff, seal, unseal
+from python_backends.core.messages import KVReady, Output, PrefillDone, RequestFailed, TokenChunk
+from python_backends.core.types import (
+    Epoch,
+    FinishReason,
+    GenerateRequest,
+    KVReport,
+    RequestId,
+    WorkerId,
+    WorkerLoad,
+)
+from python_backends.engines.base import CacheChange, EngineInfo, OnOutputs
+from python_backends.engines.paged.runner import Draw, ModelRunner, Sampled, Slice
+from python_backends.engines.paged.scheduler import Scheduler
+from python_backends.engines.paged.sequence import Sequence
+from python_backends.kv.block_pool import BlockPool
+from python_backends.kv.lease import LeaseTable
+from python_backends.kv.memory import PoolMemory
+from python_backends.kv.transfer import create_transport
+from python_backends.kv.transfer.base import block_digest
+
+log = logging.getLogger(__name__)
+
+_FETCH_THREADS = 2
+_REMEMBERED_ABORTS = 10_000  # aborts that overtook their request
+_IDLE_WAKE_S = 0.25  # how often an idle engine looks at deadlines
+
+
+class PagedEngine:
+    """Implements engines.base.Engine over any ModelRunner."""
+
+    info: EngineInfo
+
+    def __init__(self, deployment: Deployment, worker: WorkerConfig, runner: ModelRunner, epoch: Epoch, key: bytes) -> None:
+        self._config = deployment.engine
+        self._transfer = deployment.transfer
+        self._max_context = deployment.model.max_context
+        self._pool_mib = worker.kv_pool_mib or deployment.engine.kv_pool_mib
+        self._worker = WorkerId(worker.name)
+        self._role = worker.role
+        self._runner = runner
+        self._epoch = epoch
+        self._key = key
+        self._transport = create_transport(deployment.transfer)
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._outputs: list[Output] = []
+        self._aborted: OrderedDict[RequestId, None] = OrderedDict()
+        self._used_leases: OrderedDict[str, float] = OrderedDict()  # lease id -> when its ticket expires anyway
+        self._arrivals = 0
+        self._reset_events = True
+        self._closing = False
+        self._load = WorkerLoad()
+        self._thread: threading.Thread | None = None
+        self._fetchers = ThreadPoolExecutor(_FETCH_THREADS, thread_name_prefix="fetch")
+        self._memory: PoolMemory | None = None
+
+    # --- the Engine contract -------------------------------------------------------------------------------------------
+
+    def start(self, on_outputs: OnOutputs) -> None:
+        self._on_outputs = on_outputs
+        self._runner.start()
+        layout = self._runner.layout
+        num_blocks = (self._pool_mib << 20) // layout.block_bytes
+        if num_blocks < 2:
+            raise ConfigError(
+                f"engine.kv_pool_mib: {self._pool_mib} MiB holds {num_blocks} blocks of {layout.block_bytes} bytes; "
+                f"give at least {2 * layout.block_bytes >> 20} MiB"
+            )
+        memory = PoolMemory(num_blocks, layout.block_bytes, self._epoch)
+        self._memory = memory
+        self._pool = BlockPool(num_blocks, memory.generations)
+        self._leases = LeaseTable(self._pool)
+        self._scheduler = Scheduler(self._pool, layout.block_size, self._config.max_batch, self._config.step_tokens)
+        self._runner.attach(memory)
+        max_context = min(self._max_context or self._runner.max_positions, self._runner.max_positions)
+        self.info = EngineInfo(
+            layout=layout,
+            fingerprint=self._runner.fingerprint,
+            max_context=min(max_context, num_blocks * layout.block_size),
+        )
+        self._snapshot()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def prefill(self, request: GenerateRequest) -> None:
+        self._inbox.put(partial(self._arrive, request, None, prefill_only=True))
+
+    def decode(self, request: GenerateRequest, ticket: bytes | None) -> None:
+        self._inbox.put(partial(self._arrive, request, ticket, prefill_only=False))
+
+    def abort(self, request_id: RequestId) -> None:
+        self._inbox.put(partial(self._abort, request_id))
+
+    def release(self, lease_id: str) -> None:
+        self._inbox.put(partial(self._release, lease_id))
+
+    def resync(self) -> None:
+        self._inbox.put(self._request_reset)
+
+    def load(self) -> WorkerLoad:
+        return self._load
+
+    def close(self) -> None:
+        if self._thread is not None:
+            self._inbox.put(self._stop)
+            self._thread.join(timeout=30)
+            self._thread = None
+        self._fetchers.shutdown(wait=True, cancel_futures=True)
+        self._transport.close()
+        self._runner.close()
+        if self._memory is not None:
+            self._memory.close()
+
+    # --- the loop ------------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        busy = False
+        while not self._closing:
+            self._take_inbox(wait=not busy)
+            self._end_overdue()
+            for sequence in self._scheduler.admit():
+                self._begin_fetch(sequence)
+            busy = self._step()
+            self._snapshot()
+            self._deliver()
+        self._end_everything()
+
+    def _take_inbox(self, wait: bool) -> None:
+        """Run what other threads asked for; when there is nothing to compute, wait for it."""
+        try:
+            if wait:
+                self._inbox.get(timeout=self._idle_timeout())()
+            while True:
+                self._inbox.get_nowait()()
+        except queue.Empty:
+            return
+
+    def _idle_timeout(self) -> float | None:
+        """Seconds until something may fall due; None (for ever) when nothing is here at all."""
+        expiry = self._leases.next_expiry()
+        if expiry is not None:
+            return min(max(expiry - time.monotonic(), 0.0) + 0.01, _IDLE_WAKE_S)
+        return _IDLE_WAKE_S if any(True for _ in self._scheduler.all()) else None
+
+    def _step(self) -> bool:
+        """Compute one batch. Returns whether there was anything to compute."""
+        batch = self._scheduler.schedule()
+        if not batch:
+            return False
+        now = time.monotonic()
+        for sequence, _ in batch:
+            sequence.started = sequence.started or now
+        try:
+            results = self._runner.step([self._slice(sequence, count) for sequence, count in batch])
+        except BatonError as error:
+            self._fail_batch(batch, error)
+        except Exception as error:  # the engine must outlive any one batch: torch raises RuntimeError, OOM and others
+            log.exception("step failed")
+            self._fail_batch(batch, error)
+        else:
+            for (sequence, count), sampled in zip(batch, results, strict=True):
+                self._advance(sequence, count, sampled)
+        return True
+
+    def _slice(self, sequence: Sequence, count: int) -> Slice:
+        start = sequence.num_computed
+        return Slice(
+            token_ids=sequence.token_ids[start : start + count],
+            start=start,
+            block_table=sequence.blocks,
+            draw=self._draw(sequence) if count == sequence.num_uncomputed else None,
+        )
+
+    def _draw(self, sequence: Sequence) -> Draw:
+        sampling = sequence.request.sampling
+        output_ids = sequence.output_ids
+        stops: tuple[int, ...] = ()
+        if len(output_ids) < sampling.min_tokens:
+            stops = sampling.stop_token_ids if sampling.ignore_eos else (*self._runner.eos_token_ids, *sampling.stop_token_ids)
+        return Draw(sampling, sequence.request.prompt_ids, output_ids, stops)
+
+    def _advance(self, sequence: Sequence, count: int, sampled: Sampled | None) -> None:
+        self._scheduler.computed(sequence, count)
+        if sampled is None:
+            return
+        sequence.compute_ms = sequence.compute_ms or (time.monotonic() - sequence.started) * 1e3
+        sequence.append(sampled.token_id)
+        finish = sequence.finish_reason(self._runner.eos_token_ids, self.info.max_context)
+        if sequence.prefill_only:
+            self._finish_prefill(sequence, sampled, finish)
+        else:
+            report = self._report(sequence) if finish else None
+            logprobs = [sampled.logprob] if sampled.logprob else None
+            self._outputs.append(TokenChunk(sequence.id, [sampled.token_id], logprobs, finish, report))
+            if finish:
+                self._scheduler.remove(sequence)
+
+    def _deliver(self) -> None:
+        outputs, self._outputs = self._outputs, []
+        change = self._cache_change()
+        if outputs or change:
+            self._on_outputs(outputs, change)
+
+    def _cache_change(self) -> CacheChange | None:
+        stored, removed = self._pool.take_changes()
+        if self._reset_events:
+            self._reset_events = False
+            return CacheChange(stored=list(self._pool.hashes()), removed=[], reset=True)
+        if not stored and not removed:
+            return None
+        return CacheChange(stored=list(stored), removed=list(removed))
+
+    def _snapshot(self) -> None:
+        pool, scheduler = self._pool, self._scheduler
+        self._load = WorkerLoad(
+            queued_requests=len(scheduler.waiting) + len(scheduler.fetching),
+            queued_tokens=sum(s.num_uncomputed for s in scheduler.all() if s.num_uncomputed > 1),
+            running_requests=len(scheduler.running),
+            free_blocks=pool.free_blocks,
+            cached_blocks=pool.cached_blocks,
+            held_blocks=pool.held_blocks,
+            total_blocks=pool.total_blocks,
+            active_leases=self._leases.active,
+        )
+
+    # --- arrivals and endings ------------------------------------------------------------------------------------------
+
+    def _arrive(self, request: GenerateRequest, ticket: bytes | None, *, prefill_only: bool) -> None:
+        if request.request_id in self._aborted:
+            del self._aborted[request.request_id]
+            return
+        refusal = self._refusal(request)
+        if refusal is not None:
+            self._outputs.append(RequestFailed(request.request_id, *refusal))
+            return
+        self._arrivals += 1
+        root = chain_root(self.info.fingerprint, request.salt)
+        sequence = Sequence(request, prefill_only, self._arrivals, self.info.layout.block_size, root)
+        if ticket is not None:
+            self._read_ticket(sequence, ticket)
+        self._scheduler.add(sequence)
+
+    def _refusal(self, request: GenerateRequest) -> tuple[TritonCode, str, bool] | None:
+        """Why a request can't be taken: code, sentence, whether another worker may help."""
+        if len(self._scheduler.waiting) >= self._config.max_queue:
+            return TritonCode.UNAVAILABLE, f"the queue of worker {self._worker} is full; try again later", True
+        if not request.prompt_ids or request.num_tokens >= self.info.max_context:
+            return (
+                TritonCode.INVALID_ARG,
+                f"the prompt has {request.num_tokens} tokens; worker {self._worker} takes 1 to {self.info.max_context - 1}",
+                False,
+            )
+        return None
+
+    def _abort(self, request_id: RequestId) -> None:
+        sequence = self._scheduler.find(request_id)
+        if sequence is None:
+            if not self._leases.release_request(request_id):
+                self._aborted[request_id] = None
+                if len(self._aborted) > _REMEMBERED_ABORTS:
+                    self._aborted.popitem(last=False)
+        elif request_id in self._scheduler.fetching:
+            sequence.doomed = True
+        else:
+            self._scheduler.remove(sequence)
+
+    def _release(self, lease_id: str) -> None:
+        self._leases.release(lease_id)
+
+    def _end_overdue(self) -> None:
+        self._leases.expire(time.monotonic())
+        now = time.time()
+        for sequence in [s for s in self._scheduler.all() if s.request.deadline <= now and not s.doomed]:
+            self._abort(sequence.id)
+            self._outputs.append(RequestFailed(sequence.id, TritonCode.UNAVAILABLE, "the request's deadline passed", False))
+        while self._used_leases and next(iter(self._used_leases.values())) < now:
+            self._used_leases.popitem(last=False)
+
+    def _fail_batch(self, batch: list[tuple[Sequence, int]], error: Exception) -> None:
+        code = error.code if isinstance(error, BatonError) else TritonCode.INTERNAL
+        for sequence, _ in batch:
+            self._scheduler.remove(sequence)
+            self._outputs.append(RequestFailed(sequence.id, code, f"worker {self._worker}: {error}", True))
+
+    def _request_reset(self) -> None:
+        self._reset_events = True
+
+    def _stop(self) -> None:
+        self._closing = True
+
+    def _end_everything(self) -> None:
+        for sequence in list(self._scheduler.all()):
+            self._outputs.append(
+                RequestFailed(sequence.id, TritonCode.UNAVAILABLE, f"worker {self._worker} is shutting down", True)
+            )
+        self._leases.close()
+        self._deliver()
+
+    # --- prefill: publish ----------------------------------------------------------------------------------------------
+
+    def _finish_prefill(self, sequence: Sequence, sampled: Sampled, finish: FinishReason | None) -> None:
+        handoff = None if finish else self._publish(sequence)
+        self._scheduler.remove(sequence)
+        self._outputs.append(
+            PrefillDone(
+                request_id=sequence.id,
+                token_id=sampled.token_id,
+                logprob=sampled.logprob,
+                finish_reason=finish,
+                ticket=seal(handoff, self._key) if handoff else None,
+                lease_id=handoff.lease_id if handoff else None,
+                reused_tokens=sequence.reused_tokens,
+                computed_tokens=sequence.num_given - sequence.reused_tokens,
+                compute_ms=(time.monotonic() - sequence.started) * 1e3,
+            )
+        )
+
+    def _publish(self, sequence: Sequence) -> KVHandoff:
+        """Put the given tokens' KV under a lease and describe it. The lease takes over a reference of each block."""
+        memory = self._require_memory()
+        size = self.info.layout.block_size
+        blocks = sequence.blocks[: self.info.layout.blocks_for(sequence.num_given)]
+        self._runner.export_blocks(blocks)
+        published = self._transport.publish(memory, blocks)
+        self._pool.retain(blocks)
+        given = sequence.token_ids[: sequence.num_given]
+        return KVHandoff(
+            version=TICKET_VERSION,
+            transport=self._transport.name,
+            source=self._worker,
+            epoch=self._epoch,
+            lease_id=self._leases.grant(sequence.id, blocks, self._transfer.lease_s),
+            expires_at=time.time() + self._transfer.lease_s,
+            layout=self.info.layout,
+            fingerprint=self.info.fingerprint,
+            num_tokens=sequence.num_given,
+            blocks=blocks,
+            generations=[int(memory.generations[block]) for block in blocks],
+            digests=[self._digest(block, full=(i + 1) * size <= sequence.num_given) for i, block in enumerate(blocks)],
+            locator=published.locator,
+            opaque=published.opaque,
+            content=content_hash(given, sequence.hashes[: sequence.num_given // size], size, sequence.root),
+        )
+
+    def _digest(self, block: int, *, full: bool) -> bytes:
+        """Digests of full blocks are kept: a prefix that is handed over often is digested once."""
+        known = self._pool.digest_of(block) if full else None
+        if known is not None:
+            return known
+        digest = block_digest(self._require_memory().blocks[block])
+        if full:
+            self._pool.set_digest(block, digest)
+        return digest
+
+    # --- decode: fetch -------------------------------------------------------------------------------------------------
+
+    def _read_ticket(self, sequence: Sequence, ticket: bytes) -> None:
+        """Check everything about the ticket that needs no bytes; a refused one means that the prompt is recomputed."""
+        sequence.was_handed = True
+        try:
+            handoff = unseal(ticket, self._key, time.time())
+            sequence.lease_id = handoff.lease_id
+            self._check_ticket(sequence, handoff)
+        except HandoffRefused as refused:
+            self._refused(sequence, refused)
+            self._outputs.append(KVReady(sequence.id, sequence.lease_id, self._report(sequence)))
+        else:
+            self._used_leases[handoff.lease_id] = handoff.expires_at
+            sequence.handoff = handoff
+
+    def _check_ticket(self, sequence: Sequence, handoff: KVHandoff) -> None:
+        if (handoff.fingerprint, handoff.layout) != (self.info.fingerprint, self.info.layout):
+            raise HandoffRefused(RefusalReason.FOREIGN_FINGERPRINT, "KV of another model, layout or version")
+        if handoff.lease_id in self._used_leases:
+            raise HandoffRefused(RefusalReason.REPLAYED, "this ticket was used before")
+        covered = handoff.num_tokens
+        content = content_hash(
+            sequence.token_ids[:covered],
+            sequence.hashes[: covered // sequence.block_size],
+            sequence.block_size,
+            sequence.root,
+        )
+        if covered != sequence.num_given - 1 or content != handoff.content:
+            raise HandoffRefused(RefusalReason.FOREIGN_CONTENT, "KV of other tokens")
+
+    def _begin_fetch(self, sequence: Sequence) -> None:
+        """Fetch the handed blocks that are not cached here. The blocks belong to the transfer until it returns."""
+        handoff = sequence.handoff
+        assert handoff is not None
+        wanted = range(sequence.num_published, len(handoff.blocks))
+        if not wanted:
+            self._inbox.put(partial(self._end_fetch, sequence, 0, 0.0, None))
+            return
+        targets = [sequence.blocks[i] for i in wanted]
+        self._fetchers.submit(self._fetch, sequence, handoff, list(wanted), targets)
+
+    def _fetch(self, sequence: Sequence, handoff: KVHandoff, wanted: list[int], targets: list[int]) -> None:
+        """On a transfer thread: move and verify the bytes, then tell the engine's thread."""
+        began = time.monotonic()
+        refused: HandoffRefused | None = None
+        try:
+            self._transport.fetch(handoff, wanted, self._require_memory(), targets, began + self._transfer.timeout_s)
+        except HandoffRefused as error:
+            refused = error
+        except Exception as error:  # a sequence must never be lost because a transport has a bug
+            log.exception("transfer failed")
+            refused = HandoffRefused(RefusalReason.TRANSFER_FAILED, repr(error))
+        taken_ms = (time.monotonic() - began) * 1e3
+        self._inbox.put(partial(self._end_fetch, sequence, len(wanted), taken_ms, refused))
+
+    def _end_fetch(self, sequence: Sequence, num_blocks: int, taken_ms: float, refused: HandoffRefused | None) -> None:
+        handoff = sequence.handoff
+        assert handoff is not None
+        sequence.handoff = None
+        if sequence.doomed:
+            self._scheduler.drop_fetching(sequence)
+            return
+        if refused is None:
+            self._accept(sequence, handoff, num_blocks, taken_ms)
+        else:
+            self._refused(sequence, refused)
+        self._scheduler.fetched(sequence)
+        self._outputs.append(KVReady(sequence.id, sequence.lease_id, self._report(sequence)))
+
+    def _accept(self, sequence: Sequence, handoff: KVHandoff, num_blocks: int, taken_ms: float) -> None:
+        first = len(handoff.blocks) - num_blocks
+        self._runner.import_blocks(sequence.blocks[first : len(handoff.blocks)])
+        sequence.received_tokens = handoff.num_tokens - sequence.num_computed
+        sequence.received_bytes = num_blocks * self.info.layout.block_bytes
+        sequence.transfer_ms = taken_ms
+        sequence.refusal = "verified"
+        sequence.num_computed = handoff.num_tokens
+        self._scheduler.publish_full_blocks(sequence)
+        for index in range(first, handoff.num_tokens // sequence.block_size):
+            self._pool.set_digest(sequence.blocks[index], handoff.digests[index])
+
+    def _refused(self, sequence: Sequence, refused: HandoffRefused) -> None:
+        log.warning("request %s: handoff refused, recomputing: %s", sequence.id, refused)
+        sequence.refusal = refused.reason.value
+
+    def _report(self, sequence: Sequence) -> KVReport:
+        return KVReport(
+            reused_tokens=sequence.reused_tokens,
+            received_tokens=sequence.received_tokens,
+            recomputed_tokens=sequence.forwarded_tokens if sequence.was_handed else 0,
+            computed_tokens=0 if sequence.was_handed else sequence.forwarded_tokens,
+            received_bytes=sequence.received_bytes,
+            transfer_ms=sequence.transfer_ms,
+            compute_ms=sequence.compute_ms,
+            digest=sequence.refusal,
+            transport=self._transport.name if sequence.was_handed else "",
+        )
+
+    def _require_memory(self) -> PoolMemory:
+        assert self._memory is not None, "start() comes first"
+        return self._memory

@@ -1,0 +1,44 @@
+"""The PyTorch engine: the paged engine over a TorchRunner, with its threads and cores set before torch starts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from python_backends.core.config import Deployment, WorkerConfig, parse_cpus
+from python_backends.core.errors import ConfigError
+from python_backends.core.paths import resolve_model
+from python_backends.core.types import Epoch, Role
+from python_backends.engines.paged.engine import PagedEngine
+
+
+def create(deployment: Deployment, worker: WorkerConfig, epoch: Epoch, key: bytes) -> PagedEngine:
+    """Raises ConfigError when cores, device or model directory are wrong."""
+    threads = _claim_cores(worker, deployment.workers)
+    import torch  # only now: OpenMP reads its environment when torch is loaded
+
+    from python_backends.engines.torch.runner import TorchRunner
+
+    torch.set_num_threads(threads)
+    if worker.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"workers: {worker.name}: device {worker.device!r}, but torch sees no GPU here; use device: cpu")
+    runner = TorchRunner(deployment.model, worker, deployment.engine.block_size, resolve_model(deployment.model.path))
+    return PagedEngine(deployment, worker, runner, epoch, key)
+
+
+def _claim_cores(worker: WorkerConfig, workers: Sequence[WorkerConfig]) -> int:
+    """Pin this process if asked to, and say how many threads it computes with."""
+    available = os.sched_getaffinity(0)
+    cpus = set(parse_cpus(worker.cpus))
+    if not cpus <= available:
+        missing = sorted(cpus - available)
+        raise ConfigError(f"workers: {worker.name}: cpus {worker.cpus!r}: this machine does not give core {missing[0]}")
+    if cpus:
+        os.sched_setaffinity(0, cpus)
+    # Prefill and decode workers share the machine; an aggregated one beside them is idle as long as they live.
+    sharing = sum((other.role is Role.AGGREGATED) == (worker.role is Role.AGGREGATED) for other in workers)
+    threads = worker.threads or len(cpus) or max(1, len(available) // sharing)
+    # Spinning OpenMP threads of one worker take the cores of the others.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    return threads

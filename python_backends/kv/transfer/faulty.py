@@ -1,0 +1,74 @@
+"""A transport that breaks a given share of transfers, for failure tests. It damages between the copy and the check.
+
+drop      fails at once                       delay     waits up to 0.2 s first
+hang      waits for the deadline              corrupt   flips one bit of one arrived block
+truncate  leaves the second half of the last block as it was before
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from python_backends.core.handoff import KVHandoff
+from python_backends.kv.memory import PoolMemory
+from python_backends.kv.transfer.base import CheckedTransport, Published, check_time, failed
+
+Fault = Literal["delay", "drop", "corrupt", "truncate", "hang"]
+_MAX_DELAY_S = 0.2
+
+
+class FaultyTransport(CheckedTransport):
+    """Bears the wrapped transport's name: tickets don't show that a reader has faults."""
+
+    def __init__(self, inner: CheckedTransport, shares: Mapping[Fault, float], seed: int = 0) -> None:
+        """`shares`: fault -> share of transfers, together at most 1. The same seed draws the same sequence of faults."""
+        self.name = inner.name
+        self._inner = inner
+        self._shares = dict(shares)
+        self._random = random.Random(seed)
+        self._lock = threading.Lock()  # of the generator: fetches run concurrently
+        self._closed = threading.Event()
+
+    def publish(self, memory: PoolMemory, blocks: Sequence[int]) -> Published:
+        return self._inner.publish(memory, blocks)
+
+    def copy(self, handoff: KVHandoff, wanted: Sequence[int], into: PoolMemory, blocks: Sequence[int], deadline: float) -> None:
+        """See CheckedTransport.copy, with at most one fault."""
+        fault, amount = self._draw()
+        if fault == "drop":
+            raise failed("dropped on purpose")
+        if fault == "hang":
+            self._wait(deadline - time.monotonic(), deadline)
+        if fault == "delay":
+            self._wait(amount * _MAX_DELAY_S, deadline)
+        before = into.blocks[blocks[-1]].copy() if fault == "truncate" and blocks else None
+        self._inner.copy(handoff, wanted, into, blocks, deadline)
+        if before is not None:
+            into.blocks[blocks[-1], len(before) // 2 :] = before[len(before) // 2 :]
+        if fault == "corrupt" and blocks:
+            block, bit = divmod(int(amount * len(blocks) * into.block_bytes * 8), into.block_bytes * 8)
+            into.blocks[blocks[block], bit // 8] ^= 1 << bit % 8
+
+    def close(self) -> None:
+        self._closed.set()
+        self._inner.close()
+
+    def _draw(self) -> tuple[Fault | None, float]:
+        """(the fault of this transfer, a number in [0, 1) that says how long or where)."""
+        with self._lock:
+            lot, amount = self._random.random(), self._random.random()
+        for fault, share in self._shares.items():
+            if lot < share:
+                return fault, amount
+            lot -= share
+        return None, amount
+
+    def _wait(self, seconds: float, deadline: float) -> None:
+        """Raises HandoffRefused when the deadline comes first, or the transport is closed."""
+        if self._closed.wait(min(seconds, deadline - time.monotonic())):
+            raise failed("the transport was closed")
+        check_time(deadline)

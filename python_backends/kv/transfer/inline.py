@@ -1,0 +1,35 @@
+"""Transport `inline`: the bytes travel inside the ticket. For tests and tiny prompts: a ticket then is as big as its KV.
+
+What a ticket carries is a copy, so neither reuse of the blocks nor the source's death can make it stale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from python_backends.core.handoff import KVHandoff
+from python_backends.kv.memory import PoolMemory
+from python_backends.kv.transfer.base import CheckedTransport, Published, check_time, failed
+
+
+class InlineTransport(CheckedTransport):
+    def __init__(self) -> None:
+        self.name = "inline"
+
+    def publish(self, memory: PoolMemory, blocks: Sequence[int]) -> Published:
+        """Copy the blocks, in this order, one after the other."""
+        return Published(opaque=memory.blocks[list(blocks)].tobytes())
+
+    def copy(self, handoff: KVHandoff, wanted: Sequence[int], into: PoolMemory, blocks: Sequence[int], deadline: float) -> None:
+        """See CheckedTransport.copy."""
+        if len(handoff.opaque) != len(handoff.blocks) * into.block_bytes:
+            raise failed(f"the ticket carries {len(handoff.opaque)} bytes for {len(handoff.blocks)} blocks")
+        carried = np.frombuffer(handoff.opaque, np.uint8).reshape(len(handoff.blocks), into.block_bytes)
+        for position, block in zip(wanted, blocks, strict=True):
+            check_time(deadline)
+            into.blocks[block] = carried[position]
+
+    def close(self) -> None:
+        """Nothing is held."""

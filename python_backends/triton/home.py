@@ -1,0 +1,97 @@
+"""Which deployment a model process belongs to: its file, its run directory, its key.
+
+`scripts/serve` says so in the environment (BATON_CONFIG, BATON_RUN_DIR). Under a plain `tritonserver
+--model-repository=model_repository` nobody does: then it is configs/default.yaml, and a run directory named after the
+server process, which is the parent of every model process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from python_backends.core.config import Deployment, load_deployment
+from python_backends.core.errors import ConfigError
+from python_backends.core.paths import repository_root
+
+_KEY_BYTES = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Home:
+    deployment: Deployment
+    run_dir: Path  # mode 0700
+    key: bytes  # signs work and tickets
+
+    @property
+    def channel_address(self) -> str:
+        """Where the router of this server listens for its workers."""
+        return f"ipc://{self.run_dir}/channel"
+
+
+def find_home() -> Home:
+    """Raises ConfigError when the deployment file or the key file is wrong."""
+    config = os.environ.get("BATON_CONFIG")
+    deployment = load_deployment(Path(config) if config else repository_root() / "configs" / "default.yaml")
+    run_dir = _run_dir()
+    key_file = deployment.security.key_file
+    return Home(deployment, run_dir, _read_key(Path(key_file)) if key_file else _shared_key(run_dir / "key"))
+
+
+def _run_dir() -> Path:
+    given = os.environ.get("BATON_RUN_DIR")
+    if given:
+        path = Path(given)
+    else:
+        base = Path(tempfile.gettempdir()) / f"baton-{os.getuid()}"
+        path = base / _process_name(os.getppid())
+        _sweep(base)
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if path.stat().st_uid != os.getuid() or path.parent.stat().st_uid not in (os.getuid(), 0):
+        raise ConfigError(f"{path} belongs to another user; set BATON_RUN_DIR to a directory of your own")
+    return path
+
+
+def _process_name(pid: int) -> str:
+    """`plain-<pid>-<start time>`: unlike that of a later process with the same number."""
+    stat = Path(f"/proc/{pid}/stat").read_text()
+    return f"plain-{pid}-{stat.rpartition(')')[2].split()[19]}"
+
+
+def _sweep(base: Path) -> None:
+    """Remove what plain servers that are gone have left."""
+    for path in base.glob("plain-*"):
+        pid = path.name.split("-")[1]
+        try:
+            alive = _process_name(int(pid)) == path.name
+        except (OSError, ValueError):
+            alive = False
+        if not alive:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _shared_key(path: Path) -> bytes:
+    """The key of this server: whichever of its processes comes first makes it."""
+    fresh = path.with_name(f"key.{os.getpid()}")
+    descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(secrets.token_bytes(_KEY_BYTES))
+    with contextlib.suppress(FileExistsError):
+        os.link(fresh, path)
+    fresh.unlink()
+    return _read_key(path)
+
+
+def _read_key(path: Path) -> bytes:
+    try:
+        key = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"security.key_file: {path}: {error.strerror}") from error
+    if len(key) < _KEY_BYTES:
+        raise ConfigError(f"security.key_file: {path} holds {len(key)} bytes; give at least {_KEY_BYTES} random ones")
+    return key

@@ -1,0 +1,140 @@
+"""A worker: one engine joined to one router's channel. Knows neither Triton nor which engine runs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import threading
+import time
+from collections.abc import Sequence
+
+from python_backends.core.config import Deployment, WorkerConfig
+from python_backends.core.errors import InvalidRequest
+from python_backends.core.messages import (
+    Abort,
+    BlockEvents,
+    Heartbeat,
+    Leaving,
+    Output,
+    Outputs,
+    PrefillDone,
+    PrefillWork,
+    ReleaseLease,
+    RequestFailed,
+    Resync,
+    TokenChunk,
+    ToWorker,
+    unseal_work,
+)
+from python_backends.core.types import Epoch, RequestId, Role
+from python_backends.engines.base import CacheChange, create_engine
+from python_backends.worker.channel import WorkerChannel
+
+log = logging.getLogger(__name__)
+
+
+def new_epoch() -> Epoch:
+    """Unlike that of any other life of any worker: milliseconds since 1970 and 20 random bits, below 2**63."""
+    return Epoch(int(time.time() * 1000) << 20 | secrets.randbits(20))
+
+
+class Worker:
+    """Start it, submit signed work, close it."""
+
+    def __init__(self, deployment: Deployment, config: WorkerConfig, channel_address: str, key: bytes) -> None:
+        """Raises ConfigError when the engine can't be made from the deployment."""
+        self._config = config
+        self._key = key
+        self._epoch = new_epoch()
+        self._engine = create_engine(deployment, config, self._epoch, key)
+        self._sequence = 0
+        self._live: set[RequestId] = set()
+        self._live_lock = threading.Lock()
+        health = deployment.health
+        self._channel = WorkerChannel(
+            channel_address, f"{config.name}/{self._epoch}", health.heartbeat_s, health.silent_s, listener=self
+        )
+
+    def start(self) -> None:
+        """Load the model and report for duty. Raises ConfigError."""
+        self._engine.start(self._deliver)
+        self._channel.start()
+
+    def submit(self, sealed: bytes) -> int:
+        """Hand work to the engine; returns how many pieces. Raises InvalidRequest for work that no router signed."""
+        work = unseal_work(sealed, self._key)
+        role = self._config.role
+        for piece in work:
+            if isinstance(piece, PrefillWork) is not (role is Role.PREFILL):
+                raise InvalidRequest(f"{type(piece).__name__} was sent to the {role.value} worker {self._config.name}")
+        for piece in work:
+            with self._live_lock:
+                self._live.add(piece.request.request_id)
+            if isinstance(piece, PrefillWork):
+                self._engine.prefill(piece.request)
+            else:
+                self._engine.decode(piece.request, piece.ticket)
+        return len(work)
+
+    def close(self) -> None:
+        """Engine first, so that its last words still reach the router. Idempotent."""
+        self._engine.close()
+        self._channel.send(Leaving(self._config.id, self._epoch))
+        self._channel.close()
+
+    # --- on the engine's thread ---
+
+    def _deliver(self, outputs: Sequence[Output], change: CacheChange | None) -> None:
+        if outputs:
+            ended = [output.request_id for output in outputs if _is_last(output)]
+            with self._live_lock:
+                self._live.difference_update(ended)
+            self._channel.send(Outputs(self._config.id, self._epoch, list(outputs)))
+        if change is not None:
+            self._sequence += 1
+            self._channel.send(
+                BlockEvents(self._config.id, self._epoch, self._sequence, change.stored, change.removed, change.reset)
+            )
+
+    # --- on the channel's thread ---
+
+    def heartbeat(self) -> Heartbeat:
+        info = self._engine.info
+        return Heartbeat(
+            worker=self._config.id,
+            role=self._config.role,
+            epoch=self._epoch,
+            pid=os.getpid(),
+            load=self._engine.load(),
+            layout=info.layout,
+            fingerprint=info.fingerprint,
+            max_context=info.max_context,
+            events_sequence=self._sequence,
+        )
+
+    def told(self, message: ToWorker) -> None:
+        if isinstance(message, Abort):
+            for request_id in message.request_ids:
+                self._engine.abort(request_id)
+            with self._live_lock:
+                self._live.difference_update(message.request_ids)
+        elif isinstance(message, ReleaseLease):
+            for lease_id in message.lease_ids:
+                self._engine.release(lease_id)
+        elif isinstance(message, Resync):
+            self._engine.resync()
+
+    def router_lost(self) -> None:
+        with self._live_lock:
+            orphans, self._live = list(self._live), set()
+        if orphans:
+            log.warning("worker %s: the router is gone; aborting %d requests", self._config.name, len(orphans))
+        for request_id in orphans:
+            self._engine.abort(request_id)
+
+
+def _is_last(output: Output) -> bool:
+    if isinstance(output, TokenChunk):
+        return output.finish_reason is not None
+    return isinstance(output, PrefillDone | RequestFailed)

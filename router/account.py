@@ -1,0 +1,79 @@
+"""The account of one request: times taken as they pass, counts as the workers report them, and the proof made of both."""
+
+from __future__ import annotations
+
+import time
+
+from python_backends.core.messages import PrefillDone
+from python_backends.core.types import KVReport
+from router.types import Proof, RouteDecision
+
+
+class Account:
+    """All instants are monotonic seconds; 0 means not yet."""
+
+    def __init__(self, arrival: float) -> None:
+        self._arrival = arrival
+        self._arrival_ns = time.time_ns() - int((time.monotonic() - arrival) * 1e9)
+        self._first_token = 0.0
+        self._kv_ready = 0.0
+        self._second_token = 0.0
+        self._decision: RouteDecision | None = None
+        self._attempts = 0
+        self._prefill: PrefillDone | None = None
+        self._report = KVReport()
+
+    def routed(self, decision: RouteDecision, attempt: int) -> None:
+        """A new attempt: what an earlier one moved does not count."""
+        self._decision = decision
+        self._attempts = attempt
+        self._prefill = None
+        self._report = KVReport()
+
+    def prefilled(self, done: PrefillDone) -> None:
+        self._prefill = done
+
+    def kv_ready(self, report: KVReport) -> None:
+        self._report = report
+        self._kv_ready = time.monotonic()
+
+    def tokens(self, num_output: int, report: KVReport | None) -> None:
+        """New tokens: `num_output` have now been produced in all."""
+        now = time.monotonic()
+        self._first_token = self._first_token or now
+        if num_output > 1:
+            self._second_token = self._second_token or now
+        self._report = report or self._report
+
+    def proof(self) -> Proof:
+        decision, prefill, report = self._decision, self._prefill, self._report
+        assert decision is not None
+        now = time.monotonic()
+        ttft_ms = (self._first_token - self._arrival) * 1e3
+        prefill_ms = min(prefill.compute_ms if prefill else report.compute_ms, ttft_ms)
+        handed_over = prefill is not None and self._kv_ready > 0
+        ready = max(self._kv_ready, self._first_token)
+        return Proof(
+            route=decision.way.value,
+            why=decision.why,
+            prefill_worker=decision.prefill or decision.decode,
+            decode_worker=decision.decode,
+            attempts=self._attempts,
+            kv_tokens_reused=report.reused_tokens,
+            kv_tokens_received=report.received_tokens,
+            kv_tokens_recomputed=report.recomputed_tokens,
+            kv_tokens_computed=report.computed_tokens,
+            prefill_tokens_reused=prefill.reused_tokens if prefill else report.reused_tokens,
+            prefill_tokens_computed=prefill.computed_tokens if prefill else report.computed_tokens,
+            kv_bytes=report.received_bytes,
+            transfer_ms=report.transfer_ms,
+            transport=report.transport,
+            digest=report.digest,
+            ttft_ms=ttft_ms,
+            queue_ms=ttft_ms - prefill_ms,
+            prefill_ms=prefill_ms,
+            handoff_ms=(ready - self._first_token) * 1e3 if handed_over else 0.0,
+            first_decode_ms=(self._second_token - ready) * 1e3 if handed_over and self._second_token else 0.0,
+            e2e_ms=(now - self._arrival) * 1e3,
+            arrival_ns=self._arrival_ns,
+        )

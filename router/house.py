@@ -1,0 +1,128 @@
+"""All that requests share: the fleet, the index, the queue at the door, the mailroom, the tokenizer.
+
+One owner per piece of state, all on the router's event loop. What workers say comes in through `hear_*`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+from python_backends.core.block_hash import block_hashes, chain_root
+from python_backends.core.config import Deployment
+from python_backends.core.errors import InvalidRequest, Unavailable
+from python_backends.core.messages import BlockEvents, Heartbeat, Outputs, PrefillDone
+from python_backends.core.types import RequestId, WorkerId
+from router.admission import Admission
+from router.fleet import Fleet
+from router.mailroom import Mailroom
+from router.policy import Query, choose
+from router.prefix_index import PrefixIndex
+from router.seams import Calls, Observer
+from router.tokenizer import Tokenizer
+from router.types import ClientRequest, RouteDecision, Wish
+
+_LONG_TEXT = 2_000  # characters; longer prompts are tokenised off the event loop
+
+
+class House:
+    def __init__(self, deployment: Deployment, tokenizer: Tokenizer, calls: Calls, observer: Observer) -> None:
+        self.config = deployment.router
+        self.tokenizer = tokenizer
+        self.calls = calls
+        self.observer = observer
+        self.fleet = Fleet()
+        self.index = PrefixIndex()
+        self.mailroom = Mailroom()
+        self.admission = Admission(self.config.max_requests, self.config.max_queued_tokens)
+        self._encoders = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
+        self._requests = 0
+
+    def close(self) -> None:
+        self._encoders.shutdown(wait=False, cancel_futures=True)
+
+    # --- for a request ---
+
+    def new_request_id(self) -> RequestId:
+        self._requests += 1
+        return RequestId(f"r{self._requests}")
+
+    async def tokenize(self, request: ClientRequest) -> list[int]:
+        """Prompt token ids. Raises InvalidRequest. Long prompts don't hold up the other streams."""
+        if request.input_ids is not None:
+            return request.input_ids
+        text = request.text if request.text is not None else self.tokenizer.render_chat(request.messages or [])
+        encode = self.tokenizer.encode if request.text is not None else self.tokenizer.encode_rendered
+        if len(text.encode()) > self.config.max_prompt_bytes:
+            raise InvalidRequest(
+                f"{'text_input' if request.text is not None else 'messages'} has {len(text.encode())} bytes; "
+                f"at most {self.config.max_prompt_bytes} are accepted (router.max_prompt_bytes)"
+            )
+        if len(text) < _LONG_TEXT:
+            return encode(text)
+        return await asyncio.get_running_loop().run_in_executor(self._encoders, encode, text)
+
+    async def decide(self, tokens: list[int], salt: str, wish: Wish, avoid: set[WorkerId]) -> RouteDecision:
+        """Choose a route, waiting for a worker if need be. Raises InvalidRequest if the prompt fits none, Unavailable."""
+        give_up = time.monotonic() + self.config.worker_wait_s
+        while True:
+            workers = self.fleet.up()
+            self._check_length(len(tokens))
+            decision = choose(
+                Query(len(tokens), self._matches(tokens, salt), wish, self.config.local_prefill_tokens, avoid), workers
+            )
+            if decision is not None:
+                self.observer.decided(decision.way)
+                return decision
+            if time.monotonic() >= give_up:
+                up = ", ".join(worker.id for worker in workers) or "none"
+                raise Unavailable(f"no decode or aggregated worker is up (up: {up}); try again in a moment")
+            await self.fleet.wait_for_change(give_up - time.monotonic())
+
+    def _check_length(self, num_tokens: int) -> None:
+        known = list(self.fleet)
+        longest = max((worker.heartbeat.max_context for worker in known), default=num_tokens + 1)
+        if num_tokens >= longest:
+            raise InvalidRequest(
+                f"the prompt has {num_tokens} tokens; with at least one new token it must fit into {longest} "
+                "(the model's context, or engine.kv_pool_mib)"
+            )
+
+    def _matches(self, tokens: list[int], salt: str) -> dict[WorkerId, int]:
+        """Leading tokens that each worker is believed to have; the last token never counts, its logits are wanted."""
+        matched: dict[WorkerId, int] = {}
+        models = {(worker.heartbeat.fingerprint, worker.heartbeat.layout.block_size) for worker in self.fleet.up()}
+        for fingerprint, size in models:
+            hashes = block_hashes(tokens[:-1], size, chain_root(fingerprint, salt))
+            for worker, blocks in self.index.match(hashes).items():
+                matched[worker] = blocks * size
+        return matched
+
+    # --- from the channel ---
+
+    def hear_heartbeat(self, heartbeat: Heartbeat, now: float) -> bool:
+        """Returns whether the worker's blocks must be asked for again."""
+        known = self.fleet.get(heartbeat.worker)
+        if known is not None and known.up and known.epoch != heartbeat.epoch:
+            self.lose(heartbeat.worker, f"worker {heartbeat.worker} was restarted")
+        self.fleet.hear(heartbeat, now)
+        return self.index.is_behind(heartbeat.worker, heartbeat.epoch, heartbeat.events_sequence)
+
+    def hear_outputs(self, outputs: Outputs) -> None:
+        if not self.fleet.is_current(outputs.worker, outputs.epoch):
+            return
+        for output in self.mailroom.deliver(outputs.outputs):
+            if isinstance(output, PrefillDone) and output.lease_id is not None:
+                self.calls.release(outputs.worker, output.lease_id)  # its request is gone
+
+    def hear_events(self, events: BlockEvents) -> bool:
+        """Returns whether the worker's blocks must be asked for again."""
+        return not self.index.apply(events)
+
+    def lose(self, worker: WorkerId, why: str) -> bool:
+        """A worker is dead, wedged or restarted. Returns whether it was up."""
+        was_up = self.fleet.lose(worker)
+        self.index.forget(worker)
+        self.mailroom.lose(worker, why)
+        return was_up

@@ -1,0 +1,101 @@
+"""How a request is served and by whom: a pure function of the fleet, the prefix matches and the wish.
+
+1. A decode worker that has all but a few tokens of the prompt computes the rest itself, unless it is much busier than
+   the others: `cached` when only tokens outside full blocks are missing, else `local`.
+2. Otherwise the least busy decode worker is taken, and the prefill worker that is done with the prompt first, counted
+   in tokens ahead of it plus tokens that it has not cached: `remote`.
+3. Without prefill workers the decode worker does it (`local`); without decode workers an aggregated one (`aggregated`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from python_backends.core.types import Role, WorkerId
+from router.fleet import WorkerView
+from router.types import RouteDecision, Way, Wish
+
+_STICKY_REQUESTS = 4  # a prefix hit is worth being so many requests busier than the least busy worker
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """What the choice depends on besides the fleet."""
+
+    num_tokens: int
+    matched: Mapping[WorkerId, int]  # leading prompt tokens each worker is believed to have
+    wish: Wish
+    local_prefill_tokens: int
+    avoid: Collection[WorkerId] = ()  # workers that failed this request; taken only if there is no other
+
+
+def choose(query: Query, workers: Sequence[WorkerView]) -> RouteDecision | None:
+    """None when no worker that is up can serve the request now."""
+    decodes = _candidates(workers, Role.DECODE, query)
+    aggregated = _candidates(workers, Role.AGGREGATED, query)
+    if aggregated and (query.wish is Wish.AGGREGATED or not decodes):
+        return _aggregated(query, aggregated, "as asked" if query.wish is Wish.AGGREGATED else "no decode worker is up")
+    if not decodes:
+        return None
+    idle = min(decodes, key=lambda w: (w.requests, -query.matched.get(w.id, 0), w.id))
+    near = None if query.wish is Wish.REMOTE else _nearly_cached(query, decodes, idle.requests)
+    if near is not None:
+        return _on_decode_worker(query, near)
+    prefills = [
+        worker
+        for worker in _candidates(workers, Role.PREFILL, query)
+        if worker.heartbeat.fingerprint == idle.heartbeat.fingerprint
+    ]
+    if query.wish is Wish.LOCAL or not prefills:
+        return _local(query, idle, "as asked" if query.wish is Wish.LOCAL else "no prefill worker of this model is up")
+    return _remote(query, prefills, idle)
+
+
+def _candidates(workers: Sequence[WorkerView], role: Role, query: Query) -> list[WorkerView]:
+    able = [w for w in workers if w.up and w.role is role and query.num_tokens < w.heartbeat.max_context]
+    return [w for w in able if w.id not in query.avoid] or able
+
+
+def _nearly_cached(query: Query, decodes: Sequence[WorkerView], fewest: int) -> WorkerView | None:
+    near = [
+        worker
+        for worker in decodes
+        if _uncached(query, worker) <= query.local_prefill_tokens and worker.requests <= fewest + _STICKY_REQUESTS
+    ]
+    return min(near, key=lambda w: (_uncached(query, w), w.requests, w.id), default=None)
+
+
+def _uncached(query: Query, worker: WorkerView) -> int:
+    return query.num_tokens - query.matched.get(worker.id, 0)
+
+
+def _on_decode_worker(query: Query, worker: WorkerView) -> RouteDecision:
+    uncached = _uncached(query, worker)
+    size = worker.heartbeat.layout.block_size
+    if query.num_tokens - uncached == (query.num_tokens - 1) // size * size > 0:
+        why = f"{worker.id} has every full block of the prompt; {uncached} tokens are left"
+        return RouteDecision(Way.CACHED, None, worker.id, uncached, why)
+    return _local(query, worker, f"{uncached} uncached tokens are at most router.local_prefill_tokens")
+
+
+def _local(query: Query, worker: WorkerView, reason: str) -> RouteDecision:
+    uncached = _uncached(query, worker)
+    why = f"{reason}; {worker.id} has {query.num_tokens - uncached} of {query.num_tokens} tokens cached"
+    return RouteDecision(Way.LOCAL, None, worker.id, uncached, why)
+
+
+def _remote(query: Query, prefills: Sequence[WorkerView], decode: WorkerView) -> RouteDecision:
+    best = min(prefills, key=lambda w: (w.prefill_tokens + _uncached(query, w), w.id))
+    uncached = _uncached(query, best)
+    why = (
+        f"{_uncached(query, decode)} of {query.num_tokens} tokens are uncached at {decode.id} ({decode.requests} requests); "
+        f"{best.id} computes {uncached} after {best.prefill_tokens} ahead"
+    )
+    return RouteDecision(Way.REMOTE, best.id, decode.id, uncached, why)
+
+
+def _aggregated(query: Query, workers: Sequence[WorkerView], reason: str) -> RouteDecision:
+    best = min(workers, key=lambda w: (w.prefill_tokens + _uncached(query, w), w.requests, w.id))
+    why = f"{reason}; {best.id} has {query.matched.get(best.id, 0)} of {query.num_tokens} tokens cached"
+    return RouteDecision(Way.AGGREGATED, None, best.id, _uncached(query, best), why)

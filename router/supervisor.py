@@ -1,0 +1,119 @@
+"""Who watches over the workers' lives: notices death at once and silence soon, takes the worker out, restarts it.
+
+A dead process is told by the kernel (a pidfd becomes readable), a wedged or stopped one by missing heartbeats; that one
+is killed first, since nothing else ends it. A restarted worker has a new epoch, so nothing of its old life counts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+
+from python_backends.core.config import HealthConfig
+from python_backends.core.errors import BatonError
+from python_backends.core.messages import Heartbeat
+from python_backends.core.types import Epoch, WorkerId
+from router.house import House
+
+log = logging.getLogger(__name__)
+
+_BACKOFF_S = (0.2, 1.0, 3.0, 10.0)  # before the first, second ... try to restart; the last one repeats
+
+Restart = Callable[[WorkerId], None]
+"""Blocks until the worker's model is loaded again. Raises BatonError."""
+
+
+class Supervisor:
+    """Belongs to the router's event loop; restarts run on a thread of their own."""
+
+    def __init__(self, house: House, health: HealthConfig, restart: Restart | None) -> None:
+        self._house = house
+        self._health = health
+        self._restart = restart if health.restart else None
+        self._pidfds: dict[WorkerId, tuple[Epoch, int, int]] = {}  # epoch, pid, pidfd
+        self._left: set[Epoch] = set()
+        self._restarts: dict[WorkerId, asyncio.Task[None]] = {}
+        self._threads = ThreadPoolExecutor(4, thread_name_prefix="restart")
+
+    # --- from the channel ---
+
+    def seen(self, heartbeat: Heartbeat) -> None:
+        """Watch the process of a life that is new."""
+        watched = self._pidfds.get(heartbeat.worker)
+        if watched is not None and watched[0] == heartbeat.epoch:
+            return
+        self._unwatch(heartbeat.worker)
+        try:
+            pidfd = os.pidfd_open(heartbeat.pid)
+        except ProcessLookupError:
+            return  # gone since; silence will tell
+        self._pidfds[heartbeat.worker] = (heartbeat.epoch, heartbeat.pid, pidfd)
+        asyncio.get_running_loop().add_reader(pidfd, self._died, heartbeat.worker, heartbeat.epoch)
+        log.info("worker %s is up (process %d)", heartbeat.worker, heartbeat.pid)
+
+    def left(self, worker: WorkerId, epoch: Epoch) -> None:
+        """The worker ended because it was told to."""
+        self._left.add(epoch)
+        if self._house.fleet.is_current(worker, epoch):
+            self._house.lose(worker, f"worker {worker} was unloaded")
+
+    # --- the watch ---
+
+    async def watch(self) -> None:
+        """Look for silent workers until cancelled."""
+        while True:
+            await asyncio.sleep(self._health.heartbeat_s)
+            for worker in self._house.fleet.silent(time.monotonic() - self._health.silent_s):
+                self._wedged(worker.id)
+
+    def close(self) -> None:
+        for worker in list(self._pidfds):
+            self._unwatch(worker)
+        for task in self._restarts.values():
+            task.cancel()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _died(self, worker: WorkerId, epoch: Epoch) -> None:
+        self._unwatch(worker)
+        if epoch in self._left:
+            self._left.discard(epoch)
+            return
+        log.warning("worker %s died", worker)
+        self._house.lose(worker, f"worker {worker} died")
+        self._begin_restart(worker)
+
+    def _wedged(self, worker: WorkerId) -> None:
+        log.warning("worker %s has been silent for %.1f s; taking it out", worker, self._health.silent_s)
+        self._house.lose(worker, f"worker {worker} fell silent")
+        watched = self._pidfds.get(worker)
+        if watched is not None and self._restart is not None:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(watched[2], signal.SIGKILL)  # its death is then noticed by _died
+
+    def _begin_restart(self, worker: WorkerId) -> None:
+        running = self._restarts.get(worker)
+        if self._restart is not None and (running is None or running.done()):
+            self._restarts[worker] = asyncio.get_running_loop().create_task(self._bring_back(worker, self._restart))
+
+    async def _bring_back(self, worker: WorkerId, restart: Restart) -> None:
+        for attempt in range(1_000_000):
+            await asyncio.sleep(_BACKOFF_S[min(attempt, len(_BACKOFF_S) - 1)])
+            try:
+                await asyncio.get_running_loop().run_in_executor(self._threads, restart, worker)
+            except BatonError as error:
+                log.error("worker %s could not be restarted: %s", worker, error)
+            else:
+                log.info("worker %s was restarted", worker)
+                return
+
+    def _unwatch(self, worker: WorkerId) -> None:
+        watched = self._pidfds.pop(worker, None)
+        if watched is not None:
+            asyncio.get_running_loop().remove_reader(watched[2])
+            os.close(watched[2])

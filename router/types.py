@@ -1,0 +1,99 @@
+"""The router's own values: what a client asked for, where it goes, what is sent back, and the proof."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+import msgspec
+
+from python_backends.core.types import FinishReason, SamplingParams, TokenLogprob, WorkerId
+
+
+class Way(str, Enum):
+    """How a request is served."""
+
+    REMOTE = "remote"  # a prefill worker computes the prompt and hands the KV to a decode worker
+    LOCAL = "local"  # the decode worker computes the uncached rest of the prompt itself
+    CACHED = "cached"  # the decode worker has every full block; it computes only what no block covers
+    AGGREGATED = "aggregated"  # an aggregated worker does both
+
+
+class Wish(str, Enum):
+    """What client or deployment ask of the route."""
+
+    AUTO = "auto"
+    REMOTE = "remote"
+    LOCAL = "local"
+    AGGREGATED = "aggregated"
+
+
+class ClientRequest(msgspec.Struct, frozen=True):
+    """A client's request, validated field by field. Exactly one of text, messages, input_ids is given."""
+
+    sampling: SamplingParams
+    text: str | None = None
+    messages: list[dict[str, object]] | None = None
+    input_ids: list[int] | None = None
+    wish: Wish | None = None  # None: the deployment's mode
+    salt: str = ""
+    priority: int = 0
+    timeout_s: float | None = None  # None: router.default_deadline_s
+    client_id: str = ""  # only logged
+
+
+class RouteDecision(msgspec.Struct, frozen=True):
+    way: Way
+    prefill: WorkerId | None  # only for REMOTE
+    decode: WorkerId  # or the aggregated worker
+    prefill_tokens: int  # uncached tokens that whoever prefills is expected to compute
+    why: str
+
+
+class Piece(msgspec.Struct, frozen=True):
+    """What one response carries."""
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprob]
+    cumulative_logprob: float
+    num_input_tokens: int
+    finish_reason: FinishReason | None = None
+    proof: Proof | None = None  # with finish_reason
+
+
+class Proof(msgspec.Struct, frozen=True):
+    """What really happened to one request. Tokens are of the prompt; times are milliseconds.
+
+    queue_ms + prefill_ms == ttft_ms: the first token leaves before decode begins. handoff_ms and first_decode_ms follow
+    it, up to the second token; they are 0 where there was no handoff or no second token.
+    """
+
+    route: str
+    why: str
+    prefill_worker: str
+    decode_worker: str
+    attempts: int
+    kv_tokens_reused: int  # prefix hit on the decode worker
+    kv_tokens_received: int  # moved and verified
+    kv_tokens_recomputed: int  # handed over, yet computed again
+    kv_tokens_computed: int  # computed on the decode worker by plan (local, aggregated)
+    prefill_tokens_reused: int  # prefix hit on the prefill worker
+    prefill_tokens_computed: int
+    kv_bytes: int
+    transfer_ms: float
+    transport: str
+    digest: str  # verified | none (nothing moved) | why it was refused
+    ttft_ms: float
+    queue_ms: float
+    prefill_ms: float
+    handoff_ms: float
+    first_decode_ms: float
+    e2e_ms: float
+    arrival_ns: int  # wall clock
+
+
+class Outcome(str, Enum):
+    OK = "ok"
+    FAILED = "failed"
+    REFUSED = "refused"  # by admission or for bad input
+    CANCELLED = "cancelled"

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from python_backends.core.layout import KVLayout, fingerprint
+
+SMOLLM2 = KVLayout(num_layers=30, num_kv_heads=3, head_dim=64, block_size=16, dtype="float32")
+
+
+def test_sizes_of_a_known_model() -> None:
+    assert SMOLLM2.token_bytes == 45 * 1024  # 11,520 elements of 4 bytes
+    assert SMOLLM2.block_bytes == 16 * 45 * 1024
+    assert SMOLLM2.block_shape == (30, 2, 3, 16, 64)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2), ("float16", 2)])
+def test_block_bytes_are_the_bytes_of_the_shape(dtype: str, size: int) -> None:
+    layout = msgspec.structs.replace(SMOLLM2, dtype=dtype)
+    assert layout.block_bytes == int(np.prod(layout.block_shape)) * size
+
+
+@pytest.mark.parametrize(("tokens", "blocks"), [(0, 0), (1, 1), (15, 1), (16, 1), (17, 2), (160, 10)])
+def test_blocks_for_rounds_up(tokens: int, blocks: int) -> None:
+    assert SMOLLM2.blocks_for(tokens) == blocks
+
+
+def test_fingerprint_is_a_stable_name() -> None:
+    one, again = fingerprint(SMOLLM2, "config", "weights"), fingerprint(SMOLLM2, "config", "weights")
+    assert one == again
+    assert re.fullmatch("[0-9a-f]{32}", one)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"num_layers": 31},
+        {"num_kv_heads": 4},
+        {"head_dim": 32},
+        {"block_size": 8},
+        {"dtype": "float16"},
+        {"tp": 2},
+        {"version": 2},
+    ],
+)
+def test_every_part_of_the_layout_changes_the_fingerprint(field: dict[str, Any]) -> None:
+    changed = msgspec.structs.replace(SMOLLM2, **field)
+    assert fingerprint(changed, "config", "weights") != fingerprint(SMOLLM2, "config", "weights")
+
+
+def test_every_field_of_the_layout_is_tried_above() -> None:
+    assert len(KVLayout.__struct_fields__) == 7
+
+
+def test_config_and_weights_change_the_fingerprint() -> None:
+    prints = {fingerprint(SMOLLM2, c, w) for c, w in [("a", "b"), ("a", "c"), ("b", "b"), ("ab", ""), ("", "ab")]}
+    assert len(prints) == 5
