@@ -41,9 +41,7 @@ class Detokenizer:
     num_consumed: tokens pushed, up to and with the one that made the stop certain.
     """
 
-    def __init__(
-        self, tokenizer: TextDecoder, stop: Sequence[str], min_tokens: int, prompt_ids: Sequence[int] = ()
-    ) -> None:
+    def __init__(self, tokenizer: TextDecoder, stop: Sequence[str], min_tokens: int, prompt_ids: Sequence[int] = ()) -> None:
         """`min_tokens`: text of the first so many tokens is not searched for stop strings."""
         self.stopped = False
         self.num_consumed = 0
@@ -148,7 +146,7 @@ class _Stream:
         unfinished = min(len(text) - len(text.rstrip(_BROKEN)), _MAX_CHAR_TOKENS - 1)
         new = self._give(text[: len(text) - unfinished])
         self._window = self._window[-_CUT_TO:]
-        self._fresh = 0
+        self._fresh = len(self._window) - unfinished
         rest = self._tokenizer.decode(self._window)
         self._seen = rest[: len(rest) - unfinished] if rest.endswith(_BROKEN * unfinished) else rest
         return new

@@ -23,7 +23,7 @@ from router.seams import Calls, Observer
 from router.tokenizer import Tokenizer
 from router.types import ClientRequest, RouteDecision, Wish
 
-_LONG_TEXT = 2_000  # characters; longer prompts are tokenised off the event loop
+_LONG_PROMPT_BYTES = 4_000  # from here on a prompt is tokenised off the event loop
 
 
 class House:
@@ -52,16 +52,21 @@ class House:
         """Prompt token ids. Raises InvalidRequest. Long prompts don't hold up the other streams."""
         if request.input_ids is not None:
             return request.input_ids
-        text = request.text if request.text is not None else self.tokenizer.render_chat(request.messages or [])
-        encode = self.tokenizer.encode if request.text is not None else self.tokenizer.encode_rendered
-        if len(text.encode()) > self.config.max_prompt_bytes:
+        encode, name = (self._encode_text, "text_input") if request.text is not None else (self._encode_chat, "messages")
+        num_bytes = _num_bytes(request)
+        if num_bytes > self.config.max_prompt_bytes:
             raise InvalidRequest(
-                f"{'text_input' if request.text is not None else 'messages'} has {len(text.encode())} bytes; "
-                f"at most {self.config.max_prompt_bytes} are accepted (router.max_prompt_bytes)"
+                f"{name} has {num_bytes} bytes; at most {self.config.max_prompt_bytes} are accepted (router.max_prompt_bytes)"
             )
-        if len(text) < _LONG_TEXT:
-            return encode(text)
-        return await asyncio.get_running_loop().run_in_executor(self._encoders, encode, text)
+        if num_bytes < _LONG_PROMPT_BYTES:
+            return encode(request)
+        return await asyncio.get_running_loop().run_in_executor(self._encoders, encode, request)
+
+    def _encode_text(self, request: ClientRequest) -> list[int]:
+        return self.tokenizer.encode(request.text or "")
+
+    def _encode_chat(self, request: ClientRequest) -> list[int]:
+        return self.tokenizer.encode_chat(request.messages or [])
 
     async def decide(self, tokens: list[int], salt: str, wish: Wish, avoid: set[WorkerId]) -> RouteDecision:
         """Choose a route, waiting for a worker if need be. Raises InvalidRequest if the prompt fits none, Unavailable."""
@@ -126,3 +131,9 @@ class House:
         self.index.forget(worker)
         self.mailroom.lose(worker, why)
         return was_up
+
+
+def _num_bytes(request: ClientRequest) -> int:
+    if request.text is not None:
+        return len(request.text.encode(errors="surrogatepass"))
+    return sum(len(str(message.get("content")).encode(errors="surrogatepass")) for message in request.messages or [])

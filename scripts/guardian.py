@@ -1,0 +1,128 @@
+"""Keeps the life of one tritonserver and of all its model processes in one hand.
+
+A process of its own between `TritonServer` and the server, so that nothing outlives a parent that was killed:
+- its socket to the parent closes when the parent ends, however that happens; then it stops the server and cleans up;
+- orphans are given to it by the kernel (it is a subreaper), so the model processes of a killed server can't escape;
+- the server is killed by the kernel if this process itself is.
+
+The parent says `stop` or `kill`, a line each; this process says `pid <n>` and, if the server ends by itself,
+`exit <code>`. It ends when it was told to stop and nothing is left. Only the standard library: it starts in milliseconds.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+_KILL_TIMEOUT_S = 5.0  # only a process stuck in the kernel takes longer
+_POLL_S = 0.02
+
+
+def remove_traces(run_dir: Path, shm_prefix: str) -> None:
+    """Remove the run directory and the shared-memory files of a server that has ended. Idempotent."""
+    shutil.rmtree(run_dir, ignore_errors=True)
+    for path in Path("/dev/shm").glob(f"{shm_prefix}*"):
+        path.unlink(missing_ok=True)
+
+
+def main(arguments: list[str]) -> None:
+    """FD GRACE_S RUN_DIR SHM_PREFIX COMMAND...: run COMMAND, its output being this process's, until told to stop."""
+    descriptor, grace_s, run_dir, shm_prefix, *command = arguments
+    # Handlers, not SIG_IGN: the server would inherit that. Whoever signals the whole group means the parent.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: None)
+    libc = ctypes.CDLL(None)
+    libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    channel = socket.socket(fileno=int(descriptor))
+    server = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        preexec_fn=lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0),
+    )
+    _say(channel, f"pid {server.pid}")
+    _supervise(channel, server, float(grace_s))
+    remove_traces(Path(run_dir), shm_prefix)
+
+
+def _supervise(channel: socket.socket, server: subprocess.Popen[bytes], grace_s: float) -> None:
+    """Return when told to stop, or left alone by the parent, and no process is left."""
+    ended = os.pidfd_open(server.pid)
+    select.select([channel, ended], [], [])
+    if _is_readable(ended):
+        _kill_all(server)
+        _say(channel, f"exit {server.returncode}")
+        select.select([channel], [], [])
+        return
+    hurry = channel.recv(64).startswith(b"kill")
+    if not hurry:
+        server.send_signal(signal.SIGTERM)
+        _wait_for_end(channel, ended, grace_s)
+    _kill_all(server)
+
+
+def _wait_for_end(channel: socket.socket, ended: int, grace_s: float) -> None:
+    """Until the server has ended, `grace_s` have passed, or the parent is in a hurry."""
+    deadline = time.monotonic() + grace_s
+    sources: list[socket.socket | int] = [channel, ended]
+    while (left := deadline - time.monotonic()) > 0:
+        ready, _, _ = select.select(sources, [], [], left)
+        if ended in ready:
+            return
+        if channel in ready:
+            said = channel.recv(64)
+            if b"kill" in said:
+                return
+            if not said:  # the parent is gone: no reason to hurry
+                sources.remove(channel)
+
+
+def _kill_all(server: subprocess.Popen[bytes]) -> None:
+    """Kill and reap every descendant: when a parent dies, its children become ours, until there are none."""
+    deadline = time.monotonic() + _KILL_TIMEOUT_S
+    while (children := _children()) and time.monotonic() < deadline:
+        for pid in children:
+            if pid == server.pid:
+                server.kill()
+                server.poll()
+            else:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, os.WNOHANG)
+        time.sleep(_POLL_S)
+
+
+def _children() -> list[int]:
+    """Our direct children, zombies included: the field after the state in /proc/<pid>/stat is the parent (proc(5))."""
+    found = []
+    for entry in filter(str.isdecimal, os.listdir("/proc")):
+        try:
+            stat = Path(f"/proc/{entry}/stat").read_bytes()
+        except OSError:  # ended meanwhile
+            continue
+        if int(stat.rpartition(b")")[2].split()[1]) == os.getpid():
+            found.append(int(entry))
+    return found
+
+
+def _is_readable(descriptor: int) -> bool:
+    return bool(select.select([descriptor], [], [], 0)[0])
+
+
+def _say(channel: socket.socket, line: str) -> None:
+    try:
+        channel.sendall(f"{line}\n".encode())
+    except OSError:  # the parent is gone; the caller notices by reading
+        return
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

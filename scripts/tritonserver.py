@@ -1,0 +1,384 @@
+"""Runs a deployment on a real tritonserver: the one on PATH (containers), else the one of the nvidia-pytriton package."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import random
+import re
+import secrets
+import select
+import shutil
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from types import TracebackType
+
+from python_backends.core.config import load_deployment
+from python_backends.core.errors import ConfigError, Unavailable
+from python_backends.core.paths import repository_root
+from scripts import guardian
+from scripts.guardian import remove_traces
+
+_EXIT_TIMEOUT_S = 5  # given to requests in flight when the server stops
+_GRACE_S = _EXIT_TIMEOUT_S + 1.5  # then everything is killed
+_STOP_TIMEOUT_S = _GRACE_S + 8.0  # longer than the guardian can take
+_POLL_S = 0.05
+_LOG_CHUNK = 1 << 20
+# Below the kernel's range for outgoing connections (32768 up), so that none of those takes a port we have chosen.
+_FREE_PORTS = range(15_000, 32_000)
+_FREE_PORT_TRIES = 200
+
+_NOISE = re.compile(
+    "Failed to initialize NVML|DCGM unable to start|CudaDriverHelper has not been initialized"
+    "|CUDA memory pool disabled|Unable to allocate pinned system memory"
+)
+_LOADED = re.compile(r"successfully loaded '([^']+)'")
+_LOAD_FAILED = re.compile(r"^E.*\"failed to load '([^']+)' version \d+: \w[\w ]*: (.*)\"$")
+_LOG_PREFIX = re.compile(r"^E\d{4} [\d:.]+ +\d+ \S+\] ")
+
+
+class TritonServer:
+    """One tritonserver with the models of one deployment; a context manager.
+
+    `config`: the deployment file. Ports: 0 chooses a free one. `model_repository` holds one directory per role and
+    `router`. Known after construction: `deployment`, `address`, `http_port`, `grpc_port`, `metrics_port`, `models`.
+    Known after `start`: `pid`, `run_dir` (mode 0700, removed at the end), `log`.
+    """
+
+    def __init__(
+        self,
+        config: Path,
+        *,
+        address: str = "127.0.0.1",
+        http_port: int = 0,
+        grpc_port: int = 0,
+        metrics_port: int = 0,
+        model_repository: Path | None = None,
+        start_timeout_s: float = 300.0,
+    ) -> None:
+        """Raises ConfigError when the deployment file is wrong, a port is taken, or there is no usable tritonserver."""
+        self.deployment = load_deployment(config)
+        self.address = address
+        self.models = ["router", *(worker.name for worker in self.deployment.workers)]
+        self.http_port, self.grpc_port, self.metrics_port = _choose_ports(
+            address, {"--http-port": http_port, "--grpc-port": grpc_port, "--metrics-port": metrics_port}
+        )
+        self.pid = 0
+        self._config = config.absolute()
+        self._binary = find_tritonserver()
+        self._model_repository = model_repository or repository_root() / "model_repository"
+        self._start_timeout_s = start_timeout_s
+        self._guardian: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> TritonServer:
+        self.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.stop()
+
+    @property
+    def host(self) -> str:
+        """Where clients on this machine reach the server."""
+        return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.address, self.address)
+
+    def start(self, on_loaded: Callable[[str], None] | None = None) -> None:
+        """Return when every model is ready; `on_loaded` is called with the name of each.
+
+        Raises ConfigError with the server's own reason when it gives up, Unavailable when it takes too long; nothing
+        is left running then. Of a failed start the log is kept.
+        """
+        run_id = secrets.token_hex(4)
+        self.run_dir = _run_base() / run_id
+        self._shm_prefix = f"baton_{run_id}_"
+        self.run_dir.mkdir(mode=0o700)
+        self.log = ServerLog(self.run_dir / "server.log")
+        try:
+            self._assemble()
+            self._launch()
+            self._await_ready(on_loaded)
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """End the server and every process of its models, within about 8 s; remove all it left. Idempotent."""
+        if self._guardian is None:
+            return
+        self._say("stop")
+        try:
+            self._guardian.wait(_STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self._guardian.kill()
+            self._guardian.wait()
+        self._channel.close()
+        self._guardian = None
+        remove_traces(self.run_dir, self._shm_prefix)
+
+    def kill(self) -> None:
+        """Make a `stop` that waits end at once, without regard for requests. Safe in a signal handler."""
+        if self._guardian is not None:
+            self._say("kill")
+
+    def has_ended(self, timeout_s: float = 0.0) -> bool:
+        """Whether the server ended by itself; waits for it for up to `timeout_s`."""
+        if self._guardian is None:
+            return True
+        return bool(select.select([self._channel], [], [], timeout_s)[0])
+
+    def _assemble(self) -> None:
+        """Lay out the run directory: one link per model of the deployment, and the Python backend with its stub."""
+        models = self.run_dir / "models"
+        models.mkdir()
+        sources = {"router": "router", **{worker.name: worker.role.value for worker in self.deployment.workers}}
+        for name, source in sources.items():
+            directory = self._model_repository / source
+            if not directory.is_dir():
+                raise ConfigError(f"{directory} is missing; the model {name} needs it")
+            (models / name).symlink_to(directory.absolute())
+        if self._binary.backend_files:
+            backend = self.run_dir / "backends" / "python"
+            backend.mkdir(parents=True)
+            for file in self._binary.backend_files:
+                (backend / file.name).symlink_to(file)
+
+    def _launch(self) -> None:
+        self._channel, theirs = socket.socketpair()
+        arguments = [str(theirs.fileno()), str(_GRACE_S), str(self.run_dir), self._shm_prefix, *self._command()]
+        with theirs, self.log.path.open("wb") as log:
+            self._guardian = subprocess.Popen(
+                [sys.executable, "-I", "-S", guardian.__file__, *arguments],
+                env=self._environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,  # Ctrl-C is for the parent alone, which stops us in order
+            )
+        self._channel.settimeout(_STOP_TIMEOUT_S)
+        self.pid = int(self._channel.recv(64).split()[1])
+
+    def _command(self) -> list[str]:
+        command = [str(self._binary.executable), f"--model-repository={self.run_dir / 'models'}"]
+        if self._binary.backend_files:
+            command.append(f"--backend-directory={self.run_dir / 'backends'}")
+        for service, port in (("http", self.http_port), ("grpc", self.grpc_port), ("metrics", self.metrics_port)):
+            command += [f"--{service}-address={self.address}", f"--{service}-port={port}"]
+        return [
+            *command,
+            "--model-control-mode=explicit",  # lets the router restart a worker: unload, load
+            "--load-model=*",
+            f"--backend-config=python,shm-region-prefix-name={self._shm_prefix}",
+            f"--exit-timeout-secs={_EXIT_TIMEOUT_S}",
+        ]
+
+    def _environment(self) -> dict[str, str]:
+        environment = {**os.environ, "BATON_CONFIG": str(self._config), "BATON_RUN_DIR": str(self.run_dir)}
+        # The stub finds its interpreter, hence the virtual environment, by PATH alone.
+        _prepend(environment, "PATH", [Path(sys.executable).parent])
+        _prepend(environment, "LD_LIBRARY_PATH", self._binary.libraries)
+        return environment
+
+    def _await_ready(self, on_loaded: Callable[[str], None] | None) -> None:
+        deadline = time.monotonic() + self._start_timeout_s
+        while not self._is_ready():
+            for line in self.log.new_lines():
+                loaded = _LOADED.search(line)
+                if loaded and on_loaded:
+                    on_loaded(loaded[1])
+            if self.has_ended(_POLL_S):
+                raise ConfigError(f"tritonserver did not start: {self.log.failure()}; {self._keep_log()}")
+            if time.monotonic() > deadline:
+                waited = f"tritonserver was not ready after {self._start_timeout_s:.0f} s"
+                raise Unavailable(f"{waited}: {self.log.failure()}; {self._keep_log()}")
+
+    def _is_ready(self) -> bool:
+        connection = http.client.HTTPConnection(self.host, self.http_port, timeout=1.0)
+        try:
+            connection.request("GET", "/v2/health/ready")
+            return connection.getresponse().status == http.HTTPStatus.OK
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            connection.close()
+
+    def _keep_log(self) -> str:
+        """One file, whoever failed last: enough to look at, and it never piles up."""
+        kept = self.run_dir.with_name("last-failed-start.log")
+        shutil.copyfile(self.log.path, kept)
+        return f"its log is {kept}"
+
+    def _say(self, word: str) -> None:
+        try:
+            self._channel.sendall(f"{word}\n".encode())
+        except OSError:  # the guardian is gone already; waiting for it tells
+            return
+
+
+class ServerLog:
+    """The log of a running server, read as it grows."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._offset = 0
+
+    def new_lines(self) -> list[str]:
+        """Whole lines since the last call, without what Triton always says on a machine that has no GPU."""
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self._offset)
+                text, _, _ = file.read(_LOG_CHUNK).rpartition(b"\n")
+        except FileNotFoundError:
+            return []
+        if not text:
+            return []
+        self._offset += len(text) + 1
+        return _without_noise(text.decode(errors="replace"))
+
+    def failure(self) -> str:
+        """Why the server gave up, in the server's or the model's own words, without the rest of the log."""
+        lines = _without_noise(self.path.read_text(errors="replace"))
+        reasons = [_reason(*match.groups()) for line in lines if (match := _LOAD_FAILED.match(line))]
+        if not reasons:
+            reasons = [_LOG_PREFIX.sub("", line).strip('" ') for line in lines if _LOG_PREFIX.match(line)]
+        if not reasons:
+            reasons = [line for line in lines if line.strip()][-3:] or ["it said nothing"]
+        return "; ".join(dict.fromkeys(reasons))
+
+
+def _without_noise(text: str) -> list[str]:
+    return [line for line in text.splitlines() if not _NOISE.search(line)]
+
+
+def _reason(model: str, escaped: str) -> str:
+    r"""`TritonModelException: <sentence>\n\nAt:\n  <file>(<line>): ...` -> the sentence; others keep their place."""
+    message, _, place = escaped.partition(r"\n\nAt:\n")
+    kind, _, sentence = message.partition("TritonModelException: ")
+    if not kind and sentence:
+        return sentence
+    where = place.replace(r"\n", " ").split()
+    return f"model {model}: {message}" + (f" (at {where[0]})" if where else "")
+
+
+@dataclass(frozen=True, slots=True)
+class TritonBinary:
+    """A tritonserver and what it needs: a backend directory made of `backend_files` (empty: it has its own)."""
+
+    executable: Path
+    backend_files: tuple[Path, ...]
+    libraries: tuple[Path, ...]
+
+
+def find_tritonserver() -> TritonBinary:
+    """The tritonserver on PATH, else that of the nvidia-pytriton package. Raises ConfigError with the fix."""
+    on_path = shutil.which("tritonserver")
+    if on_path is not None:
+        executable = Path(on_path).resolve()
+        _check_stub_version(executable)
+        return TritonBinary(executable, (), ())
+    try:
+        package = distribution("nvidia-pytriton")
+    except PackageNotFoundError:
+        raise ConfigError("no tritonserver on PATH and no nvidia-pytriton package; run scripts/install") from None
+    home = Path(str(package.locate_file("pytriton/tritonserver")))
+    stub = home / "python_backend_stubs" / _python_version() / "triton_python_backend_stub"
+    if not stub.is_file():
+        raise ConfigError(f"nvidia-pytriton has no Python backend for Python {_python_version()}; {_reinstall('3.10 to 3.12')}")
+    executable = home / "bin" / "tritonserver"
+    for program in (executable, stub):
+        if not os.access(program, os.X_OK):  # some installers lose the bit
+            program.chmod(0o755)
+    backend = home / "backends" / "python"
+    files = (stub, backend / "libtriton_python.so", backend / "triton_python_backend_utils.py")
+    # Our libpython first: another build's would be mixed with this interpreter's standard library.
+    return TritonBinary(executable, files, (_libpython_dir(), Path(str(package.locate_file("nvidia_pytriton.libs")))))
+
+
+def _check_stub_version(executable: Path) -> None:
+    """A server of its own brings a Python backend for one Python only; ours must be that one."""
+    stub = executable.parents[1] / "backends" / "python" / "triton_python_backend_stub"
+    if not stub.is_file():
+        raise ConfigError(f"{executable} is on PATH but has no Python backend at {stub}; take it off PATH or install the backend")
+    linked = re.search(rb"libpython(3\.\d+)\.so", stub.read_bytes())
+    if linked and linked[1].decode() != _python_version():
+        needed = linked[1].decode()
+        raise ConfigError(f"{executable} runs models in Python {needed}, this is {_python_version()}; {_reinstall(needed)}")
+
+
+def _reinstall(version: str) -> str:
+    return f"remove .venv and run scripts/install with PYTHON set to a Python {version}"
+
+
+def _libpython_dir() -> Path:
+    """The directory of this interpreter's shared library, which the stub links. Raises ConfigError."""
+    name = f"libpython{_python_version()}.so.1.0"
+    places = [Path(sysconfig.get_config_var("LIBDIR") or "/usr/lib"), Path(sys.base_prefix) / "lib"]
+    for place in places:
+        if (place / name).exists():
+            return place
+    raise ConfigError(
+        f"Triton's Python backend needs {name}, which is not in {places[0]}; "
+        f"install it (Debian, Ubuntu: apt install libpython{_python_version()})"
+    )
+
+
+def _python_version() -> str:
+    return f"{sys.version_info.major}.{sys.version_info.minor}"
+
+
+def _run_base() -> Path:
+    """The parent of run directories: short, since paths of Unix sockets may have 107 bytes only. Raises ConfigError."""
+    base = Path(tempfile.gettempdir()) / f"baton-{os.getuid()}"
+    if len(os.fsencode(base)) > 60:
+        base = Path("/tmp") / base.name
+    base.mkdir(mode=0o700, exist_ok=True)
+    if base.is_symlink() or base.stat().st_uid != os.getuid():
+        raise ConfigError(f"{base} belongs to another user; remove it or set TMPDIR to a directory of your own")
+    return base
+
+
+def _choose_ports(address: str, wanted: dict[str, int]) -> list[int]:
+    """One usable port per flag, in order. Raises ConfigError that names the port and its flag."""
+    chosen: list[int] = []
+    for flag, port in wanted.items():
+        if port in chosen:
+            raise ConfigError(f"port {port} is given twice; give another with {flag}, or 0 for a free one")
+        if port == 0:
+            port = _free_port(address, {*chosen, *wanted.values()})
+        else:
+            problem = _bind_problem(address, port)
+            if problem:
+                raise ConfigError(f"port {port} on {address}: {problem}; give another with {flag}, or 0 for a free one")
+        chosen.append(port)
+    return chosen
+
+
+def _free_port(address: str, taken: set[int]) -> int:
+    for port in random.sample(_FREE_PORTS, _FREE_PORT_TRIES):
+        if port not in taken and not _bind_problem(address, port):
+            return port
+    raise ConfigError(f"no free port on {address}: {_bind_problem(address, _FREE_PORTS[0])}; check --address")
+
+
+def _bind_problem(address: str, port: int) -> str:
+    """Why one can't listen there now, or an empty string."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        socket.create_server((address, port), family=family).close()
+    except (OSError, OverflowError) as error:
+        return getattr(error, "strerror", None) or str(error)
+    return ""
+
+
+def _prepend(environment: dict[str, str], name: str, paths: list[Path] | tuple[Path, ...]) -> None:
+    parts = [*map(str, paths), *filter(None, [environment.get(name)])]
+    if parts:
+        environment[name] = os.pathsep.join(parts)
