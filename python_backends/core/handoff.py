@@ -52,6 +52,8 @@ def unseal(ticket: bytes, key: bytes, now: float) -> KVHandoff:
         raise HandoffRefused(RefusalReason.MALFORMED, str(error)) from error
     if handoff.version != TICKET_VERSION:
         raise HandoffRefused(RefusalReason.MALFORMED, f"ticket version {handoff.version}, this worker reads {TICKET_VERSION}")
+    if handoff.layout.block_size < 1:
+        raise HandoffRefused(RefusalReason.MALFORMED, "a block holds no tokens")
     num_blocks = handoff.layout.blocks_for(handoff.num_tokens)
     if not num_blocks == len(handoff.blocks) == len(handoff.generations) == len(handoff.digests):
         raise HandoffRefused(RefusalReason.MALFORMED, "block, generation and digest lists do not cover the tokens")

@@ -23,6 +23,7 @@ from python_backends.kv.memory import PoolMemory
 _FIRST_TOKEN = 300  # below are special tokens and bytes in common vocabularies
 _NUM_TOKENS = 20_000
 _MAX_POSITIONS = 131_072
+_HEAD_DIM = 128  # 1 KiB of KV per token
 
 
 class FakeRunner:
@@ -30,7 +31,7 @@ class FakeRunner:
 
     def __init__(self, deployment: Deployment) -> None:
         self._fake = deployment.engine.fake
-        self.layout = KVLayout(1, 1, 1, deployment.engine.block_size, "float32")
+        self.layout = KVLayout(1, 1, _HEAD_DIM, deployment.engine.block_size, "float32")
         self.fingerprint = fingerprint(self.layout, "fake", "fake")
         self.max_positions = _MAX_POSITIONS
         self.eos_token_ids: tuple[int, ...] = ()
@@ -40,7 +41,7 @@ class FakeRunner:
 
     def attach(self, memory: PoolMemory) -> None:
         size = self.layout.block_size
-        self._keys = memory.blocks.view(np.uint32).reshape(memory.num_blocks, 2, size)
+        self._keys = memory.blocks.view(np.uint32).reshape(memory.num_blocks, 2, size, _HEAD_DIM)[..., 0]
 
     def step(self, batch: Sequence[Slice]) -> list[Sampled | None]:
         prompt_tokens = sum(len(piece.token_ids) for piece in batch if len(piece.token_ids) > 1)

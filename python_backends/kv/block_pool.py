@@ -20,11 +20,11 @@ import numpy.typing as npt
 from python_backends.core.types import BlockHash
 
 
-class PoolExhausted(Exception):  # noqa: N818
+class PoolExhausted(Exception):
     """Free and evictable blocks together are too few. Nothing was allocated; try again after a release."""
 
 
-class PoolMisuse(AssertionError):  # noqa: N818
+class PoolMisuse(AssertionError):
     """The caller broke the rules of references: a bug in this program, never a request's fault. Nothing was changed."""
 
 

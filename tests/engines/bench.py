@@ -15,12 +15,16 @@ TIMEOUT_S = 60.0
 
 
 def make_request(
-    request_id: str, prompt: Sequence[int], output: Sequence[int] = (), *, salt: str = "", timeout_s: float = 120.0, **sampling: object
+    request_id: str,
+    prompt: Sequence[int],
+    output: Sequence[int] = (),
+    *,
+    salt: str = "",
+    timeout_s: float = 120.0,
+    **sampling: object,
 ) -> GenerateRequest:
     params = SamplingParams(**({"max_tokens": 8, "temperature": 0.0, "seed": 7} | sampling))  # type: ignore[arg-type]
-    return GenerateRequest(
-        RequestId(request_id), list(prompt), params.validated(), time.time() + timeout_s, list(output), salt
-    )
+    return GenerateRequest(RequestId(request_id), list(prompt), params.validated(), time.time() + timeout_s, list(output), salt)
 
 
 class EngineBench:

@@ -254,6 +254,13 @@ def test_recreated_pool_is_never_read_for_the_old_one(rig: Rig, mapped_before: b
         assert rig.refusal(handoff) is RefusalReason.STALE_EPOCH
 
 
+def test_restart_with_a_smaller_pool_is_told_from_a_wrong_ticket(shm: Rig) -> None:
+    handoff = shm.publish([SOURCE_BLOCKS - 1])
+    shm.source.close()
+    shm.source = make_pool(Epoch(EPOCH + 1), num_blocks=2)
+    assert shm.refusal(handoff) is RefusalReason.STALE_EPOCH
+
+
 def test_closed_pool_is_refused(shm: Rig) -> None:
     handoff = shm.publish([3])
     shm.fetch(handoff, [0], [0])

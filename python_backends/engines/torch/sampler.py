@@ -255,7 +255,7 @@ def _edited(scores: torch.Tensor, draws: list[Draw]) -> torch.Tensor:
     for change, parts in edits:
         cells, amounts = _cells(parts, scores)
         if len(cells):
-            result = scores.clone() if result is scores else result
+            result = scores.clone(memory_format=torch.contiguous_format) if result is scores else result
             flat = result.view(-1)
             flat[cells] = change(flat[cells], amounts)
     return result

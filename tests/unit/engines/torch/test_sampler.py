@@ -315,6 +315,15 @@ def test_the_logits_are_left_alone() -> None:
     assert torch.equal(logits, before)
 
 
+def test_the_logits_may_have_any_strides() -> None:
+    logits = make_logits(6, 300)
+    draws = [make_draw(output=[1, 2], banned=[3], seed=i, **MIXED[i]) for i in range(6)]
+    padded = torch.cat([logits, logits], dim=1)[:, :300]
+    expected = Sampler(300).sample(logits, draws)
+    assert Sampler(300).sample(padded, draws) == expected
+    assert Sampler(300).sample(logits.T.contiguous().T, draws) == expected
+
+
 # --- log-probabilities --------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,117 @@
+"""Starts a deployment on this machine and stays in the foreground; Ctrl-C stops it, a second one at once."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+from rich.table import Table
+
+from python_backends.core.errors import BatonError, Unavailable
+from python_backends.core.paths import DEMO_MODEL, repository_root
+from scripts.terminal import print_error
+from scripts.tritonserver import TritonServer
+from scripts.weights import prepare_demo_model
+
+_LOG_POLL_S = 0.2
+_EXAMPLE = {"text_input": "The capital of France is", "max_tokens": 32, "stream": True}
+
+
+def start_with_progress(server: TritonServer, console: Console) -> None:
+    """Start `server`, its weights first if they are the demo model's, and say what is going on. Raises as they do."""
+    if server.deployment.model.path == DEMO_MODEL:
+        prepare_demo_model(console)
+    waiting = list(server.models)
+
+    def on_loaded(name: str) -> None:
+        if name in waiting:
+            waiting.remove(name)
+        status.update(_loading(waiting))
+
+    with console.status(_loading(waiting)) as status:
+        server.start(on_loaded)
+
+
+def _loading(waiting: list[str]) -> str:
+    return f"Loading {', '.join(waiting)}" if waiting else "Opening the ports"
+
+
+def serve(server: TritonServer, console: Console) -> None:
+    """Until KeyboardInterrupt, which a signal raises. Raises as start_with_progress, Unavailable if the server dies."""
+    try:
+        start_with_progress(server, console)
+        _print_endpoints(server, console)
+        ended = False
+        while not ended:
+            ended = server.has_ended(_LOG_POLL_S)
+            for line in server.log.new_lines():
+                print(line, flush=True)
+        raise Unavailable(f"tritonserver {server.end}; what it said last is above")
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, lambda *_: server.kill())
+        signal.signal(signal.SIGTERM, lambda *_: server.kill())
+        console.print("Stopping; Ctrl-C again to hurry", highlight=False)
+    finally:
+        server.stop()
+
+
+def _print_endpoints(server: TritonServer, console: Console) -> None:
+    host = f"[{server.host}]" if ":" in server.host else server.host
+    table = Table.grid(padding=(0, 2))
+    table.add_row("HTTP", f"{host}:{server.http_port}")
+    table.add_row("gRPC", f"{host}:{server.grpc_port}")
+    table.add_row("metrics", f"{host}:{server.metrics_port}/metrics")
+    table.add_row("models", ", ".join(server.models))
+    console.print("[green]Ready.[/green] Ctrl-C stops it.")
+    console.print(table, highlight=False, markup=False)
+    url = f"{host}:{server.http_port}/v2/models/router/generate_stream"
+    console.print("Try:")
+    console.print(f"curl -sN {url} -d '{json.dumps(_EXAMPLE)}'", markup=False, highlight=False, soft_wrap=True)
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="scripts/serve", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    default = repository_root() / "configs" / "default.yaml"
+    parser.add_argument("--config", type=Path, default=default, metavar="FILE", help="the deployment file")
+    parser.add_argument("--address", default="127.0.0.1", help="where to listen; 0.0.0.0 is every interface")
+    parser.add_argument("--http-port", type=int, default=8000, metavar="PORT", help="0 chooses a free one")
+    parser.add_argument("--grpc-port", type=int, default=8001, metavar="PORT", help="0 chooses a free one")
+    parser.add_argument("--metrics-port", type=int, default=8002, metavar="PORT", help="0 chooses a free one")
+    return parser.parse_args(arguments)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parse(arguments)
+    signal.signal(signal.SIGINT, _interrupt)  # also where a parent shell has it ignored
+    signal.signal(signal.SIGTERM, _interrupt)
+    console = Console(stderr=True)
+    try:
+        server = TritonServer(
+            options.config,
+            address=options.address,
+            http_port=options.http_port,
+            grpc_port=options.grpc_port,
+            metrics_port=options.metrics_port,
+        )
+        serve(server, console)
+    except BatonError as error:
+        print_error(console, error)
+        return 1
+    except KeyboardInterrupt:  # before there was a server
+        pass
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
