@@ -23,7 +23,7 @@ from router.house import House
 from router.run import Run
 from router.seams import Observer, Reply
 from router.serve import serve
-from router.supervisor import Restart, Supervisor
+from router.supervisor import ModelControl, Supervisor
 from router.tokenizer import Tokenizer
 from router.types import ClientRequest
 
@@ -46,13 +46,13 @@ class RouterService:
         channel_address: str,
         tokenizer: Tokenizer,
         submit: Submit,
-        restart: Restart | None,
+        control: ModelControl | None,
         observer: Observer,
     ) -> None:
         self._deployment = deployment
         self._address = channel_address
         self._submit = submit
-        self._restart = restart
+        self._control = control
         self._tasks: dict[Run, asyncio.Task[None]] = {}
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="router", daemon=True)
@@ -125,7 +125,7 @@ class RouterService:
     async def _open(self) -> None:
         health = self._deployment.health
         self._channel = RouterChannel(self._address, secrets.token_hex(8), health.heartbeat_s)
-        self._supervisor = Supervisor(self.house, health, self._restart)
+        self._supervisor = Supervisor(self.house, health, [worker.id for worker in self._deployment.workers], self._control)
         self._chores = [
             self._loop.create_task(chore)
             for chore in (

@@ -11,9 +11,10 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from typing import Protocol
 
 from python_backends.core.config import HealthConfig
 from python_backends.core.errors import BatonError
@@ -25,17 +26,26 @@ log = logging.getLogger(__name__)
 
 _BACKOFF_S = (0.2, 1.0, 3.0, 10.0)  # before the first, second ... try to restart; the last one repeats
 
-Restart = Callable[[WorkerId], None]
-"""Blocks until the worker's model is loaded again. Raises BatonError."""
+
+class ModelControl(Protocol):
+    """The server's hold on its models. Both calls block."""
+
+    def restart(self, worker: WorkerId) -> None:
+        """Load the worker's model anew. Raises BatonError."""
+
+    def is_loaded(self, worker: WorkerId) -> bool:
+        """Whether the server counts the worker's model as loaded, alive or not."""
 
 
 class Supervisor:
     """Belongs to the router's event loop; restarts run on a thread of their own."""
 
-    def __init__(self, house: House, health: HealthConfig, restart: Restart | None) -> None:
+    def __init__(self, house: House, health: HealthConfig, expected: Iterable[WorkerId], control: ModelControl | None) -> None:
+        """Without `control`, or with health.restart off, workers are taken out but not restarted."""
         self._house = house
         self._health = health
-        self._restart = restart if health.restart else None
+        self._control = control if health.restart else None
+        self._unheard: dict[WorkerId, float | None] = dict.fromkeys(expected)  # since when loaded, monotonic s
         self._pidfds: dict[WorkerId, tuple[Epoch, int, int]] = {}  # epoch, pid, pidfd
         self._left: set[Epoch] = set()
         self._restarts: dict[WorkerId, asyncio.Task[None]] = {}
@@ -45,6 +55,7 @@ class Supervisor:
 
     def seen(self, heartbeat: Heartbeat) -> None:
         """Watch the process of a life that is new."""
+        self._unheard.pop(heartbeat.worker, None)
         watched = self._pidfds.get(heartbeat.worker)
         if watched is not None and watched[0] == heartbeat.epoch:
             return
@@ -71,6 +82,7 @@ class Supervisor:
             await asyncio.sleep(self._health.heartbeat_s)
             for worker in self._house.fleet.silent(time.monotonic() - self._health.silent_s):
                 self._wedged(worker.id)
+            await self._look_for_stillborn()
 
     def close(self) -> None:
         for worker in list(self._pidfds):
@@ -92,20 +104,36 @@ class Supervisor:
         log.warning("worker %s has been silent for %.1f s; taking it out", worker, self._health.silent_s)
         self._house.lose(worker, f"worker {worker} fell silent")
         watched = self._pidfds.get(worker)
-        if watched is not None and self._restart is not None:
+        if watched is not None and self._control is not None:
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(watched[2], signal.SIGKILL)  # its death is then noticed by _died
 
+    async def _look_for_stillborn(self) -> None:
+        """Restart workers that the server counts as loaded and that were never heard: dead before their first word."""
+        for worker, loaded_since in list(self._unheard.items()):
+            if self._control is None:
+                return
+            now = time.monotonic()
+            loop = asyncio.get_running_loop()
+            if not await loop.run_in_executor(self._threads, self._control.is_loaded, worker):
+                self._unheard[worker] = None
+            elif loaded_since is None:
+                self._unheard[worker] = now
+            elif now - loaded_since > self._health.silent_s:
+                del self._unheard[worker]
+                log.warning("worker %s is loaded but was never heard", worker)
+                self._begin_restart(worker)
+
     def _begin_restart(self, worker: WorkerId) -> None:
         running = self._restarts.get(worker)
-        if self._restart is not None and (running is None or running.done()):
-            self._restarts[worker] = asyncio.get_running_loop().create_task(self._bring_back(worker, self._restart))
+        if self._control is not None and (running is None or running.done()):
+            self._restarts[worker] = asyncio.get_running_loop().create_task(self._bring_back(worker, self._control))
 
-    async def _bring_back(self, worker: WorkerId, restart: Restart) -> None:
+    async def _bring_back(self, worker: WorkerId, control: ModelControl) -> None:
         for attempt in range(1_000_000):
             await asyncio.sleep(_BACKOFF_S[min(attempt, len(_BACKOFF_S) - 1)])
             try:
-                await asyncio.get_running_loop().run_in_executor(self._threads, restart, worker)
+                await asyncio.get_running_loop().run_in_executor(self._threads, control.restart, worker)
             except BatonError as error:
                 log.error("worker %s could not be restarted: %s", worker, error)
             else:

@@ -288,7 +288,7 @@ def _reason(model: str, escaped: str) -> str:
     if not kind and sentence:
         return sentence
     where = place.replace(r"\n", " ").split()
-    return f"model {model}: {message}" + (f" (at {where[0]})" if where else "")
+    return f"model {model}: {message}" + (f" (at {where[0].rstrip(':')})" if where else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -394,10 +394,13 @@ def _free_port(address: str, taken: set[int]) -> int:
 def _bind_problem(address: str, port: int) -> str:
     """Why one can't listen there now, or an empty string."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    try:
-        socket.create_server((address, port), family=family).close()
-    except (OSError, OverflowError) as error:
-        return getattr(error, "strerror", None) or str(error)
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as Triton does: old connections don't count
+        try:
+            probe.bind((address, port))
+            probe.listen(1)
+        except (OSError, OverflowError) as error:
+            return getattr(error, "strerror", None) or str(error)
     return ""
 
 

@@ -52,7 +52,7 @@ class WorkerChannel:
         self._socket.setsockopt(zmq.IDENTITY, identity.encode())
         self._socket.setsockopt(zmq.LINGER, _LAST_WORDS_MS)
         self._socket.setsockopt(zmq.RECONNECT_IVL, 20)
-        self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
+        self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 100)
         self._socket.connect(address)
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="channel", daemon=True)

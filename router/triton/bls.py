@@ -63,15 +63,24 @@ class BlsSubmitter:
         return str(response.error().message()) if response.has_error() else None
 
 
-def restart_model(worker: WorkerId) -> None:
-    """Load a worker's model anew; blocks until it is up. Raises Unavailable.
+class TritonModelControl:
+    """Implements router.supervisor.ModelControl."""
 
-    Loading a model whose process died does nothing as long as Triton counts it as loaded, hence unload first.
-    """
-    try:
-        pb_utils.unload_model(worker)
-        pb_utils.load_model(worker)
-    except pb_utils.TritonModelException as error:
-        raise Unavailable(
-            f"{error}; restarts need tritonserver --model-control-mode=explicit --load-model=* (scripts/serve does that)"
-        ) from error
+    def restart(self, worker: WorkerId) -> None:
+        """Blocks until the model is up. Raises Unavailable.
+
+        Loading a model whose process died does nothing as long as Triton counts it as loaded, hence unload first.
+        """
+        try:
+            pb_utils.unload_model(worker)
+            pb_utils.load_model(worker)
+        except pb_utils.TritonModelException as error:
+            raise Unavailable(
+                f"{error}; restarts need tritonserver --model-control-mode=explicit --load-model=* (scripts/serve does that)"
+            ) from error
+
+    def is_loaded(self, worker: WorkerId) -> bool:
+        try:
+            return bool(pb_utils.is_model_ready(worker))
+        except pb_utils.TritonModelException:
+            return False

@@ -14,7 +14,7 @@ from python_backends.triton.logs import log_to_triton
 from python_backends.triton.stream import ResponseStream
 from router.service import RouterService
 from router.tokenizer import Tokenizer
-from router.triton.bls import BlsSubmitter, restart_model
+from router.triton.bls import BlsSubmitter, TritonModelControl
 from router.triton.codec import decode_request
 from router.triton.metrics import Metrics
 from router.triton.reply import CancelWatch, TritonReply, Writer
@@ -34,7 +34,7 @@ class RouterModel:
             raise pb_utils.TritonModelException(f"Baton router: {error}") from None
         self._default_max_tokens = home.deployment.router.default_max_tokens
         self._service = RouterService(
-            home.deployment, home.channel_address, tokenizer, BlsSubmitter(home.key), restart_model, Metrics()
+            home.deployment, home.channel_address, tokenizer, BlsSubmitter(home.key), TritonModelControl(), Metrics()
         )
         self._service.start()
         self._writer = Writer(tokenizer.token_text)

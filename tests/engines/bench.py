@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from threading import Condition
+from typing import Any
 
 from python_backends.core.messages import KVReady, Output, PrefillDone, RequestFailed, TokenChunk
 from python_backends.core.types import GenerateRequest, KVReport, RequestId, SamplingParams
@@ -21,9 +22,9 @@ def make_request(
     *,
     salt: str = "",
     timeout_s: float = 120.0,
-    **sampling: object,
+    **sampling: Any,
 ) -> GenerateRequest:
-    params = SamplingParams(**({"max_tokens": 8, "temperature": 0.0, "seed": 7} | sampling))  # type: ignore[arg-type]
+    params = SamplingParams(**({"max_tokens": 8, "temperature": 0.0, "seed": 7} | sampling))
     return GenerateRequest(RequestId(request_id), list(prompt), params.validated(), time.time() + timeout_s, list(output), salt)
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -76,13 +78,17 @@ def make(request: pytest.FixtureRequest, tiny: Path) -> Iterator[Make]:
         bench.engine.close()
 
 
-def _handed(done: PrefillDone, request_id: str, prompt: list[int], **sampling: object) -> GenerateRequest:
+def _has_ended(bench: EngineBench, request_id: str) -> bool:
+    return bench.last(request_id) is not None
+
+
+def _handed(done: PrefillDone, request_id: str, prompt: list[int], **sampling: Any) -> GenerateRequest:
     return make_request(request_id, prompt, [done.token_id], **sampling)
 
 
 def _resealed(ticket: bytes, **changes: object) -> bytes:
     handoff = unseal(ticket, KEY, time.time())
-    return seal(msgspec.structs.replace(handoff, **changes), KEY)  # type: ignore[arg-type]
+    return seal(msgspec.structs.replace(handoff, **changes), KEY)
 
 
 # --- the same text by every way ----------------------------------------------------------------------------------------
@@ -90,7 +96,7 @@ def _resealed(ticket: bytes, **changes: object) -> bytes:
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.9, "seed": 11}, {"temperature": 1.2, "top_p": 0.8, "seed": 5}])
 @pytest.mark.parametrize("transport", ["shm", "inline"])
-def test_handed_over_equals_computed_in_one_place(make: Make, transport: str, sampling: dict[str, object]) -> None:
+def test_handed_over_equals_computed_in_one_place(make: Make, transport: str, sampling: dict[str, Any]) -> None:
     transfer = TransferConfig(transport=transport)  # type: ignore[arg-type]
     prefill, decode = make(Role.PREFILL, transfer=transfer), make(Role.DECODE, transfer=transfer)
     expected, _ = make(Role.AGGREGATED).decode(make_request("ref", PROMPT, max_tokens=24, **sampling))
@@ -136,7 +142,7 @@ def test_salt_keeps_tenants_apart(make: Make) -> None:
 def test_continues_after_tokens_already_sent(make: Make) -> None:
     """What recovery relies on: another worker goes on in the middle, and the rest is the same."""
     first, second = make(Role.AGGREGATED), make(Role.AGGREGATED)
-    sampling = {"max_tokens": 20, "temperature": 1.0, "seed": 3}
+    sampling: dict[str, Any] = {"max_tokens": 20, "temperature": 1.0, "seed": 3}
     whole, _ = first.decode(make_request("whole", PROMPT, **sampling))
     rest, _ = second.decode(make_request("rest", PROMPT, whole[:9], **sampling))
     assert whole[:9] + rest == whole
@@ -146,12 +152,12 @@ def test_thirty_two_at_once_equal_each_alone(make: Make) -> None:
     prefill, decode, alone = make(Role.PREFILL), make(Role.DECODE), make(Role.AGGREGATED)
     rng = random.Random(3)
     prompts = [[rng.randrange(3, VOCAB) for _ in range(rng.randrange(1, 200))] for _ in range(32)]
-    sampling = {"max_tokens": 12, "temperature": 0.8}
+    sampling: dict[str, Any] = {"max_tokens": 12, "temperature": 0.8}
     expected = [alone.decode(make_request(f"a{i}", p, seed=i, **sampling))[0] for i, p in enumerate(prompts)]
     for i, prompt in enumerate(prompts):
         prefill.engine.prefill(make_request(f"p{i}", prompt, seed=i, **sampling))
     for i, prompt in enumerate(prompts):
-        prefill.wait(lambda i=i: prefill.last(f"p{i}") is not None)
+        prefill.wait(partial(_has_ended, prefill, f"p{i}"))
         done = prefill.last(f"p{i}")
         assert isinstance(done, PrefillDone)
         decode.engine.decode(_handed(done, f"d{i}", prompt, seed=i, **sampling), done.ticket)

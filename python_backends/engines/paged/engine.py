@@ -141,6 +141,7 @@ class PagedEngine:
             self._end_overdue()
             for sequence in self._scheduler.admit():
                 self._begin_fetch(sequence)
+            self._deliver()  # what has ended or arrived does not wait for the step
             busy = self._step()
             self._snapshot()
             self._deliver()

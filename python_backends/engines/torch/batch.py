@@ -17,8 +17,6 @@ import torch
 from python_backends.core.layout import KVLayout
 from python_backends.engines.paged.runner import Slice
 
-import os
-_CACHE_BYTES = int(os.environ["CB"]) << 10
 Ints = npt.NDArray[np.int64]
 
 
@@ -101,42 +99,30 @@ def _table(piece: Slice) -> Ints:
 def _attention_groups(
     slices: Sequence[Slice], window: int | None, layout: KVLayout, dtype: torch.dtype, device: torch.device
 ) -> list[AttentionGroup]:
-    members = _members(slices, window, layout)
-    rows = [_rows(group, window, layout) for group in members]
-    scratch = torch.empty(max(map(len, rows)), layout.block_size * layout.head_dim, dtype=dtype, device=device)
+    """Decoding sequences go together while no one is padded to more than twice its context; a prompt chunk goes alone."""
+
+    def magnitude(piece: Slice) -> int:
+        first, last = _visible_blocks(piece, window, layout.block_size)
+        return (last - first).bit_length()
+
+    decoding = [piece for piece in slices if len(piece.token_ids) == 1]
+    members = [list(run) for _, run in groupby(decoding, magnitude)] + [[piece] for piece in slices[len(decoding) :]]
     groups, begin = [], 0
-    for group, group_rows in zip(members, rows, strict=True):
+    for group in members:
+        rows, visible = _rows(group, window, layout), _visible(group, window, layout.block_size)
         end = begin + len(group) * len(group[0].token_ids)
         groups.append(
             AttentionGroup(
                 begin=begin,
                 end=end,
                 num_sequences=len(group),
-                rows=torch.from_numpy(group_rows).to(device),
-                mask=_mask(_visible(group, window, layout.block_size), dtype, device),
-                gathered=scratch[: len(group_rows)],
+                rows=torch.from_numpy(rows).to(device),
+                mask=_mask(visible, dtype, device),
+                gathered=torch.empty(rows.size, layout.block_size * layout.head_dim, dtype=dtype, device=device),
             )
         )
         begin = end
     return groups
-
-
-def _members(slices: Sequence[Slice], window: int | None, layout: KVLayout) -> list[list[Slice]]:
-    """Decoding sequences of one magnitude of context go together, so that padding never doubles the work, and only so
-    many that what they gather stays in the processor's cache; a prompt chunk goes alone."""
-    groups: list[list[Slice]] = []
-    widest = layout.blocks_for(_CACHE_BYTES // (layout.token_bytes // layout.num_layers))  # blocks
-    decoding = [piece for piece in slices if len(piece.token_ids) == 1]
-    for magnitude, run in groupby(decoding, lambda piece: _num_visible_blocks(piece, window, layout).bit_length()):
-        size = max(1, widest >> magnitude)
-        group = list(run)
-        groups += [group[start : start + size] for start in range(0, len(group), size)]
-    return groups + [[piece] for piece in slices[len(decoding) :]]
-
-
-def _num_visible_blocks(piece: Slice, window: int | None, layout: KVLayout) -> int:
-    first, last = _visible_blocks(piece, window, layout.block_size)
-    return last - first
 
 
 def _visible_blocks(piece: Slice, window: int | None, block_size: int) -> tuple[int, int]:
