@@ -322,8 +322,8 @@ class FlowHouse:
 
     def _router(self) -> RouterService:
         tokenizer = cast(Tokenizer, NumberTokenizer())
-        restart = self._respawn if self._restarts else None
-        return RouterService(self.config, self.address, tokenizer, self._submit, restart, self.counts)
+        control = self if self._restarts else None
+        return RouterService(self.config, self.address, tokenizer, self._submit, control, self.counts)
 
     # --- workers ---
 
@@ -357,7 +357,12 @@ class FlowHouse:
     def _submit(self, worker: WorkerId, work: Work, failed: Callable[[str], None]) -> None:
         self.workers[worker].hand_over(work, failed)
 
-    def _respawn(self, worker: WorkerId) -> None:
+    def is_loaded(self, worker: WorkerId) -> bool:
+        """See router.supervisor.ModelControl."""
+        return worker in self.workers
+
+    def restart(self, worker: WorkerId) -> None:
+        """See router.supervisor.ModelControl."""
         self.workers[worker].close()
         try:
             made = OwnProcess(self.config, self.config.worker(worker), self.address)

@@ -123,18 +123,6 @@ def test_requests_wait_for_the_first_worker() -> None:
             assert answer.wait().ids == reference(prompt(60, i), GREEDY)
 
 
-def test_a_prompt_that_fits_only_the_prefill_worker_is_refused_at_once() -> None:
-    config = deployment()
-    with FlowHouse(config) as house:
-        view = next(view for view in house.service.house.fleet if view.id == "decode_0")
-        small = _with_max_context(house, view.id, 100)
-        with small:
-            began = time.monotonic()
-            answer = house.ask(prompt(200))
-            assert time.monotonic() - began < 1
-            assert type(answer.error) is InvalidRequest
-
-
 def test_shutting_down_answers_everybody() -> None:
     with FlowHouse() as house:
         answers = [house.begin(prompt(30, i), ENDLESS) for i in range(5)]
@@ -144,16 +132,6 @@ def test_shutting_down_answers_everybody() -> None:
         for answer in [*answers, last]:
             assert type(answer.wait(1).error) is Unavailable
             assert answer.late == 0
-
-
-def test_an_address_in_use_is_an_error_and_leaves_nothing() -> None:
-    threads = threading.active_count()
-    with FlowHouse() as house:
-        second = FlowHouse(house.config, workers_up=False)
-        second.service._address = "tcp://no-such-interface:1"
-        with pytest.raises(OSError, match="No such device"):
-            second.__enter__()
-    assert eventually(lambda: threading.active_count() <= threads)
 
 
 def test_streams_need_no_threads() -> None:
