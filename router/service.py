@@ -125,7 +125,7 @@ class RouterService:
     async def _open(self) -> None:
         health = self._deployment.health
         self._channel = RouterChannel(self._address, secrets.token_hex(8), health.heartbeat_s)
-        self._supervisor = Supervisor(self.house, health, [worker.id for worker in self._deployment.workers], self._control)
+        self._supervisor = Supervisor(self.house, health, self._control)
         self._chores = [
             self._loop.create_task(chore)
             for chore in (

@@ -11,7 +11,6 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Protocol
@@ -28,24 +27,20 @@ _BACKOFF_S = (0.2, 1.0, 3.0, 10.0)  # before the first, second ... try to restar
 
 
 class ModelControl(Protocol):
-    """The server's hold on its models. Both calls block."""
+    """The server's hold on its models."""
 
     def restart(self, worker: WorkerId) -> None:
-        """Load the worker's model anew. Raises BatonError."""
-
-    def is_loaded(self, worker: WorkerId) -> bool:
-        """Whether the server counts the worker's model as loaded, alive or not."""
+        """Load the worker's model anew; blocks until it is up. Raises BatonError."""
 
 
 class Supervisor:
     """Belongs to the router's event loop; restarts run on a thread of their own."""
 
-    def __init__(self, house: House, health: HealthConfig, expected: Iterable[WorkerId], control: ModelControl | None) -> None:
+    def __init__(self, house: House, health: HealthConfig, control: ModelControl | None) -> None:
         """Without `control`, or with health.restart off, workers are taken out but not restarted."""
         self._house = house
         self._health = health
         self._control = control if health.restart else None
-        self._unheard: dict[WorkerId, float | None] = dict.fromkeys(expected)  # since when loaded, monotonic s
         self._pidfds: dict[WorkerId, tuple[Epoch, int, int]] = {}  # epoch, pid, pidfd
         self._left: set[Epoch] = set()
         self._restarts: dict[WorkerId, asyncio.Task[None]] = {}
@@ -55,7 +50,6 @@ class Supervisor:
 
     def seen(self, heartbeat: Heartbeat) -> None:
         """Watch the process of a life that is new."""
-        self._unheard.pop(heartbeat.worker, None)
         watched = self._pidfds.get(heartbeat.worker)
         if watched is not None and watched[0] == heartbeat.epoch:
             return
@@ -82,7 +76,6 @@ class Supervisor:
             await asyncio.sleep(self._health.heartbeat_s)
             for worker in self._house.fleet.silent(time.monotonic() - self._health.silent_s):
                 self._wedged(worker.id)
-            await self._look_for_stillborn()
 
     def close(self) -> None:
         for worker in list(self._pidfds):
@@ -107,22 +100,6 @@ class Supervisor:
         if watched is not None and self._control is not None:
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(watched[2], signal.SIGKILL)  # its death is then noticed by _died
-
-    async def _look_for_stillborn(self) -> None:
-        """Restart workers that the server counts as loaded and that were never heard: dead before their first word."""
-        for worker, loaded_since in list(self._unheard.items()):
-            if self._control is None:
-                return
-            now = time.monotonic()
-            loop = asyncio.get_running_loop()
-            if not await loop.run_in_executor(self._threads, self._control.is_loaded, worker):
-                self._unheard[worker] = None
-            elif loaded_since is None:
-                self._unheard[worker] = now
-            elif now - loaded_since > self._health.silent_s:
-                del self._unheard[worker]
-                log.warning("worker %s is loaded but was never heard", worker)
-                self._begin_restart(worker)
 
     def _begin_restart(self, worker: WorkerId) -> None:
         running = self._restarts.get(worker)

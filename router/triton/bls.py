@@ -78,9 +78,3 @@ class TritonModelControl:
             raise Unavailable(
                 f"{error}; restarts need tritonserver --model-control-mode=explicit --load-model=* (scripts/serve does that)"
             ) from error
-
-    def is_loaded(self, worker: WorkerId) -> bool:
-        try:
-            return bool(pb_utils.is_model_ready(worker))
-        except pb_utils.TritonModelException:
-            return False

@@ -357,10 +357,6 @@ class FlowHouse:
     def _submit(self, worker: WorkerId, work: Work, failed: Callable[[str], None]) -> None:
         self.workers[worker].hand_over(work, failed)
 
-    def is_loaded(self, worker: WorkerId) -> bool:
-        """See router.supervisor.ModelControl."""
-        return worker in self.workers
-
     def restart(self, worker: WorkerId) -> None:
         """See router.supervisor.ModelControl."""
         self.workers[worker].close()
