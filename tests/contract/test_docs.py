@@ -1,0 +1,29 @@
+"""The documents against the code they speak of."""
+
+from __future__ import annotations
+
+import re
+
+from python_backends.core.paths import repository_root
+from python_backends.core.tensors import ROUTER_INPUTS, ROUTER_OUTPUTS
+from scripts.reference import render_api, render_configuration
+
+ROOT = repository_root()
+
+
+def test_configuration_page_is_the_code() -> None:
+    """scripts/reference writes it again."""
+    assert (ROOT / "docs" / "configuration.md").read_text() == render_configuration()
+
+
+def test_api_page_is_the_code() -> None:
+    text = (ROOT / "docs" / "api.md").read_text()
+    assert text == render_api()
+    assert all(f"`{tensor.name}`" in text for tensor in (*ROUTER_INPUTS, *ROUTER_OUTPUTS))
+
+
+def test_paths_that_the_documents_name_exist() -> None:
+    named = re.compile(r"`((?:python_backends|router|configs|scripts|tests|docs|model_repository)/[\w./-]*)`")
+    for page in (ROOT / "README.md", ROOT / "docs" / "architecture.md"):
+        for path in named.findall(page.read_text()):
+            assert (ROOT / path).exists(), f"{page.name} names {path}"

@@ -1,0 +1,60 @@
+"""SmolLM2-135M-Instruct through a real tritonserver: every way gives the same text, and the proof says that KV moved."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from scripts.tritonserver import TritonServer
+from tests.triton.asking import Asking, wait_until_nothing_is_held
+
+pytestmark = [pytest.mark.triton, pytest.mark.weights]
+
+CHAT = json.dumps(
+    [
+        {"role": "system", "content": "You answer questions about geography in one short and correct sentence."},
+        {"role": "user", "content": "What is the capital of France?"},
+    ]
+)
+STORY = "Once upon a time there was a miller who had three sons, and when he died he left them nothing but " * 8
+
+
+@pytest.fixture(scope="module")
+def real(real_server: TritonServer) -> Iterator[Asking]:
+    client = Asking(real_server)
+    yield client
+    client.close()
+
+
+@pytest.mark.parametrize(
+    "request_fields",
+    [
+        {"messages": CHAT, "max_tokens": 24},
+        {"text_input": STORY, "max_tokens": 24},
+        {"text_input": STORY[40:], "max_tokens": 24, "temperature": 0.8, "top_p": 0.9, "seed": 1234},
+    ],
+    ids=["chat", "greedy", "seeded"],
+)
+def test_every_way_gives_the_same_text(real: Asking, request_fields: dict[str, Any]) -> None:
+    fields = {**request_fields, "return_output_ids": True, "return_proof": True}
+    alone = real.ask(**fields, route="aggregated")
+    cold = real.ask(**fields, route="remote")
+    proof = json.loads(cold.last("proof"))
+    assert proof["kv_tokens_received"] > 0
+    assert proof["kv_tokens_recomputed"] == proof["kv_tokens_computed"] == 0
+    assert proof["digest"] == "verified"
+    assert cold.ids == alone.ids
+    warm = real.ask(**fields, route="remote")
+    assert json.loads(warm.last("proof"))["kv_tokens_reused"] > 0
+    assert warm.ids == alone.ids
+    assert real.ask(**fields, route="local").ids == alone.ids
+
+
+def test_a_factual_question_gets_a_sensible_answer(real: Asking, real_server: TritonServer) -> None:
+    answer = real.ask(messages=CHAT, max_tokens=24, stream=True, return_finish_reason=True)
+    assert "Paris" in answer.text
+    assert answer.last("finish_reason") == b"stop"
+    wait_until_nothing_is_held(real_server, within_s=2)
