@@ -82,7 +82,7 @@ class TritonServer:
         run_id = secrets.token_hex(4)
         self.run_dir = _run_base() / run_id
         self.log = ServerLog(self.run_dir / "server.log")
-        self._shm_prefix = f"baton_{run_id}_"
+        self.shm_prefix = f"baton_{run_id}_"
 
     def __enter__(self) -> TritonServer:
         self.start()
@@ -123,7 +123,7 @@ class TritonServer:
                 self._guardian.wait()
             self._channel.close()
             self._guardian = None
-        remove_traces(self.run_dir, self._shm_prefix)
+        remove_traces(self.run_dir, self.shm_prefix)
 
     def kill(self) -> None:
         """Make a `stop` that waits end at once, without regard for requests. Safe in a signal handler."""
@@ -159,7 +159,7 @@ class TritonServer:
 
     def _launch(self) -> None:
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # keeps messages apart
-        arguments = [str(theirs.fileno()), str(_GRACE_S), str(self.run_dir), self._shm_prefix, *self._command()]
+        arguments = [str(theirs.fileno()), str(_GRACE_S), str(self.run_dir), self.shm_prefix, *self._command()]
         with theirs, self.log.path.open("wb") as log:
             self._guardian = subprocess.Popen(
                 [sys.executable, "-I", "-S", guardian.__file__, *arguments],
@@ -186,7 +186,7 @@ class TritonServer:
             *command,
             "--model-control-mode=explicit",  # lets the router restart a worker: unload, load
             "--load-model=*",
-            f"--backend-config=python,shm-region-prefix-name={self._shm_prefix}",
+            f"--backend-config=python,shm-region-prefix-name={self.shm_prefix}",
             f"--exit-timeout-secs={_EXIT_TIMEOUT_S}",
         ]
 

@@ -336,4 +336,4 @@ def test_stops_cleanly_with_streams_in_flight(fake_server: TritonServer, tmp_pat
     assert not any(psutil.pid_exists(pid) for pid in children)
     assert not server.run_dir.exists()
     left = subprocess.run(["ls", "/dev/shm"], capture_output=True, text=True, check=True).stdout
-    assert server._shm_prefix not in left
+    assert server.shm_prefix not in left
