@@ -21,6 +21,7 @@ class Account:
         self._decision: RouteDecision | None = None
         self._attempts = 0
         self._prefill: PrefillDone | None = None
+        self._prefill_ms: float | None = None  # of the attempt that made the first token, once known
         self._report = KVReport()
 
     def routed(self, decision: RouteDecision, attempt: int) -> None:
@@ -35,12 +36,15 @@ class Account:
 
     def kv_ready(self, report: KVReport) -> None:
         self._report = report
-        self._kv_ready = time.monotonic()
+        if not self._second_token:  # a later handoff, of a retry, is no part of the way to the second token
+            self._kv_ready = time.monotonic()
 
     def tokens(self, num_output: int, report: KVReport | None) -> None:
         """New tokens: `num_output` have now been produced in all."""
         now = time.monotonic()
-        self._first_token = self._first_token or now
+        if not self._first_token:
+            self._first_token = now
+            self._prefill_ms = self._prefill.compute_ms if self._prefill else None
         if num_output > 1:
             self._second_token = self._second_token or now
         self._report = report or self._report
@@ -50,7 +54,7 @@ class Account:
         assert decision is not None
         now = time.monotonic()
         ttft_ms = (self._first_token - self._arrival) * 1e3
-        prefill_ms = min(prefill.compute_ms if prefill else report.compute_ms, ttft_ms)
+        prefill_ms = min(report.compute_ms if self._prefill_ms is None else self._prefill_ms, ttft_ms)
         handed_over = prefill is not None and self._kv_ready > 0
         ready = max(self._kv_ready, self._first_token)
         return Proof(

@@ -50,7 +50,11 @@ class RouterChannel:
         self._socket.set_hwm(_HIGH_WATER_MARK)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
-        self._socket.bind(address)
+        try:
+            self._socket.bind(address)
+        except zmq.ZMQError:
+            self.close()
+            raise
 
     def send(self, worker: WorkerId, message: ToWorker) -> None:
         """Never blocks. What is sent to a worker that isn't there is lost, which its epoch makes harmless."""
@@ -61,9 +65,9 @@ class RouterChannel:
     async def listen(self, house: House, watcher: Watcher) -> None:
         """Take in messages until cancelled."""
         while True:
-            identity, payload = await self._socket.recv_multipart()
+            identity, *frames = await self._socket.recv_multipart()
             try:
-                message = from_worker_decoder.decode(payload)
+                message = from_worker_decoder.decode(b"".join(frames))
             except msgspec.MsgspecError as error:
                 log.warning("a message that is not of this version came from %r: %s", identity, error)
                 continue
@@ -76,7 +80,11 @@ class RouterChannel:
             if house.hear_events(message):
                 self.send(message.worker, Resync())
         elif isinstance(message, Heartbeat):
-            self._identities[message.worker] = identity
+            if house.fleet.is_over(message.epoch):
+                return
+            if self._identities.get(message.worker) != identity:
+                self._identities[message.worker] = identity
+                self.send(message.worker, RouterHeartbeat(self._name))  # it should know at once whom it works for
             if house.hear_heartbeat(message, time.monotonic()):
                 self.send(message.worker, Resync())
             watcher.seen(message)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 
 from python_backends.core.messages import Heartbeat
@@ -65,7 +64,8 @@ class Fleet:
 
     def __init__(self) -> None:
         self._workers: dict[WorkerId, WorkerView] = {}
-        self._changed = asyncio.Event()
+        self._over: set[Epoch] = set()
+        self._changed: asyncio.Future[None] | None = None
 
     def __iter__(self) -> Iterator[WorkerView]:
         return iter(self._workers.values())
@@ -82,6 +82,8 @@ class Fleet:
         if known is not None and known.epoch == heartbeat.epoch and known.up:
             known.heartbeat, known.heard = heartbeat, now
             return False
+        if known is not None and known.epoch != heartbeat.epoch:
+            self.bury(known.epoch)
         self._workers[heartbeat.worker] = WorkerView(heartbeat, now)
         self._wake()
         return True
@@ -95,6 +97,17 @@ class Fleet:
         self._wake()
         return True
 
+    def bury(self, epoch: Epoch) -> None:
+        """This life of a worker is over; what is still on its way from it does not bring it back."""
+        self._over.add(epoch)
+
+    def is_over(self, epoch: Epoch) -> bool:
+        return epoch in self._over
+
+    def is_up(self, worker: WorkerId) -> bool:
+        known = self._workers.get(worker)
+        return known is not None and known.up
+
     def is_current(self, worker: WorkerId, epoch: Epoch) -> bool:
         """Whether a message of this life of the worker still counts."""
         known = self._workers.get(worker)
@@ -105,13 +118,16 @@ class Fleet:
 
     async def wait_for_change(self, timeout: float) -> None:
         """Until a worker comes up or goes down, or the time is over."""
-        with suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._changed.wait(), timeout)
+        if self._changed is None:
+            self._changed = asyncio.get_running_loop().create_future()
+        # Not wait_for: before Python 3.12 it loses a cancellation that comes together with the change.
+        await asyncio.wait({self._changed}, timeout=timeout)
 
     def charge(self, worker: WorkerId, prefill_tokens: int) -> Charge:
         """Count a request, and the prompt tokens it will compute there, as load of this life of a worker."""
         return Charge(self._workers.get(worker), prefill_tokens)
 
     def _wake(self) -> None:
-        changed, self._changed = self._changed, asyncio.Event()
-        changed.set()
+        changed, self._changed = self._changed, None
+        if changed is not None:
+            changed.set_result(None)

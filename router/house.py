@@ -6,6 +6,7 @@ One owner per piece of state, all on the router's event loop. What workers say c
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,7 +14,7 @@ from python_backends.core.block_hash import block_hashes, chain_root
 from python_backends.core.config import Deployment
 from python_backends.core.errors import InvalidRequest, Unavailable
 from python_backends.core.messages import BlockEvents, Heartbeat, Outputs, PrefillDone
-from python_backends.core.types import RequestId, WorkerId
+from python_backends.core.types import RequestId, Role, WorkerId
 from router.admission import Admission
 from router.fleet import Fleet
 from router.mailroom import Mailroom
@@ -28,6 +29,7 @@ _LONG_PROMPT_BYTES = 4_000  # from here on a prompt is tokenised off the event l
 
 class House:
     def __init__(self, deployment: Deployment, tokenizer: Tokenizer, calls: Calls, observer: Observer) -> None:
+        self.name = secrets.token_hex(8)  # of this life of the router
         self.config = deployment.router
         self.tokenizer = tokenizer
         self.calls = calls
@@ -45,8 +47,9 @@ class House:
     # --- for a request ---
 
     def new_request_id(self) -> RequestId:
+        """Begins with the router's name, so that nothing an earlier router left with workers is taken for it."""
         self._requests += 1
-        return RequestId(f"r{self._requests}")
+        return RequestId(f"{self.name}.{self._requests}")
 
     async def tokenize(self, request: ClientRequest) -> list[int]:
         """Prompt token ids. Raises InvalidRequest. Long prompts don't hold up the other streams."""
@@ -86,7 +89,7 @@ class House:
             await self.fleet.wait_for_change(give_up - time.monotonic())
 
     def _check_length(self, num_tokens: int) -> None:
-        known = list(self.fleet)
+        known = [worker for worker in self.fleet if worker.role is not Role.PREFILL]
         longest = max((worker.heartbeat.max_context for worker in known), default=num_tokens + 1)
         if num_tokens >= longest:
             raise InvalidRequest(

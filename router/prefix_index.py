@@ -50,7 +50,8 @@ class PrefixIndex:
 
     def is_behind(self, worker: WorkerId, epoch: int, sequence: int) -> bool:
         """Whether a worker that says to have sent `sequence` events was not fully heard."""
-        return self._sequence.get(worker, (epoch, 0)) != (epoch, sequence)
+        heard_epoch, heard = self._sequence.get(worker, (epoch, 0))
+        return heard_epoch != epoch or heard < sequence
 
     def forget(self, worker: WorkerId) -> None:
         for block in list(self._blocks.pop(worker, ())):

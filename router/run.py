@@ -21,7 +21,6 @@ from python_backends.core.errors import (
     InvalidRequest,
     QueueFull,
     TritonCode,
-    Unavailable,
     WorkerLost,
 )
 from python_backends.core.messages import DecodeWork, KVReady, Output, PrefillDone, PrefillWork, RequestFailed, TokenChunk
@@ -37,6 +36,8 @@ from router.seams import Reply
 from router.types import ClientRequest, Outcome, Piece, RouteDecision, Wish
 
 log = logging.getLogger(__name__)
+
+_RETRY_PAUSE_S = 0.05  # doubled with every attempt, when there is no other worker to try
 
 
 class Run:
@@ -86,6 +87,10 @@ class Run:
         wish = self._request.wish or Wish(self._house.config.mode)
         tokens = self._prompt_ids + self._output_ids
         decision = await self._house.decide(tokens, self._request.salt, wish, self._avoid)
+        if not self._avoid.isdisjoint({decision.prefill, decision.decode}):
+            # There is only the worker that failed just now: one that is being loaded or restarted needs a moment.
+            await asyncio.sleep(_RETRY_PAUSE_S * 2**self._attempts)
+            decision = await self._house.decide(tokens, self._request.salt, wish, self._avoid)
         self._account.routed(decision, self._attempts)
         fleet = self._house.fleet
         self._decode_charge = fleet.charge(decision.decode, 0 if decision.prefill else decision.prefill_tokens)
@@ -112,6 +117,8 @@ class Run:
 
     async def decode(self, worker: WorkerId, ticket: bytes | None) -> None:
         """Hand over, if there is a ticket, and relay tokens to the client until the last one."""
+        if not self._house.fleet.is_up(worker):  # since the route was chosen; nobody would tell the box
+            raise WorkerLost(f"worker {worker} was lost before its turn")
         request = self._generate_request("d")
         with self._house.mailroom.box(request.request_id, worker) as box:
             self._decode_leg = (worker, request.request_id)
@@ -207,8 +214,8 @@ class Run:
         self._avoid.add(box.worker)
         if output.code is TritonCode.INVALID_ARG:
             raise InvalidRequest(output.message)
-        if not output.retryable:
-            raise Unavailable(output.message)
+        if not output.retryable:  # the one thing that another worker doesn't help against
+            raise DeadlineExceeded(output.message)
         raise (EngineFailure if output.code is TritonCode.INTERNAL else WorkerLost)(output.message)
 
     def _check_tokens(self, sampling: SamplingParams) -> SamplingParams:

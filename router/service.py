@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 import threading
 import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
+from functools import partial
 from typing import Any, Protocol
 
 from python_backends.core.config import Deployment
@@ -61,7 +61,11 @@ class RouterService:
     def start(self) -> None:
         """Listens for workers when it returns. Raises zmq.ZMQError when the address can't be bound."""
         self._thread.start()
-        self._on_loop(self._open()).result(_START_S)
+        try:
+            self._on_loop(self._open()).result(_START_S)
+        except BaseException:
+            self._end_loop()
+            raise
 
     def accept(self, request: ClientRequest, reply: Reply) -> Run:
         """Serve a request; the reply hears of everything, errors too."""
@@ -77,15 +81,24 @@ class RouterService:
         """Answer what runs with an error, then stop. Idempotent."""
         if self._thread.is_alive():
             self._on_loop(self._shut()).result(_STOP_S)
+        self._end_loop()
+        self.house.close()
+
+    def _end_loop(self) -> None:
+        if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(_STOP_S)
-            self._loop.close()
-        self.house.close()
+        self._loop.close()
 
     # --- requests, on the loop ---
 
     def _begin(self, run: Run) -> None:
-        self._tasks[run] = self._loop.create_task(self._serve(run))
+        task = self._tasks[run] = self._loop.create_task(self._serve(run))
+        task.add_done_callback(partial(self._ended, run))
+
+    def _ended(self, run: Run, task: asyncio.Task[None]) -> None:
+        del self._tasks[run]
+        run.fail(run.interruption)  # only if interrupted before its first step: then `serve` has seen nothing of it
 
     async def _serve(self, run: Run) -> None:
         late = DeadlineExceeded("the request's deadline passed before its last token; give a longer timeout or fewer tokens")
@@ -97,7 +110,6 @@ class RouterService:
             run.fail(EngineFailure("internal error in the router; its log has the details"))
         finally:
             timer.cancel()
-            del self._tasks[run]
 
     def _interrupt(self, run: Run, why: Cancelled | DeadlineExceeded) -> None:
         task = self._tasks.get(run)
@@ -124,7 +136,7 @@ class RouterService:
 
     async def _open(self) -> None:
         health = self._deployment.health
-        self._channel = RouterChannel(self._address, secrets.token_hex(8), health.heartbeat_s)
+        self._channel = RouterChannel(self._address, self.house.name, health.heartbeat_s)
         self._supervisor = Supervisor(self.house, health, self._control)
         self._chores = [
             self._loop.create_task(chore)

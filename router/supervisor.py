@@ -56,8 +56,8 @@ class Supervisor:
         self._unwatch(heartbeat.worker)
         try:
             pidfd = os.pidfd_open(heartbeat.pid)
-        except ProcessLookupError:
-            return  # gone since; silence will tell
+        except OSError:
+            return  # gone since, or can't be watched; silence will tell
         self._pidfds[heartbeat.worker] = (heartbeat.epoch, heartbeat.pid, pidfd)
         asyncio.get_running_loop().add_reader(pidfd, self._died, heartbeat.worker, heartbeat.epoch)
         log.info("worker %s is up (process %d)", heartbeat.worker, heartbeat.pid)
@@ -65,6 +65,7 @@ class Supervisor:
     def left(self, worker: WorkerId, epoch: Epoch) -> None:
         """The worker ended because it was told to."""
         self._left.add(epoch)
+        self._house.fleet.bury(epoch)
         if self._house.fleet.is_current(worker, epoch):
             self._house.lose(worker, f"worker {worker} was unloaded")
 
@@ -73,7 +74,10 @@ class Supervisor:
     async def watch(self) -> None:
         """Look for silent workers until cancelled."""
         while True:
+            began = time.monotonic()
             await asyncio.sleep(self._health.heartbeat_s)
+            if time.monotonic() - began > self._health.heartbeat_s + self._health.silent_s / 2:
+                continue  # this router was held up itself: what the workers said meanwhile is not read yet
             for worker in self._house.fleet.silent(time.monotonic() - self._health.silent_s):
                 self._wedged(worker.id)
 
@@ -86,6 +90,7 @@ class Supervisor:
 
     def _died(self, worker: WorkerId, epoch: Epoch) -> None:
         self._unwatch(worker)
+        self._house.fleet.bury(epoch)
         if epoch in self._left:
             self._left.discard(epoch)
             return

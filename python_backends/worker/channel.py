@@ -27,8 +27,11 @@ class ChannelListener(Protocol):
 
     def told(self, message: ToWorker) -> None: ...
 
-    def router_lost(self) -> None:
-        """The router fell silent, or another one took its place: nobody waits for running requests any more."""
+    def router_lost(self, successor: str | None) -> FromWorker | None:
+        """The router fell silent, or the one named `successor` took its place: nobody waits for what it had begun.
+
+        Returns what to tell it, should it only have been held up.
+        """
 
 
 class WorkerChannel:
@@ -83,7 +86,9 @@ class WorkerChannel:
         while not self._closing.is_set():
             now = time.monotonic()
             if now >= next_heartbeat:
-                self._post(encode(self._listener.heartbeat()))
+                heartbeat = encode(self._listener.heartbeat())
+                self._drain(self._inbox, self._post)  # the events that it counts go first
+                self._post(heartbeat)
                 self._check_router(now)
                 next_heartbeat = now + self._heartbeat_s
             ready = dict(poller.poll(timeout=max(0, int((next_heartbeat - now) * 1000))))
@@ -112,8 +117,8 @@ class WorkerChannel:
         except msgspec.MsgspecError:
             return  # of another version; its sender learns nothing from an answer here
         if isinstance(message, RouterHeartbeat):
-            if self._router not in (None, message.router):
-                self._listener.router_lost()
+            if message.router != self._router:  # also the first one heard: work of an earlier one may be here
+                self._lose_router(message.router)
             self._router = message.router
             self._router_heard = time.monotonic()
         self._listener.told(message)
@@ -121,4 +126,9 @@ class WorkerChannel:
     def _check_router(self, now: float) -> None:
         if self._router is not None and now - self._router_heard > self._silent_s:
             self._router = None
-            self._listener.router_lost()
+            self._lose_router(None)
+
+    def _lose_router(self, successor: str | None) -> None:
+        last_words = self._listener.router_lost(successor)
+        if last_words is not None:
+            self._post(encode(last_words))

@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 
 from python_backends.core.config import Deployment, WorkerConfig
-from python_backends.core.errors import InvalidRequest
+from python_backends.core.errors import InvalidRequest, TritonCode
 from python_backends.core.messages import (
     Abort,
     BlockEvents,
@@ -92,10 +92,9 @@ class Worker:
                 self._live.difference_update(ended)
             self._channel.send(Outputs(self._config.id, self._epoch, list(outputs)))
         if change is not None:
-            self._sequence += 1
-            self._channel.send(
-                BlockEvents(self._config.id, self._epoch, self._sequence, change.stored, change.removed, change.reset)
-            )
+            sequence = self._sequence + 1
+            self._channel.send(BlockEvents(self._config.id, self._epoch, sequence, change.stored, change.removed, change.reset))
+            self._sequence = sequence  # heartbeats count only what was sent
 
     # --- on the channel's thread ---
 
@@ -125,13 +124,19 @@ class Worker:
         elif isinstance(message, Resync):
             self._engine.resync()
 
-    def router_lost(self) -> None:
+    def router_lost(self, successor: str | None) -> Outputs | None:
+        """Request ids begin with their router's name: work of the successor may have come before its first heartbeat."""
         with self._live_lock:
-            orphans, self._live = list(self._live), set()
-        if orphans:
-            log.warning("worker %s: the router is gone; aborting %d requests", self._config.name, len(orphans))
+            orphans = [id for id in self._live if successor is None or not id.startswith(f"{successor}.")]
+            self._live.difference_update(orphans)
+        if not orphans:
+            return None
+        log.warning("worker %s: the router is gone; aborting %d requests", self._config.name, len(orphans))
         for request_id in orphans:
             self._engine.abort(request_id)
+        why = f"worker {self._config.name} heard nothing from its router"
+        failed: list[Output] = [RequestFailed(id, TritonCode.UNAVAILABLE, why, retryable=True) for id in orphans]
+        return Outputs(self._config.id, self._epoch, failed)
 
 
 def _is_last(output: Output) -> bool:

@@ -91,6 +91,7 @@ def deployment(
     router: RouterConfig | None = None,
     transport: Literal["shm", "inline"] = "shm",
     faults: Mapping[Fault, float] | None = None,
+    lease_s: float = 10.0,
     transfer_timeout_s: float = 2.0,
     silent_s: float = 10.0,
 ) -> Deployment:
@@ -101,7 +102,7 @@ def deployment(
             WorkerConfig(role=role, name=f"{role.value}_{i}", engine="fake") for role, count in roles for i in range(count)
         ),
         engine=engine or fake_engine(),
-        transfer=TransferConfig(transport=transport, timeout_s=transfer_timeout_s, faults=dict(faults or {})),
+        transfer=TransferConfig(transport=transport, lease_s=lease_s, timeout_s=transfer_timeout_s, faults=dict(faults or {})),
         router=router or RouterConfig(mode="remote", worker_wait_s=5.0, default_deadline_s=TIMEOUT_S),
         health=HealthConfig(heartbeat_s=0.05, silent_s=silent_s),
     )
@@ -206,6 +207,8 @@ class InProcess:
 
     def __init__(self, config: Deployment, worker: WorkerConfig, address: str) -> None:
         self.worker = Worker(config, worker, address, KEY)
+
+    def ready(self) -> None:
         self.worker.start()
 
     def hand_over(self, work: Work, failed: Callable[[str], None]) -> None:
@@ -315,9 +318,11 @@ class FlowHouse:
         self.close()
 
     def close(self) -> None:
-        self.service.close()
+        if self._own_processes:
+            self.service.close()  # first, or it would restart them
         for worker in self.workers.values():
-            worker.close()
+            worker.close()  # first, or they would wait for a router to say goodbye to
+        self.service.close()
         shutil.rmtree(self._directory)
 
     def _router(self) -> RouterService:
@@ -332,10 +337,9 @@ class FlowHouse:
         before = {view.id: view.epoch for view in self.service.house.fleet.up()}
         make = OwnProcess if self._own_processes else InProcess
         made = {name: make(self.config, self.config.worker(name), self.address) for name in names}
-        for worker in made.values():
-            if isinstance(worker, OwnProcess):
-                worker.ready()
         self.workers.update(made)
+        for worker in made.values():
+            worker.ready()
         assert eventually(lambda: all(self.is_up(name, before.get(WorkerId(name))) for name in names), TIMEOUT_S)
 
     def is_up(self, name: str, other_than: int | None = None) -> bool:
@@ -360,12 +364,11 @@ class FlowHouse:
     def restart(self, worker: WorkerId) -> None:
         """See router.supervisor.ModelControl."""
         self.workers[worker].close()
+        made = self.workers[worker] = OwnProcess(self.config, self.config.worker(worker), self.address)
         try:
-            made = OwnProcess(self.config, self.config.worker(worker), self.address)
             made.ready()
-        except AssertionError as error:
+        except (AssertionError, EOFError) as error:
             raise Unavailable(str(error)) from error
-        self.workers[worker] = made
 
     # --- the router ---
 

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+import msgspec
 import pytest
+import zmq
 
 from python_backends.core.config import RouterConfig
 from python_backends.core.errors import DeadlineExceeded, InvalidRequest, QueueFull, Unavailable
-from python_backends.core.types import SamplingParams
+from python_backends.core.messages import Work
+from python_backends.core.types import SamplingParams, WorkerId
 from router.lifecycle import State
 from router.types import ClientRequest, Outcome, Wish
 from tests.flow.house import GREEDY, VOCABULARY, Answer, FlowHouse, deployment, eventually, fake_engine, prompt, reference
 
 ENDLESS = SamplingParams(temperature=0, max_tokens=100_000)
+SHORTER = SamplingParams(temperature=0, max_tokens=200)
 
 
 @pytest.fixture(scope="module")
@@ -62,12 +66,9 @@ def test_the_deadline_ends_a_running_request(house: FlowHouse, wish: Wish) -> No
         answer = house.begin(prompt(30, seed), ENDLESS, wish, timeout_s=0.2).wait()
         assert time.monotonic() - began < 0.5
         assert type(answer.error) is DeadlineExceeded
-        assert answer.ids == reference(prompt(30, seed), ENDLESS_SHORT)[: len(answer.ids)]
+        assert answer.ids == reference(prompt(30, seed), SHORTER)[: len(answer.ids)]
         assert answer.late == 0
     house.assert_nothing_held()
-
-
-ENDLESS_SHORT = SamplingParams(temperature=0, max_tokens=200)
 
 
 def test_the_deadline_ends_a_waiting_request() -> None:
@@ -123,6 +124,30 @@ def test_requests_wait_for_the_first_worker() -> None:
             assert answer.wait().ids == reference(prompt(60, i), GREEDY)
 
 
+def test_a_prompt_that_only_a_prefill_worker_can_take_is_refused_at_once() -> None:
+    config = deployment(engine=fake_engine(kv_pool_mib=1))
+    large, small = config.workers
+    config = msgspec.structs.replace(config, workers=(msgspec.structs.replace(large, kv_pool_mib=8), small))
+    with FlowHouse(config) as house:
+        began = time.monotonic()
+        answer = house.ask(prompt(2000))
+        assert time.monotonic() - began < 1
+        assert type(answer.error) is InvalidRequest
+
+
+def test_a_worker_that_sees_the_deadline_first_ends_the_request_with_the_same_error() -> None:
+    with FlowHouse(deployment(engine=fake_engine(step_us=2000))) as house:
+        submit = house._submit
+
+        def hurried(worker: WorkerId, work: Work, failed: Callable[[str], None]) -> None:
+            request = msgspec.structs.replace(work.request, deadline=time.time() + 0.1)
+            submit(worker, msgspec.structs.replace(work, request=request), failed)
+
+        house.service._submit = hurried
+        assert type(house.ask(prompt(30), ENDLESS).error) is DeadlineExceeded
+        house.assert_nothing_held()
+
+
 def test_shutting_down_answers_everybody() -> None:
     with FlowHouse() as house:
         answers = [house.begin(prompt(30, i), ENDLESS) for i in range(5)]
@@ -132,6 +157,15 @@ def test_shutting_down_answers_everybody() -> None:
         for answer in [*answers, last]:
             assert type(answer.wait(1).error) is Unavailable
             assert answer.late == 0
+
+
+def test_a_bad_address_is_an_error_and_leaves_nothing() -> None:
+    threads = threading.active_count()
+    house = FlowHouse(workers_up=False)
+    house.service._address = "tcp://no-such-interface:1"
+    with pytest.raises(zmq.ZMQError), house:
+        pass
+    assert threading.active_count() <= threads
 
 
 def test_streams_need_no_threads() -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
-from python_backends.core.types import FinishReason, SamplingParams
+from python_backends.core.messages import Work
+from python_backends.core.types import FinishReason, SamplingParams, WorkerId
 from router.types import Way, Wish
 from tests.flow.house import GREEDY, FlowHouse, deployment, prompt, reference
 
@@ -101,7 +102,7 @@ def _submitted(house: FlowHouse) -> list[str]:
     names: list[str] = []
     submit = house._submit
 
-    def watched(worker, work, failed):  # type: ignore[no-untyped-def]
+    def watched(worker: WorkerId, work: Work, failed: Callable[[str], None]) -> None:
         names.append(worker)
         submit(worker, work, failed)
 

@@ -1,0 +1,45 @@
+"""Heartbeats and fleet views as workers would cause them."""
+
+from __future__ import annotations
+
+from python_backends.core.layout import KVLayout
+from python_backends.core.messages import Heartbeat
+from python_backends.core.types import Epoch, Role, WorkerId, WorkerLoad
+from router.fleet import WorkerView
+
+LAYOUT = KVLayout(1, 1, 1, 16, "float32")
+
+
+def heartbeat(
+    name: str = "decode",
+    role: Role = Role.DECODE,
+    epoch: int = 1,
+    max_context: int = 1000,
+    fingerprint: str = "f",
+    sequence: int = 0,
+) -> Heartbeat:
+    return Heartbeat(
+        worker=WorkerId(name),
+        role=role,
+        epoch=Epoch(epoch),
+        pid=1,
+        load=WorkerLoad(),
+        layout=LAYOUT,
+        fingerprint=fingerprint,
+        max_context=max_context,
+        events_sequence=sequence,
+    )
+
+
+def view(
+    name: str,
+    role: Role,
+    *,
+    requests: int = 0,
+    prefill_tokens: int = 0,
+    up: bool = True,
+    max_context: int = 1000,
+    fingerprint: str = "f",
+) -> WorkerView:
+    beat = heartbeat(name, role, max_context=max_context, fingerprint=fingerprint)
+    return WorkerView(beat, heard=0.0, up=up, requests=requests, prefill_tokens=prefill_tokens)

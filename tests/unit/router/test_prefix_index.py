@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from python_backends.core.messages import BlockEvents
+from python_backends.core.types import BlockHash, Epoch, WorkerId
+from router.prefix_index import PrefixIndex
+
+A, B = WorkerId("a"), WorkerId("b")
+
+
+def blocks(names: str) -> list[BlockHash]:
+    return [BlockHash(name.encode()) for name in names]
+
+
+def events(
+    worker: WorkerId, sequence: int, stored: str = "", removed: str = "", *, epoch: int = 1, reset: bool = False
+) -> BlockEvents:
+    return BlockEvents(worker, Epoch(epoch), sequence, list(blocks(stored)), list(blocks(removed)), reset)
+
+
+def started(*workers: WorkerId, stored: str = "") -> PrefixIndex:
+    index = PrefixIndex()
+    for worker in workers:
+        assert index.apply(events(worker, 1, stored, reset=True))
+    return index
+
+
+def test_leading_blocks_are_matched_per_worker() -> None:
+    index = started(A, B)
+    index.apply(events(A, 2, "xyz"))
+    index.apply(events(B, 2, "xz"))
+    assert index.match(blocks("xyzw")) == {A: 3, B: 1}
+    assert index.match(blocks("yz")) == {A: 2}
+    assert index.match(blocks("wx")) == {}
+    assert index.match([]) == {}
+    assert len(index) == 3
+
+
+def test_asking_changes_nothing() -> None:
+    index = started(A, stored="x")
+    for _ in range(3):
+        assert index.match(blocks("xq")) == {A: 1}
+    assert len(index) == 1
+
+
+def test_removed_blocks_match_no_more() -> None:
+    index = started(A, B, stored="xy")
+    assert index.apply(events(A, 2, removed="x"))
+    assert index.match(blocks("xy")) == {B: 2}
+    assert index.apply(events(A, 3, removed="q"))  # never heard of: no harm
+
+
+def test_a_block_removed_and_stored_in_one_message_is_there() -> None:
+    index = started(A, stored="x")
+    index.apply(events(A, 2, stored="x", removed="x"))
+    assert index.match(blocks("x")) == {A: 1}
+
+
+def test_a_gap_empties_the_worker_until_its_reset() -> None:
+    index = started(A, B, stored="x")
+    assert not index.apply(events(A, 3, "y"))
+    assert index.match(blocks("xy")) == {B: 1}
+    assert not index.apply(events(A, 4, "z"))
+    assert index.apply(events(A, 5, "yz", reset=True))
+    assert index.match(blocks("yz")) == {A: 2}
+    assert index.apply(events(A, 6, "x"))
+    assert index.match(blocks("xyz")) == {A: 3, B: 1}
+
+
+def test_a_repeated_message_counts_as_a_gap() -> None:
+    index = started(A, stored="x")
+    assert not index.apply(events(A, 1, "y"))
+    assert index.match(blocks("x")) == {}
+
+
+def test_the_first_message_of_a_worker_must_be_a_reset() -> None:
+    assert not PrefixIndex().apply(events(A, 1, "x"))
+
+
+def test_another_life_of_the_worker_starts_empty() -> None:
+    index = started(A, stored="x")
+    assert not index.apply(events(A, 2, "y", epoch=2))
+    assert index.match(blocks("x")) == {}
+    assert index.apply(events(A, 1, "z", epoch=2, reset=True))
+    assert index.match(blocks("z")) == {A: 1}
+
+
+def test_forgetting_leaves_nothing() -> None:
+    index = started(A, B, stored="xy")
+    index.forget(A)
+    assert index.match(blocks("xy")) == {B: 2}
+    index.forget(B)
+    index.forget(B)
+    assert len(index) == 0
+
+
+def test_a_worker_is_behind_when_it_sent_more_than_was_heard() -> None:
+    index = started(A)
+    assert not index.is_behind(A, 1, 1)
+    assert index.is_behind(A, 1, 2)
+    assert index.is_behind(A, 2, 1)
+    assert not index.is_behind(B, 1, 0)
+    assert index.is_behind(B, 1, 1)
+
+
+def test_a_heartbeat_older_than_the_events_is_no_reason_to_ask_again() -> None:
+    index = started(A)
+    index.apply(events(A, 2, "x"))
+    assert not index.is_behind(A, 1, 1)
+
+
+_ALPHABET = "uvwxyz"
+_message = st.tuples(
+    st.sampled_from([A, B]),
+    st.text(_ALPHABET, max_size=4),
+    st.text(_ALPHABET, max_size=3),
+    st.sampled_from(["event", "event", "event", "lost", "reset", "reborn", "forget"]),
+)
+
+
+@given(st.lists(_message, max_size=40), st.text(_ALPHABET, max_size=6))
+def test_like_a_plain_dictionary(messages: Sequence[tuple[WorkerId, str, str, str]], asked: str) -> None:
+    index = PrefixIndex()
+    believed: dict[WorkerId, set[str] | None] = {A: None, B: None}  # None: out of step until a reset
+    sequence = {A: 0, B: 0}
+    epoch = {A: 1, B: 1}
+    for worker, stored, removed, kind in messages:
+        known = believed[worker]
+        if kind == "forget":
+            index.forget(worker)
+            believed[worker] = None
+            continue
+        if kind == "reborn":
+            epoch[worker] += 1
+            sequence[worker] = 0
+            believed[worker] = known = None
+        sequence[worker] += 2 if kind == "lost" else 1
+        reset = kind in ("reset", "reborn")
+        in_step = index.apply(events(worker, sequence[worker], stored, removed, epoch=epoch[worker], reset=reset))
+        assert in_step is (reset or (known is not None and kind != "lost"))
+        if not in_step:
+            believed[worker] = None
+        else:
+            believed[worker] = (set() if reset or known is None else known) - set(removed) | set(stored)
+        assert index.is_behind(worker, epoch[worker], sequence[worker]) is not in_step
+    expected = {}
+    for worker, names in believed.items():
+        count = next((i for i, name in enumerate(asked) if name not in (names or ())), len(asked))
+        if count:
+            expected[worker] = count
+    assert index.match(blocks(asked)) == expected
+    assert len(index) == len(set().union(*(names or () for names in believed.values())))
