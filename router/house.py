@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from python_backends.core.block_hash import block_hashes, chain_root
@@ -17,10 +18,11 @@ from python_backends.core.messages import BlockEvents, Heartbeat, Outputs, Prefi
 from python_backends.core.types import RequestId, Role, WorkerId
 from router.admission import Admission
 from router.fleet import Fleet
+from router.lifecycle import State
 from router.mailroom import Mailroom
 from router.policy import Query, choose
 from router.prefix_index import PrefixIndex
-from router.seams import Calls, Observer
+from router.seams import Calls, Observer, Snapshot
 from router.tokenizer import Tokenizer
 from router.types import ClientRequest, RouteDecision, Wish
 
@@ -43,6 +45,10 @@ class House:
 
     def close(self) -> None:
         self._encoders.shutdown(wait=False, cancel_futures=True)
+
+    def snapshot(self, states: Mapping[State, int]) -> Snapshot:
+        """`states`: how many live requests are in each."""
+        return Snapshot(states, self.admission.requests, self.admission.queued_tokens, len(self.index), list(self.fleet))
 
     # --- for a request ---
 

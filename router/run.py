@@ -68,6 +68,10 @@ class Run:
         self._lease: tuple[WorkerId, str] | None = None
 
     @property
+    def state(self) -> State:
+        return self._life.state
+
+    @property
     def ended(self) -> bool:
         return not self._life.live
 
@@ -169,7 +173,7 @@ class Run:
         if finish is not None or self._text.stopped:
             self._move(Event.STOP if finish is None else Event.FINISH)
             finish = FinishReason.STOP if self._text.stopped else finish
-        elif self._life.state is State.DECODING:
+        elif self.state is State.DECODING:
             self._move(Event.TOKENS)
         self._send(Piece(text, chunk.token_ids, logprobs, self._cumulative_logprob, len(self._prompt_ids), finish))
 
@@ -189,7 +193,7 @@ class Run:
 
     def _kv_ready(self, report: KVReport) -> None:
         self._account.kv_ready(report)
-        if self._life.state is State.HANDING_OFF:
+        if self.state is State.HANDING_OFF:
             self._move(Event.KV_READY)
 
     # --- workers ---

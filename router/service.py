@@ -9,6 +9,7 @@ import asyncio
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from functools import partial
@@ -161,7 +162,8 @@ class RouterService:
 
     async def _refresh(self) -> None:
         while True:
-            self.house.observer.refresh(self.house)
+            states = Counter(run.state for run in self._tasks)
+            self.house.observer.refresh(self.house.snapshot(states))
             await asyncio.sleep(self._deployment.health.heartbeat_s)
 
     def _on_loop(self, coroutine: Coroutine[Any, Any, None]) -> Future[None]:

@@ -35,6 +35,9 @@ The model `router` is the one to call: gRPC or HTTP (`/v2/models/router/generate
 Errors: INVALID_ARG (400) names the field; UNAVAILABLE (503) may be sent again: the queue is full, a worker is lost or
 the deadline passed; CANCELLED; INTERNAL. The request parameter `timeout` (microseconds) is the deadline.
 
+A client that cancels or goes away frees everything its request held within a second. Triton tells of it for gRPC and
+`/generate_stream`; a request by `/generate` runs to its end or deadline.
+
 """
 
 
