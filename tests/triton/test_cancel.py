@@ -24,7 +24,7 @@ pytestmark = pytest.mark.triton
 PROMPT = " ".join(str(number) for number in range(60))
 SLOW = """
 workers: [{role: prefill, engine: fake}, {role: decode, engine: fake}]
-engine: {kv_pool_mib: 32, step_tokens: 16, fake: {prefill_us_per_token: 4000, step_us: 4000}}
+engine: {kv_pool_mib: 32, step_tokens: 16, fake: {prefill_us_per_token: 15000, step_us: 4000}}
 health: {restart: false}
 """
 HANGING = """
