@@ -186,6 +186,7 @@ class TritonServer:
             *command,
             "--model-control-mode=explicit",  # lets the router restart a worker: unload, load
             "--load-model=*",
+            f"--model-load-thread-count={len(self.models)}",  # workers wait for the router: none may be queued behind another
             f"--backend-config=python,shm-region-prefix-name={self.shm_prefix}",
             f"--exit-timeout-secs={_EXIT_TIMEOUT_S}",
         ]

@@ -356,6 +356,22 @@ def test_abort_during_a_transfer_gives_back_when_it_ends(make: Make) -> None:
     assert decode.last("d") is None
 
 
+def test_abort_before_a_transfer_has_begun_gives_back_at_once(make: Make) -> None:
+    """Two transfers hang for long; those that wait for their turn behind them are not waited for."""
+    hanging = TransferConfig(timeout_s=3.0, faults={"hang": 1.0})
+    prefill, decode = make(Role.PREFILL), make(Role.DECODE, transfer=hanging)
+    prompts = [[5 + i, *PROMPT] for i in range(6)]
+    for i, ids in enumerate(prompts):
+        done = prefill.prefill(make_request(f"p{i}", ids))
+        decode.engine.decode(_handed(done, f"d{i}", ids), done.ticket)
+    decode.wait_load(lambda: decode.engine.load().queued_requests == 6)
+    held = decode.engine.load().held_blocks
+    for i in range(6):
+        decode.engine.abort(RequestId(f"d{i}"))
+    decode.wait_load(lambda: decode.engine.load().held_blocks == held * 2 // 6, timeout_s=1.0)
+    decode.assert_nothing_held()
+
+
 def test_a_passed_deadline_ends_the_request(make: Make) -> None:
     engine = make(Role.AGGREGATED, step_us=20_000)
     engine.engine.decode(make_request("x", PROMPT, max_tokens=1900, timeout_s=0.2), None)

@@ -30,7 +30,7 @@ health: {restart: false}
 HANGING = """
 workers: [{role: prefill, engine: fake}, {role: decode, engine: fake}]
 engine: {kv_pool_mib: 32, fake: {step_us: 4000}}
-transfer: {timeout_s: 0.8, faults: {hang: 1.0}}
+transfer: {timeout_s: 0.6, faults: {hang: 1.0}}
 """
 _REFRESHED_S = 0.5  # metrics are as old as the last heartbeat
 

@@ -282,7 +282,10 @@ class PagedEngine:
                 if len(self._aborted) > _REMEMBERED_ABORTS:
                     self._aborted.popitem(last=False)
         elif request_id in self._scheduler.fetching:
-            sequence.doomed = True
+            if sequence.transfer is not None and sequence.transfer.cancel():  # it had not begun
+                self._scheduler.drop_fetching(sequence)
+            else:
+                sequence.doomed = True
         else:
             self._scheduler.remove(sequence)
 
@@ -414,7 +417,7 @@ class PagedEngine:
             self._inbox.put(partial(self._end_fetch, sequence, 0, 0.0, None))
             return
         targets = [sequence.blocks[i] for i in wanted]
-        self._fetchers.submit(self._fetch, sequence, handoff, list(wanted), targets)
+        sequence.transfer = self._fetchers.submit(self._fetch, sequence, handoff, list(wanted), targets)
 
     def _fetch(self, sequence: Sequence, handoff: KVHandoff, wanted: list[int], targets: list[int]) -> None:
         """On a transfer thread: move and verify the bytes, then tell the engine's thread."""

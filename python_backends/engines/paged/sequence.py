@@ -9,6 +9,7 @@ Whoever advances `num_computed` (a step, a verified transfer, a prefix hit) has 
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from python_backends.core.block_hash import block_hash, block_hashes
@@ -34,6 +35,7 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     num_computed: int = 0
     num_published: int = 0
+    transfer: Future[None] | None = None  # that fetches the handed KV
     doomed: bool = False  # aborted while a transfer writes into its blocks: freed when the transfer ends
 
     started: float = 0.0  # monotonic, s: first step
