@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import statistics
 import subprocess
 import time
 import urllib.error
@@ -241,6 +242,17 @@ def test_thirty_two_streams_at_once_are_right_and_prompt(fake_server: TritonServ
     assert all(answer.finals == 1 for answer in asking.collect(*[f"s{i}" for i in range(32)]))
     assert threads <= threads_before + 2, "threads grow with streams"
     wait_until_nothing_is_held(fake_server, within_s=2)
+
+
+def test_first_tokens_do_not_wait_for_other_streams(fake_server: TritonServer, asking: Asking) -> None:
+    """A router whose streams block each other sends them after seconds; the bound is far above what a busy machine needs."""
+    sent, first = time.monotonic(), {}
+    for i in range(32):
+        asking.send(f"t{i}", text_input=f"{i} first tokens", max_tokens=100, stream=True)
+    while len(first) < 32:
+        first.setdefault(asking.next_response(), time.monotonic() - sent)
+    assert statistics.median(first.values()) < 1.0
+    asking.collect(*first)
 
 
 # --- cancellation and death --------------------------------------------------------------------------------------------
