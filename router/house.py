@@ -50,6 +50,14 @@ class House:
         """`states`: how many live requests are in each."""
         return Snapshot(states, self.admission.requests, self.admission.queued_tokens, len(self.index), list(self.fleet))
 
+    @property
+    def trouble(self) -> str:
+        """Why requests can't be served now; empty when they can."""
+        if any(worker.role is not Role.PREFILL for worker in self.fleet.up()):
+            return ""
+        up = ", ".join(worker.id for worker in self.fleet.up()) or "none"
+        return f"no decode or aggregated worker is up (up: {up})"
+
     # --- for a request ---
 
     def new_request_id(self) -> RequestId:
@@ -90,8 +98,7 @@ class House:
                 self.observer.decided(decision.way)
                 return decision
             if time.monotonic() >= give_up:
-                up = ", ".join(worker.id for worker in workers) or "none"
-                raise Unavailable(f"no decode or aggregated worker is up (up: {up}); try again in a moment")
+                raise Unavailable(f"{self.trouble or 'no worker that is up can take the request'}; try again in a moment")
             await self.fleet.wait_for_change(give_up - time.monotonic())
 
     def _check_length(self, num_tokens: int) -> None:

@@ -53,7 +53,7 @@ class Run:
         self._attempts = 0
         self._avoid: set[WorkerId] = set()
         self._prompt_ids: list[int] = []
-        self._output_ids: list[int] = []
+        self._output_ids: list[int] = [*request.output_ids]
         self._cumulative_logprob = 0.0
         self._sampling = request.sampling
         self._account = Account(arrival)
@@ -84,6 +84,7 @@ class Run:
         self._sampling = self._check_tokens(self._request.sampling)
         self._place.queue(len(self._prompt_ids))
         self._text = Detokenizer(self._house.tokenizer, self._sampling.stop, self._sampling.min_tokens, self._prompt_ids)
+        self._text.push(self._output_ids)  # the client has this text
 
     async def route(self) -> RouteDecision:
         """Choose where this attempt goes. Raises Unavailable, or InvalidRequest when the prompt is too long for all."""
@@ -227,7 +228,12 @@ class Run:
         size = self._house.tokenizer.vocab_size
         if not self._prompt_ids:
             raise InvalidRequest("the prompt is empty: give text_input, messages or input_ids with at least one token")
-        named = {"input_ids": self._prompt_ids, "logit_bias": sampling.logit_bias, "stop_token_ids": sampling.stop_token_ids}
+        named = {
+            "input_ids": self._prompt_ids,
+            "output_ids": self._output_ids,
+            "logit_bias": sampling.logit_bias,
+            "stop_token_ids": sampling.stop_token_ids,
+        }
         for field, ids in named.items():
             outside = next((token for token in ids if not 0 <= token < size), None)
             if outside is not None:

@@ -68,6 +68,10 @@ class RouterService:
             self._end_loop()
             raise
 
+    def attend(self, chore: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Run `chore` on the loop, beginning before this returns, until the service closes. Raises what making it raises."""
+        self._on_loop(self._adopt(chore)).result(_START_S)
+
     def accept(self, request: ClientRequest, reply: Reply) -> Run:
         """Serve a request; the reply hears of everything, errors too."""
         run = Run(request, reply, self.house, arrival=time.monotonic())
@@ -135,6 +139,9 @@ class RouterService:
 
     # --- opening and shutting, on the loop ---
 
+    async def _adopt(self, chore: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        self._chores.append(self._loop.create_task(chore()))
+
     async def _open(self) -> None:
         health = self._deployment.health
         self._channel = RouterChannel(self._address, self.house.name, health.heartbeat_s)
@@ -153,10 +160,10 @@ class RouterService:
         for run, task in list(self._tasks.items()):
             run.interruption = Unavailable("the server is shutting down; send the request again elsewhere or later")
             task.cancel()
-        running = [*self._tasks.values()]
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
         for chore in self._chores:
             chore.cancel()
-        await asyncio.gather(*running, *self._chores, return_exceptions=True)
+        await asyncio.gather(*self._chores, return_exceptions=True)
         self._supervisor.close()
         self._channel.close()
 

@@ -33,6 +33,11 @@ class Home:
         """Where the router of this server listens for its workers."""
         return f"ipc://{self.run_dir}/channel"
 
+    @property
+    def door_address(self) -> str:
+        """Where the router of this server listens for front ends."""
+        return f"ipc://{self.run_dir}/door"
+
 
 def find_home() -> Home:
     """Raises ConfigError when the deployment file or the key file is wrong."""

@@ -12,6 +12,7 @@ from python_backends.core.paths import resolve_model
 from python_backends.triton.home import find_home
 from python_backends.triton.logs import log_to_triton
 from python_backends.triton.stream import ResponseStream
+from router.door.door import Door
 from router.service import RouterService
 from router.tokenizer import Tokenizer
 from router.triton.bls import BlsSubmitter, TritonModelControl
@@ -37,6 +38,7 @@ class RouterModel:
             home.deployment, home.channel_address, tokenizer, BlsSubmitter(home.key), TritonModelControl(), Metrics()
         )
         self._service.start()
+        self._service.attend(lambda: Door(self._service, home.door_address).attend())
         self._writer = Writer(tokenizer.token_text)
         self._watch = CancelWatch(self._service.cancel)
 

@@ -246,7 +246,8 @@ def test_thirty_two_streams_at_once_are_right_and_prompt(fake_server: TritonServ
 
 def test_first_tokens_do_not_wait_for_other_streams(fake_server: TritonServer, asking: Asking) -> None:
     """A router whose streams block each other sends them after seconds; the bound is far above what a busy machine needs."""
-    sent, first = time.monotonic(), {}
+    sent = time.monotonic()
+    first: dict[str, float] = {}
     for i in range(32):
         asking.send(f"t{i}", text_input=f"{i} first tokens", max_tokens=100, stream=True)
     while len(first) < 32:
