@@ -25,6 +25,7 @@ pytestmark = [pytest.mark.triton, pytest.mark.weights]
 
 ROOT = repository_root()
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
+FREE_PORTS = ("--openai-port", "0", "--http-port", "0", "--grpc-port", "0", "--metrics-port", "0")
 FAKE = "workers: [{role: prefill, engine: fake}, {role: decode, engine: fake}]\nengine: {kv_pool_mib: 32}\n"
 
 
@@ -125,7 +126,7 @@ def fake_deployment(tmp_path: Path) -> Path:
 
 def test_serve_prints_a_curl_line_that_works_and_stops_on_ctrl_c(fake_deployment: Path, tmp_path: Path) -> None:
     """Two servers at once, from another directory; one with streams in flight when it is stopped."""
-    ports = ("--http-port", "0", "--grpc-port", "0", "--metrics-port", "0")
+    ports = FREE_PORTS
     first, second = (_serving("--config", fake_deployment.name, *ports, cwd=tmp_path) for _ in range(2))
     (one, one_curl), (two, two_curl) = first, second
     assert '"text_output":"' in _pasted(one_curl)
@@ -175,14 +176,13 @@ def test_serve_says_in_one_sentence_what_is_wrong(tmp_path: Path, fake_deploymen
         port = taken.getsockname()[1]
         done = _run("serve", "--config", fake_deployment, "--http-port", port)
         assert f"port {port} on 127.0.0.1: Address already in use; give another with --http-port" in _one_error(done)
-    free = ("--http-port", "0", "--grpc-port", "0", "--metrics-port", "0")
-    assert "nowhere.yaml: No such file" in _one_error(_run("serve", "--config", "nowhere.yaml", *free))
+    assert "nowhere.yaml: No such file" in _one_error(_run("serve", "--config", "nowhere.yaml", *FREE_PORTS))
     fake_deployment.write_text("workers: [{role: decode}]\nmodel: {path: /no/such/model}\n")
-    assert "'/no/such/model' is not a directory" in _one_error(_run("serve", "--config", fake_deployment, *free))
+    assert "'/no/such/model' is not a directory" in _one_error(_run("serve", "--config", fake_deployment, *FREE_PORTS))
     fake_deployment.write_text("workers: [{role: decode}]\nengine: {block_sice: 16}\n")
-    assert "block_sice" in _one_error(_run("serve", "--config", fake_deployment, *free))
+    assert "block_sice" in _one_error(_run("serve", "--config", fake_deployment, *FREE_PORTS))
     fake_deployment.write_text("workers: [{role: decode}]\nengine: {kv_pool_mib: 99000000}\n")
-    assert "lower engine.kv_pool_mib" in _one_error(_run("serve", "--config", fake_deployment, *free))
+    assert "lower engine.kv_pool_mib" in _one_error(_run("serve", "--config", fake_deployment, *FREE_PORTS))
 
 
 def test_a_missing_libpython_is_told_with_the_fix(fake_deployment: Path) -> None:
@@ -191,7 +191,7 @@ def test_a_missing_libpython_is_told_with_the_fix(fake_deployment: Path) -> None
         "from scripts.serve import main; sys.exit(main(sys.argv[1:]))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program, "--config", str(fake_deployment), "--http-port", "0", "--grpc-port", "0"],
+        [sys.executable, "-c", program, "--config", str(fake_deployment), *FREE_PORTS],
         capture_output=True,
         text=True,
         timeout=60,
@@ -262,8 +262,11 @@ def test_curl_lines_of_the_readme_work(real_server: TritonServer) -> None:
     blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     lines: Sequence[str] = [line for block in blocks for line in block.splitlines() if line.startswith("curl ")]
     assert len(lines) >= 2
+    ports = {"127.0.0.1:8000": real_server.http_port, "127.0.0.1:9000": real_server.openai_port}
     for line in lines:
-        assert "text_output" in _pasted(line.replace("127.0.0.1:8000", f"{real_server.host}:{real_server.http_port}")), line
+        for address, port in ports.items():
+            line = line.replace(address, f"{real_server.host}:{port}")
+        assert re.search('"text_output"|"choices"', _pasted(line)), line
 
 
 def test_scripts_of_the_readme_explain_themselves() -> None:
