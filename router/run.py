@@ -152,7 +152,7 @@ class Run:
         self._reply.fail(error)
         self._house.observer.ended(_outcome(error), None)
 
-    def interrupt(self, task: asyncio.Task[None], why: Cancelled | DeadlineExceeded) -> None:
+    def interrupt(self, task: asyncio.Task[None], why: BatonError) -> None:
         """End the request from outside, wherever it is."""
         self.interruption = why
         task.cancel()

@@ -16,9 +16,10 @@ from functools import partial
 from typing import Any, Protocol
 
 from python_backends.core.config import Deployment
-from python_backends.core.errors import Cancelled, DeadlineExceeded, EngineFailure, Unavailable
+from python_backends.core.errors import BatonError, Cancelled, DeadlineExceeded, EngineFailure, Unavailable
 from python_backends.core.messages import Abort, ReleaseLease, Work
 from python_backends.core.types import RequestId, WorkerId
+from router.admission import SHUTTING_DOWN
 from router.channel import RouterChannel
 from router.house import House
 from router.run import Run
@@ -49,11 +50,14 @@ class RouterService:
         submit: Submit,
         control: ModelControl | None,
         observer: Observer,
+        stopping: Callable[[], bool] = lambda: False,
     ) -> None:
+        """`stopping`: whether the server has been told to stop; asked a few times a second."""
         self._deployment = deployment
         self._address = channel_address
         self._submit = submit
         self._control = control
+        self._stopping = stopping
         self._tasks: dict[Run, asyncio.Task[None]] = {}
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="router", daemon=True)
@@ -116,7 +120,7 @@ class RouterService:
         finally:
             timer.cancel()
 
-    def _interrupt(self, run: Run, why: Cancelled | DeadlineExceeded) -> None:
+    def _interrupt(self, run: Run, why: BatonError) -> None:
         task = self._tasks.get(run)
         if task is not None:
             run.interrupt(task, why)
@@ -156,10 +160,14 @@ class RouterService:
             )
         ]
 
+    def _end_requests(self) -> None:
+        """Answer what runs with an error, and whoever comes from now on."""
+        self.house.admission.close()
+        for run in self._tasks:
+            self._interrupt(run, Unavailable(SHUTTING_DOWN))
+
     async def _shut(self) -> None:
-        for run, task in list(self._tasks.items()):
-            run.interruption = Unavailable("the server is shutting down; send the request again elsewhere or later")
-            task.cancel()
+        self._end_requests()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
         for chore in self._chores:
             chore.cancel()
@@ -169,6 +177,8 @@ class RouterService:
 
     async def _refresh(self) -> None:
         while True:
+            if self._stopping():  # Triton would wait for the requests that run, and stop the workers under them
+                self._end_requests()
             states = Counter(run.state for run in self._tasks)
             self.house.observer.refresh(self.house.snapshot(states))
             await asyncio.sleep(self._deployment.health.heartbeat_s)

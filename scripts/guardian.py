@@ -29,6 +29,7 @@ _KILL_TIMEOUT_S = 5.0  # only a process stuck in the kernel takes longer
 _POLL_S = 0.02
 _RESTART_PAUSE_S = 0.5
 SEPARATOR = "+++"
+STOPPING = "stopping"  # as in python_backends/triton/home.py, which is not imported: this starts in milliseconds
 
 
 def remove_traces(run_dir: Path, shm_prefix: str) -> None:
@@ -83,11 +84,11 @@ def main(arguments: list[str]) -> None:
     channel = socket.socket(fileno=int(descriptor))
     server, *companions = [Process(command) for command in split(commands)]
     _say(channel, f"pid {server.process.pid}")
-    _supervise(channel, server, companions, float(grace_s))
+    _supervise(channel, server, companions, Path(run_dir), float(grace_s))
     remove_traces(Path(run_dir), shm_prefix)
 
 
-def _supervise(channel: socket.socket, server: Process, companions: list[Process], grace_s: float) -> None:
+def _supervise(channel: socket.socket, server: Process, companions: list[Process], run_dir: Path, grace_s: float) -> None:
     """Return when told to stop, or left alone by the parent, and no process is left."""
     while True:
         ready = _await([channel.fileno(), server.ended, *(companion.ended for companion in companions)])
@@ -102,6 +103,7 @@ def _supervise(channel: socket.socket, server: Process, companions: list[Process
             if companion.ended in ready:
                 companion.restart()
     if _hear(channel) != "kill":
+        (run_dir / STOPPING).touch()
         for process in (server, *companions):
             process.process.send_signal(signal.SIGTERM)
         _await_end(channel, server.ended, grace_s)

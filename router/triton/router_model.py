@@ -34,8 +34,15 @@ class RouterModel:
         except BatonError as error:
             raise pb_utils.TritonModelException(f"Baton router: {error}") from None
         self._default_max_tokens = home.deployment.router.default_max_tokens
+        self._metrics = Metrics()
         self._service = RouterService(
-            home.deployment, home.channel_address, tokenizer, BlsSubmitter(home.key), TritonModelControl(), Metrics()
+            home.deployment,
+            home.channel_address,
+            tokenizer,
+            BlsSubmitter(home.key),
+            TritonModelControl(),
+            self._metrics,
+            home.stopping,
         )
         self._service.start()
         self._service.attend(lambda: Door(self._service, home.door_address).attend())
@@ -60,3 +67,4 @@ class RouterModel:
         self._watch.close()
         self._service.close()
         self._writer.close()
+        self._metrics.close()

@@ -340,6 +340,8 @@ def test_stops_cleanly_with_streams_in_flight(fake_server: TritonServer, tmp_pat
     began = time.monotonic()
     server.stop()
     assert time.monotonic() - began < 12
+    for answer in client.collect(*[f"x{i}" for i in range(8)]):
+        assert "the server is shutting down" in str(answer.error)
     client.close(cancel=True)
     assert not any(psutil.pid_exists(pid) for pid in children)
     assert not server.run_dir.exists()
