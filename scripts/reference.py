@@ -31,7 +31,10 @@ _API = """# API
 ## OpenAI
 
 The front end (port 9000 by default) serves `/v1/chat/completions`, `/v1/completions` and `/v1/models` as OpenAI describes
-them, with streaming, `n`, `stop`, `seed`, `logprobs`, `logit_bias`, penalties and `stream_options`. Further fields: `top_k`,
+them, with streaming, `n`, `stop`, `seed`, `logprobs`, `logit_bias`, penalties, `stream_options`, `response_format`
+(json_object, json_schema) and `tools`. The form of an answer and the arguments of tool calls are enforced token by token on
+the workers, also across a handoff or the death of a worker; a model whose chat template knows no tools is told of them in
+the system message. Further fields: `top_k`,
 `min_p`, `repetition_penalty`, `min_tokens`, `stop_token_ids`, `ignore_eos`, `priority`, and `baton`: an object with `route`
 (auto, remote, local, aggregated), `proof` (true returns the proof as `baton.proof`), `cache_salt` and `timeout_s`. A field it
 does not know is an error that names it. Errors have OpenAI's form; 429 (queue full) and 503 carry `Retry-After`, 504 means

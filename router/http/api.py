@@ -20,8 +20,18 @@ from python_backends.core.types import SamplingParams
 from router.door.client import Answer, DoorClient
 from router.http.errors import ApiError, api_error
 from router.http.forms import ChatForm, CompletionForm, Form, Tally
-from router.http.requests import ChatCompletion, Completion, Generation, nth_choice, parse, plain_messages, sampling_of
+from router.http.requests import (
+    ChatCompletion,
+    Completion,
+    Generation,
+    format_grammar,
+    nth_choice,
+    parse,
+    plain_messages,
+    sampling_of,
+)
 from router.http.stream import ClientGone, EventStream, unless_gone
+from router.http.tools import CallFinder, Toolbox, spelled_out, with_parsed_arguments
 from router.tokenizer import Tokenizer
 from router.types import ClientRequest, Piece
 
@@ -89,16 +99,20 @@ class Api:
         messages = plain_messages(body.messages)
         if body.top_logprobs is not None and not body.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
+        toolbox = Toolbox(body.tools or [], body.tool_choice, body.parallel_tool_calls is not False)
+        if toolbox.in_use and body.response_format is not None and body.response_format.type != "text":
+            raise ApiError(400, "response_format can't be had together with tools", param="response_format")
+        output_grammar = toolbox.grammar() if toolbox.in_use else format_grammar(body)
         max_tokens = body.max_completion_tokens or body.max_tokens or self._router.default_max_tokens
-        sampling = sampling_of(body, max_tokens, (body.top_logprobs or 0) if body.logprobs else None)
-        size = sum(len(message["content"]) for message in messages)
-        prompt_ids = await self._tokenize(lambda: self._tokenizer.encode_chat(messages), size, "messages")
+        sampling = sampling_of(body, max_tokens, (body.top_logprobs or 0) if body.logprobs else None, output_grammar)
+        prompt_ids = await self._chat_prompt(messages, toolbox)
         form = ChatForm(
             self._model,
             self._tokenizer.token_text,
             choices=body.choices,
             with_proof=body.baton.proof,
             with_logprobs=bool(body.logprobs),
+            finders=[CallFinder() for _ in range(body.choices)] if toolbox.in_use else None,
         )
         return await self._answer(request, body, [prompt_ids], sampling, form, key)
 
@@ -109,7 +123,8 @@ class Api:
         self._check_model(body.model)
         _check_legacy(body)
         prompts = _prompts(body.prompt)
-        sampling = sampling_of(body, body.max_tokens or self._router.default_max_tokens, body.logprobs)
+        max_tokens = body.max_tokens or self._router.default_max_tokens
+        sampling = sampling_of(body, max_tokens, body.logprobs, format_grammar(body))
         all_ids = [await self._prompt_ids(prompt) for prompt in prompts]
         echoes = [self._echo(prompt) if body.echo else "" for prompt in prompts for _ in range(body.choices)]
         form = CompletionForm(
@@ -148,6 +163,16 @@ class Api:
 
     def _model_card(self) -> dict[str, Any]:
         return {"id": self._model, "object": "model", "created": 0, "owned_by": "baton"}
+
+    async def _chat_prompt(self, messages: list[dict[str, Any]], toolbox: Toolbox) -> list[int]:
+        """Raises ApiError."""
+        tools = toolbox.for_template if toolbox.in_use else None
+        messages = with_parsed_arguments(messages)
+        if not self._tokenizer.template_knows_tools:
+            messages = spelled_out(messages)
+            messages, tools = (toolbox.instructed(messages) if tools else messages), None
+        size = sum(len(message["content"]) for message in messages)
+        return await self._tokenize(lambda: self._tokenizer.encode_chat(messages, tools), size, "messages")
 
     async def _prompt_ids(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, list):
@@ -250,7 +275,8 @@ async def _events(
             async for index, pieces in _following(answers, first):
                 for piece in pieces:
                     tallies[index].add(piece)
-                yield b"".join(_event(form.chunk(index, piece)) for piece in pieces)
+                chunks = [form.chunk(index, piece) for piece in pieces]
+                yield b"".join(_event(chunk) for chunk in chunks if chunk is not None)
         except BatonError as error:
             yield b"data: " + api_error(error).body + b"\n\n"
             return

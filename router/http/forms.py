@@ -11,7 +11,8 @@ from typing import Any
 
 import msgspec
 
-from python_backends.core.types import TokenLogprob
+from python_backends.core.types import FinishReason, TokenLogprob
+from router.http.tools import Call, CallFinder
 from router.types import Piece, Proof
 
 TokenText = Callable[[int], str]
@@ -52,8 +53,8 @@ class Form(ABC):
         """The chunk that comes before a choice's first text."""
 
     @abstractmethod
-    def chunk(self, index: int, piece: Piece) -> Json:
-        """The chunk of one piece of choice `index`."""
+    def chunk(self, index: int, piece: Piece) -> Json | None:
+        """The chunk of one piece of choice `index`; None when there is nothing to say yet."""
 
     @abstractmethod
     def whole(self, pieces: Sequence[Piece]) -> Json:
@@ -87,35 +88,61 @@ class Form(ABC):
 
 
 class ChatForm(Form):
-    def __init__(self, model: str, token_text: TokenText, *, choices: int, with_proof: bool, with_logprobs: bool) -> None:
+    def __init__(
+        self,
+        model: str,
+        token_text: TokenText,
+        *,
+        choices: int,
+        with_proof: bool,
+        with_logprobs: bool,
+        finders: Sequence[CallFinder] | None = None,
+    ) -> None:
+        """finders: per choice, when there are tools to call."""
         super().__init__("chatcmpl", model, token_text, choices=choices, with_proof=with_proof)
         self._with_logprobs = with_logprobs
+        self._finders = finders
 
     def opening(self, index: int) -> Json | None:
         return self._choice_chunk(index, {"role": "assistant", "content": ""}, None, None)
 
-    def chunk(self, index: int, piece: Piece) -> Json:
-        finish = piece.finish_reason.value if piece.finish_reason else None
-        delta = {"content": piece.text} if piece.text or not finish else {}
-        return {**self._choice_chunk(index, delta, self._logprobs(piece.logprobs), finish), **self._proof([piece.proof])}
+    def chunk(self, index: int, piece: Piece) -> Json | None:
+        before = self._finders[index].found if self._finders else 0
+        content, calls = self._content(index, piece)
+        finish = self._finish(index, piece)
+        logprobs = self._logprobs(piece.logprobs)
+        if not (content or calls or finish or logprobs):
+            return None
+        delta: Json = {"content": content} if content or not (finish or calls) else {}
+        if calls:
+            delta["tool_calls"] = [{"index": before + number, **call.as_json()} for number, call in enumerate(calls)]
+        return {**self._choice_chunk(index, delta, logprobs, finish), **self._proof([piece.proof])}
 
     def whole(self, pieces: Sequence[Piece]) -> Json:
-        choices = [
-            {
-                "index": index,
-                "message": {"role": "assistant", "content": piece.text, "refusal": None},
-                "logprobs": self._logprobs(piece.logprobs),
-                "finish_reason": piece.finish_reason.value if piece.finish_reason else None,
-            }
-            for index, piece in enumerate(pieces)
-        ]
-        head = {
-            **self._head,
-            "object": "chat.completion",
-            "choices": choices,
-            "usage": self._usage([tally(piece) for piece in pieces]),
-        }
+        choices = [self._whole_choice(index, piece) for index, piece in enumerate(pieces)]
+        head = {**self._head, "object": "chat.completion", "choices": choices}
+        head["usage"] = self._usage([tally(piece) for piece in pieces])
         return {**head, **self._proof([piece.proof for piece in pieces])}
+
+    def _whole_choice(self, index: int, piece: Piece) -> Json:
+        content, calls = self._content(index, piece)
+        message: Json = {"role": "assistant", "content": content if content or not calls else None, "refusal": None}
+        if calls:
+            message["tool_calls"] = [call.as_json() for call in calls]
+        logprobs = self._logprobs(piece.logprobs)
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": self._finish(index, piece)}
+
+    def _content(self, index: int, piece: Piece) -> tuple[str, list[Call]]:
+        """(text, calls) of a piece."""
+        if self._finders is None:
+            return piece.text, []
+        return self._finders[index].push(piece.text, final=piece.finish_reason is not None)
+
+    def _finish(self, index: int, piece: Piece) -> str | None:
+        if piece.finish_reason is None:
+            return None
+        called = self._finders is not None and self._finders[index].found > 0
+        return "tool_calls" if called and piece.finish_reason is FinishReason.STOP else piece.finish_reason.value
 
     def _choice_chunk(self, index: int, delta: Json, logprobs: Json | None, finish: str | None) -> Json:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}

@@ -15,7 +15,9 @@ import msgspec
 
 from python_backends.core.errors import InvalidRequest
 from python_backends.core.types import SamplingParams
+from router import grammar
 from router.http.errors import ApiError
+from router.http.tools import Choice, ToolSpec
 from router.types import Wish
 
 MAX_CHOICES = 16
@@ -59,6 +61,7 @@ class Generation(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
     priority: int | None = None
+    response_format: ResponseFormat | None = None
     baton: BatonOptions = msgspec.field(default_factory=BatonOptions)
     # accepted without effect
     metadata: dict[str, str] | None = None
@@ -81,6 +84,18 @@ class Message(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     refusal: str | None = None
 
 
+class JsonSchema(msgspec.Struct, forbid_unknown_fields=True):
+    name: str
+    schema: dict[str, Any] | None = None
+    strict: bool | None = None
+    description: str | None = None
+
+
+class ResponseFormat(msgspec.Struct, forbid_unknown_fields=True):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
 class ChatCompletion(Generation, kw_only=True):
     """POST /v1/chat/completions"""
 
@@ -89,6 +104,9 @@ class ChatCompletion(Generation, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     modalities: list[Literal["text"]] | None = None
+    tools: list[ToolSpec] | None = None
+    tool_choice: Choice | None = None
+    parallel_tool_calls: bool | None = None
 
 
 class Completion(Generation, kw_only=True):
@@ -136,7 +154,24 @@ def _invalid(message: str, kind: type[Generation]) -> ApiError:
     return ApiError(400, f"{place}: {message.partition(' - at ')[0]}" if place else message, param=place or None)
 
 
-def sampling_of(request: Generation, max_tokens: int, logprobs: int | None) -> SamplingParams:
+def format_grammar(request: Generation) -> str | None:
+    """What response_format asks of the answer. Raises ApiError."""
+    wanted = request.response_format
+    if wanted is None or wanted.type == "text":
+        return None
+    try:
+        if wanted.type == "json_object":
+            return grammar.json_object()
+        if wanted.json_schema is None or wanted.json_schema.schema is None:
+            raise ApiError(400, "response_format.json_schema.schema is missing", param="response_format.json_schema.schema")
+        return grammar.json_schema(wanted.json_schema.schema)
+    except InvalidRequest as error:
+        raise ApiError(400, f"response_format: {error}", param="response_format") from None
+
+
+def sampling_of(
+    request: Generation, max_tokens: int, logprobs: int | None, output_grammar: str | None = None
+) -> SamplingParams:
     """Of the first choice; it has a seed. Raises ApiError that names the field."""
     stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
     values: dict[str, Any] = {
@@ -155,6 +190,7 @@ def sampling_of(request: Generation, max_tokens: int, logprobs: int | None) -> S
         "stop_token_ids": tuple(request.stop_token_ids or ()),
         "ignore_eos": request.ignore_eos,
         "logprobs": logprobs,
+        "grammar": output_grammar,
     }
     try:
         return SamplingParams(**{name: value for name, value in values.items() if value is not None}).validated()

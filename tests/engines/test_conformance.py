@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -11,6 +12,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from llguidance import LLMatcher
 
 from python_backends.core.config import (
     Deployment,
@@ -26,7 +28,7 @@ from python_backends.core.messages import PrefillDone, RequestFailed, TokenChunk
 from python_backends.core.types import Epoch, FinishReason, GenerateRequest, RequestId, Role
 from python_backends.engines.base import create_engine
 from tests.engines.bench import KEY, EngineBench, make_request
-from tests.engines.tiny_model import VOCAB, write_tiny_llama
+from tests.engines.tiny_model import VOCAB, byte_tokenizer, write_tiny_llama
 
 BLOCK = 16
 PROMPT = [random.Random(1).randrange(3, VOCAB) for _ in range(75)]  # 4 full blocks and a partial one
@@ -402,6 +404,39 @@ def test_close_answers_what_runs(make: Make) -> None:
     failed = engine.last("x")
     assert isinstance(failed, RequestFailed)
     assert failed.retryable
+
+
+# --- grammars -----------------------------------------------------------------------------------------------------------
+
+DIGITS = LLMatcher.grammar_from_regex("[0-9]{3}-[0-9]{3}")
+
+
+def test_a_grammar_is_kept_across_the_handoff(make: Make) -> None:
+    """Output is a sentence of it, whoever computes it, and ends where it ends."""
+    sampling: dict[str, Any] = {"grammar": DIGITS, "max_tokens": 30, "temperature": 1.0, "seed": 5}
+    prefill, decode, alone = make(Role.PREFILL), make(Role.DECODE), make(Role.AGGREGATED)
+    whole, _ = alone.decode(make_request("alone", PROMPT, **sampling))
+    assert re.fullmatch("[0-9]{3}-[0-9]{3}", byte_tokenizer().decode(whole))
+    last = alone.last("alone")
+    assert isinstance(last, TokenChunk)
+    assert last.finish_reason is FinishReason.STOP
+    done = prefill.prefill(make_request("p", PROMPT, **sampling))
+    rest, report = decode.decode(_handed(done, "d", PROMPT, **sampling), done.ticket)
+    assert [done.token_id, *rest] == whole
+    assert report.received_tokens == len(PROMPT)
+    continued, _ = decode.decode(make_request("c", PROMPT, whole[:3], **sampling))
+    assert whole[:3] + continued == whole
+
+
+def test_a_grammar_that_can_not_be_read_is_refused(make: Make) -> None:
+    engine = make(Role.AGGREGATED)
+    engine.engine.decode(make_request("x", PROMPT, grammar="start: ("), None)
+    engine.wait(lambda: engine.last("x") is not None)
+    failed = engine.last("x")
+    assert isinstance(failed, RequestFailed)
+    assert failed.code is TritonCode.INVALID_ARG
+    assert "grammar" in failed.message
+    engine.assert_nothing_held()
 
 
 # --- fairness and events -----------------------------------------------------------------------------------------------

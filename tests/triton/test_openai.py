@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import time
@@ -164,6 +165,115 @@ def test_models_health_and_metrics(fake: OpenAI, fake_server: TritonServer) -> N
             assert response.status == 200
     with urllib.request.urlopen(_url(fake_server, "/metrics"), timeout=10) as response:
         assert b"baton_requests_total" in response.read()
+
+
+# --- what answers are held to ------------------------------------------------------------------------------------------
+
+CITY_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {"city": {"type": "string", "maxLength": 20}, "country": {"enum": ["France", "Italy"]}},
+    "required": ["city", "country"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("route", ["remote", "local", "aggregated"])
+def test_json_schema_is_kept_on_every_route(real: OpenAI, route: str) -> None:
+    answer = real.chat.completions.create(
+        model=MODEL,
+        messages=CHAT,
+        temperature=0,
+        max_tokens=40,
+        response_format={"type": "json_schema", "json_schema": {"name": "place", "schema": CITY_SCHEMA, "strict": True}},
+        extra_body={"baton": {"route": route}},
+    ).choices[0]
+    told = json.loads(answer.message.content or "")
+    assert set(told) == {"city", "country"}
+    assert told["country"] in ("France", "Italy")
+    assert answer.finish_reason == "stop"
+
+
+def test_json_object_streamed_and_seeded(real: OpenAI) -> None:
+    options: dict[str, Any] = {"model": MODEL, "messages": CHAT, "seed": 11, "max_tokens": 60}
+    options["response_format"] = {"type": "json_object"}
+    whole = real.chat.completions.create(**options).choices[0]
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in real.chat.completions.create(**options, stream=True))
+    assert text == whole.message.content
+    assert text.startswith("{")
+    if whole.finish_reason == "stop":
+        assert isinstance(json.loads(text), dict)
+
+
+def test_a_tool_is_called(real: OpenAI) -> None:
+    """Also by a model that is too small to know of tools: when a call is required, it is one that fits."""
+    tools: list[Any] = [
+        {"type": "function", "function": {"name": "find", "description": "find a city", "parameters": CITY_SCHEMA}}
+    ]
+    options: dict[str, Any] = {"model": MODEL, "messages": CHAT, "temperature": 0, "max_tokens": 60, "tools": tools}
+    answer = real.chat.completions.create(**options, tool_choice="required", parallel_tool_calls=False).choices[0]
+    assert answer.finish_reason == "tool_calls"
+    assert answer.message.tool_calls is not None
+    (call,) = answer.message.tool_calls
+    assert call.type == "function"
+    assert call.function.name == "find"
+    assert set(json.loads(call.function.arguments)) == {"city", "country"}
+    history = [*CHAT, answer.message, {"role": "tool", "tool_call_id": call.id, "content": "It is Paris."}]
+    after = real.chat.completions.create(**{**options, "messages": history}, tool_choice="none").choices[0]
+    assert after.message.content
+    assert after.message.tool_calls is None
+    auto = real.chat.completions.create(**options, stream=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in auto)
+
+
+def test_grammars_through_tritons_tensors(real_server: TritonServer) -> None:
+    asking = Asking(real_server)
+    kinds = {"regex": "[0-9]{4}", "ebnf_grammar": 'root ::= "yes" | "no"', "json_schema": json.dumps(CITY_SCHEMA)}
+    texts = {
+        kind: asking.ask(
+            messages=json.dumps(CHAT), guided_decoding_guide_type=kind, guided_decoding_guide=guide, max_tokens=40
+        ).text
+        for kind, guide in kinds.items()
+    }
+    assert re.fullmatch("[0-9]{4}", texts["regex"])
+    assert texts["ebnf_grammar"] in ("yes", "no")
+    assert set(json.loads(texts["json_schema"])) == {"city", "country"}
+    assert "regex" in str(asking.ask(text_input="x", guided_decoding_guide_type="regex", guided_decoding_guide="(").error)
+    assert "must be json" in str(asking.ask(text_input="x", guided_decoding_guide_type="sonnet").error)
+    asking.close()
+
+
+def test_a_grammar_survives_a_killed_worker(fake_server: TritonServer, fake: OpenAI) -> None:
+    options: dict[str, Any] = {"model": MODEL, "messages": STORY, "seed": 9, "max_tokens": 200}
+    options["response_format"] = {
+        "type": "json_schema",
+        "json_schema": {"name": "s", "schema": {"type": "string", "minLength": 900}},
+    }
+    expected = fake.chat.completions.create(**options).choices[0].message.content
+    text, killed = "", False
+    for chunk in fake.chat.completions.create(**options, stream=True):
+        text += chunk.choices[0].delta.content or ""
+        if len(text) > 40 and not killed:
+            os.kill(worker_process(fake_server, "decode").pid, signal.SIGKILL)
+            killed = True
+    assert text == expected
+    assert text.startswith('"')
+    _wait_for(lambda: total(metrics(fake_server), "baton_worker_up") == 3, 20)
+
+
+def test_what_can_not_be_had_is_named(fake: OpenAI) -> None:
+    bad: list[tuple[dict[str, Any], str]] = [
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nonsense"}}}},
+            "nonsense",
+        ),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema is missing"),
+        ({"response_format": {"type": "yaml"}}, "response_format.type"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"ignore_eos": True, "response_format": {"type": "json_object"}}, "ignore_eos"),
+    ]
+    for fields, says in bad:
+        with pytest.raises(openai.BadRequestError, match=says):
+            fake.chat.completions.create(model=MODEL, messages=CHAT, extra_body=fields)
 
 
 # --- errors ------------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from python_backends.core.block_hash import block_hash, block_hashes
 from python_backends.core.handoff import KVHandoff
 from python_backends.core.types import BlockHash, FinishReason, GenerateRequest, RequestId
+from python_backends.engines.paged.guide import Guide
 
 
 @dataclass(slots=True, eq=False)
@@ -28,6 +29,7 @@ class Sequence:
     lease_id: str | None = None  # of that ticket; reported in KVReady
     was_handed: bool = False  # a ticket came with the request, good or bad: what is computed here is a recompute
     refusal: str = "none"  # KVReport.digest
+    guide: Guide | None = None
 
     token_ids: list[int] = field(init=False)
     num_given: int = field(init=False)  # tokens that came with the request
@@ -74,6 +76,8 @@ class Sequence:
 
     def append(self, token_id: int) -> None:
         self.token_ids.append(token_id)
+        if self.guide is not None:
+            self.guide.take(token_id)
         if len(self.token_ids) % self.block_size == 0:
             parent = self.hashes[-1] if self.hashes else self.root
             self.hashes.append(block_hash(parent, self.token_ids[-self.block_size :]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from python_backends.core.types import FinishReason, TokenLogprob
 from router.http.forms import ChatForm, CompletionForm, Tally
+from router.http.tools import CallFinder
 from router.types import Piece
 
 
@@ -36,6 +37,8 @@ def test_a_chat_answer_in_chunks() -> None:
     assert opening is not None
     assert opening["choices"][0]["delta"] == {"role": "assistant", "content": ""}
     middle, last = form.chunk(0, _piece("one", [5])), form.chunk(0, _piece("", [2], FinishReason.STOP))
+    assert middle is not None
+    assert last is not None
     assert (middle["choices"][0]["delta"], middle["choices"][0]["finish_reason"]) == ({"content": "one"}, None)
     assert (last["choices"][0]["delta"], last["choices"][0]["finish_reason"]) == ({}, "stop")
     assert opening["id"] == middle["id"] == last["id"] == form.id
@@ -63,3 +66,23 @@ def test_completions_echo_and_count_offsets() -> None:
     whole = fresh.whole([_piece("1", [1]), _piece("2", [2], prompt=7)])
     assert [choice["text"] for choice in whole["choices"]] == ["abc1", "2"]
     assert whole["usage"]["prompt_tokens"] == 17
+
+
+def test_tool_calls_in_chunks_and_whole() -> None:
+    text = 'Let me see. <tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>'
+    parts = [text[i : i + 5] for i in range(0, len(text), 5)]
+    form = ChatForm("m", _word, choices=1, with_proof=False, with_logprobs=False, finders=[CallFinder()])
+    chunks = [form.chunk(0, _piece(part, [5])) for part in parts[:-1]]
+    chunks.append(form.chunk(0, _piece(parts[-1], [2], FinishReason.STOP)))
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks if chunk is not None]
+    assert "".join(delta.get("content") or "" for delta in deltas) == "Let me see. "
+    (call,) = [call for delta in deltas for call in delta.get("tool_calls", [])]
+    assert (call["index"], call["type"], call["function"]) == (0, "function", {"name": "f", "arguments": '{"x": 1}'})
+    last = chunks[-1]
+    assert last is not None
+    assert last["choices"][0]["finish_reason"] == "tool_calls"
+    fresh = ChatForm("m", _word, choices=1, with_proof=False, with_logprobs=False, finders=[CallFinder()])
+    whole = fresh.whole([_piece(text, [5], FinishReason.STOP)])["choices"][0]
+    assert whole["finish_reason"] == "tool_calls"
+    assert whole["message"]["content"].strip() == "Let me see."
+    assert whole["message"]["tool_calls"][0]["function"]["name"] == "f"
