@@ -22,7 +22,7 @@ from router.lifecycle import State
 from router.mailroom import Mailroom
 from router.policy import Query, choose
 from router.prefix_index import PrefixIndex
-from router.seams import Calls, Observer, Snapshot
+from router.seams import Calls, Destination, Observer, Snapshot
 from router.tokenizer import Tokenizer
 from router.types import ClientRequest, RouteDecision, Wish
 
@@ -42,6 +42,7 @@ class House:
         self.admission = Admission(self.config.max_requests, self.config.max_queued_tokens)
         self._encoders = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
         self._requests = 0
+        self._orphans: dict[WorkerId, set[RequestId]] = {}  # what lost workers may still compute, should they come back
 
     def close(self) -> None:
         self._encoders.shutdown(wait=False, cancel_futures=True)
@@ -49,6 +50,11 @@ class House:
     def snapshot(self, states: Mapping[State, int]) -> Snapshot:
         """`states`: how many live requests are in each."""
         return Snapshot(states, self.admission.requests, self.admission.queued_tokens, len(self.index), list(self.fleet))
+
+    def destination(self, worker: WorkerId) -> Destination | None:
+        """Where a worker is, up or not; None when it was never heard of."""
+        known = self.fleet.get(worker)
+        return None if known is None else Destination(worker, known.heartbeat.model, known.heartbeat.server)
 
     @property
     def trouble(self) -> str:
@@ -128,6 +134,8 @@ class House:
         if known is not None and known.up and known.epoch != heartbeat.epoch:
             self.lose(heartbeat.worker, f"worker {heartbeat.worker} was restarted")
         self.fleet.hear(heartbeat, now)
+        for request_id in self._orphans.pop(heartbeat.worker, ()):  # of a life that was only cut off or held up
+            self.calls.abort(heartbeat.worker, request_id)
         return self.index.is_behind(heartbeat.worker, heartbeat.epoch, heartbeat.events_sequence)
 
     def hear_outputs(self, outputs: Outputs) -> None:
@@ -145,7 +153,7 @@ class House:
         """A worker is dead, wedged or restarted. Returns whether it was up."""
         was_up = self.fleet.lose(worker)
         self.index.forget(worker)
-        self.mailroom.lose(worker, why)
+        self._orphans.setdefault(worker, set()).update(self.mailroom.lose(worker, why))
         return was_up
 
 

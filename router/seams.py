@@ -14,6 +14,15 @@ from router.lifecycle import State
 from router.types import Outcome, Piece, Proof, Way
 
 
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """A worker as work is sent to it: its Triton model, and HOST:PORT of its server's gRPC (empty: this server)."""
+
+    worker: WorkerId
+    model: str
+    server: str
+
+
 class Calls(Protocol):
     """Everything said to workers. All three return at once; outputs come to the mailroom.
 

@@ -69,7 +69,11 @@ class TritonServer:
         """Raises ConfigError when the deployment file is wrong, a port is taken, or there is no usable tritonserver."""
         self.deployment = load_deployment(config)
         self.address = address
-        self.models = ["router", *(worker.name for worker in self.deployment.workers)]
+        cluster = self.deployment.cluster
+        self.models = [*(["router"] if cluster.router else []), *(worker.name for worker in self.deployment.workers)]
+        if cluster.listen and grpc_port not in (0, cluster.grpc_port):
+            raise ConfigError(f"--grpc-port {grpc_port}: routers of other hosts are told cluster.grpc_port {cluster.grpc_port}")
+        grpc_port = cluster.grpc_port if cluster.listen else grpc_port
         self.http_port, self.grpc_port, self.metrics_port, self.openai_port = _choose_ports(
             address,
             {
@@ -152,9 +156,9 @@ class TritonServer:
         """Lay out the run directory: one link per model of the deployment, and the Python backend with its stub."""
         models = self.run_dir / "models"
         models.mkdir()
-        sources = {"router": "router", **{worker.name: worker.role.value for worker in self.deployment.workers}}
-        for name, source in sources.items():
-            directory = self._model_repository / source
+        roles = {worker.name: worker.role.value for worker in self.deployment.workers}
+        for name in self.models:
+            directory = self._model_repository / roles.get(name, name)
             if not directory.is_dir():
                 raise ConfigError(f"{directory} is missing; the model {name} needs it")
             (models / name).symlink_to(directory.absolute())
@@ -201,9 +205,9 @@ class TritonServer:
 
     def _companions(self) -> list[list[str]]:
         """The processes of the front end; the first one looks after the router."""
-        http = self.deployment.http
-        if not http.enabled:
+        if not self.deployment.has_front_end:
             return []
+        http = self.deployment.http
         command = [sys.executable, "-m", "router.http", "--address", self.address, "--port", str(self.openai_port)]
         command += ["--triton", f"{self.host}:{self.http_port}", "--metrics", f"{self.host}:{self.metrics_port}"]
         first = [*command, "--keep-router"] if self.deployment.health.restart else command
@@ -235,7 +239,7 @@ class TritonServer:
     def _is_ready(self) -> bool:
         """The metrics service is the last of Triton's."""
         probes = {self.http_port: "/v2/health/ready", self.metrics_port: "/metrics"}
-        if self.deployment.http.enabled:
+        if self.deployment.has_front_end:
             probes[self.openai_port] = "/health"
         return all(self._answers(port, path) for port, path in probes.items())
 

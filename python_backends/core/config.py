@@ -22,6 +22,7 @@ Positive = Annotated[int, Meta(ge=1)]
 NonNegative = Annotated[int, Meta(ge=0)]
 PositiveSeconds = Annotated[float, Meta(gt=0)]
 Fraction = Annotated[float, Meta(ge=0, le=1)]
+Port = Annotated[int, Meta(ge=1, le=65535)]
 
 
 class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -145,17 +146,57 @@ class HttpConfig(Section, frozen=True):
     max_body_bytes: Annotated[Positive, Meta(description="Largest request body accepted, bytes.")] = 4_000_000
 
 
+class PoolConfig(Section, frozen=True):
+    """Workers on other servers."""
+
+    hosts: Annotated[
+        tuple[str, ...], Meta(description="Names or addresses of servers with workers for this one's router.")
+    ] = ()
+    dns: Annotated[
+        str, Meta(description="A name whose addresses are such servers, such as a headless service; looked up again and again.")
+    ] = ""
+    channel_ports: Annotated[
+        tuple[Port, ...], Meta(description="Ports of the workers' channels on each of them.", min_length=1)
+    ] = (7000,)
+
+
+class ClusterConfig(Section, frozen=True):
+    """Several servers as one deployment. They need one `security.key_file`; nothing of this is needed on one host."""
+
+    router: Annotated[bool, Meta(description="Whether this server has a router (and front end), or only workers.")] = True
+    listen: Annotated[
+        str, Meta(description="Interface where this server's workers listen for routers of other hosts. Empty: this host only.")
+    ] = ""
+    channel_port: Annotated[Port, Meta(description="Channel of the first worker; the others follow.")] = 7000
+    advertise: Annotated[
+        str, Meta(description="How other hosts reach this server. Empty: the address of this host's name.")
+    ] = ""
+    grpc_port: Annotated[Port, Meta(description="Port of Triton's gRPC service, as other hosts reach it.")] = 8001
+    pools: Annotated[tuple[PoolConfig, ...], Meta(description="Where the router finds workers of other servers.")] = ()
+    registry: Annotated[
+        str, Meta(description="URL of a Redis where workers register and routers find them, such as redis://cache:6379.")
+    ] = ""
+    tls_ca: Annotated[str, Meta(description="Certificate authority of the servers' gRPC (PEM). Empty: no TLS.")] = ""
+    tls_certificate: Annotated[str, Meta(description="The router's own certificate, for servers that ask for one (PEM).")] = ""
+    tls_key: Annotated[str, Meta(description="Its key (PEM).")] = ""
+
+
 class Deployment(Section, frozen=True, kw_only=True):
     """One deployment file."""
 
     model: ModelConfig = ModelConfig()
-    workers: Annotated[tuple[WorkerConfig, ...], Meta(min_length=1)]
+    workers: tuple[WorkerConfig, ...]
     engine: EngineConfig = EngineConfig()
     transfer: TransferConfig = TransferConfig()
     router: RouterConfig = RouterConfig()
     health: HealthConfig = HealthConfig()
     security: SecurityConfig = SecurityConfig()
     http: HttpConfig = HttpConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @property
+    def has_front_end(self) -> bool:
+        return self.http.enabled and self.cluster.router
 
     @property
     def model_name(self) -> str:
@@ -204,7 +245,10 @@ def _checked(deployment: Deployment, path: Path) -> Deployment:
         raise ConfigError(f"{path}: workers: the name {twice[0]!r} is given twice; names are Triton model names")
     if "router" in names:
         raise ConfigError(f"{path}: workers: the name 'router' belongs to the router; choose another")
+    _check_cluster(deployment, path)
     roles = {worker.role for worker in deployment.workers}
+    if deployment.cluster.pools or deployment.cluster.registry or not deployment.cluster.router:
+        roles = set(Role)  # there are others elsewhere
     if not roles & {Role.DECODE, Role.AGGREGATED}:
         raise ConfigError(f"{path}: workers: nobody can decode; add a worker with role decode or aggregated")
     if Role.DECODE not in roles and Role.PREFILL in roles:
@@ -214,6 +258,24 @@ def _checked(deployment: Deployment, path: Path) -> Deployment:
     for worker in deployment.workers:
         parse_cpus(worker.cpus, f"{path}: workers: {worker.name}: cpus")
     return deployment
+
+
+def _check_cluster(deployment: Deployment, path: Path) -> None:
+    cluster = deployment.cluster
+    away = bool(cluster.listen or cluster.pools or cluster.registry)
+    if away and not deployment.security.key_file:
+        raise ConfigError(f"{path}: security.key_file is needed by several servers: give all of them the same file")
+    if not cluster.router and not cluster.listen:
+        raise ConfigError(
+            f"{path}: cluster.listen: a server without a router must listen for routers of others, say on 0.0.0.0"
+        )
+    if not deployment.workers and not (cluster.router and (cluster.pools or cluster.registry)):
+        raise ConfigError(f"{path}: workers: there is none; only a server whose router has cluster.pools can do without")
+    for index, pool in enumerate(cluster.pools):
+        if bool(pool.hosts) == bool(pool.dns):
+            raise ConfigError(f"{path}: cluster.pools[{index}]: give either hosts or dns")
+    if bool(cluster.tls_certificate) != bool(cluster.tls_key) or (cluster.tls_key and not cluster.tls_ca):
+        raise ConfigError(f"{path}: cluster.tls_certificate: give it together with tls_key and tls_ca")
 
 
 def parse_cpus(text: str, where: str = "cpus") -> list[int]:

@@ -30,10 +30,9 @@ class Home:
     run_dir: Path  # mode 0700
     key: bytes  # signs work and tickets
 
-    @property
-    def channel_address(self) -> str:
-        """Where the router of this server listens for its workers."""
-        return f"ipc://{self.run_dir}/channel"
+    def channel_address(self, worker: str) -> str:
+        """Where a worker of this server listens for routers of this host."""
+        return f"ipc://{self.run_dir}/worker-{worker}"
 
     @property
     def door_address(self) -> str:

@@ -7,17 +7,21 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
+from python_backends.core.curve import CurveKeys
 from python_backends.core.errors import BatonError
 from python_backends.core.paths import resolve_model
-from python_backends.triton.home import find_home
+from python_backends.core.place import place_of
+from python_backends.triton.home import Home, find_home
 from python_backends.triton.logs import log_to_triton
 from python_backends.triton.stream import ResponseStream
+from router.discovery import sources_of
 from router.door.door import Door
-from router.service import RouterService
+from router.service import Channels, RouterService
 from router.tokenizer import Tokenizer
-from router.triton.bls import BlsSubmitter, TritonModelControl
+from router.triton.bls import TritonModelControl, TritonSubmitter
 from router.triton.codec import decode_request
 from router.triton.metrics import Metrics
+from router.triton.remote import RemoteServers
 from router.triton.reply import CancelWatch, TritonReply, Writer
 
 log = logging.getLogger(__name__)
@@ -31,16 +35,18 @@ class RouterModel:
         try:
             home = find_home()
             tokenizer = Tokenizer(resolve_model(home.deployment.model.path))
+            remote = RemoteServers(home.deployment.cluster)
+            own = {place_of(home.deployment, worker).worker for worker in home.deployment.workers}
         except BatonError as error:
             raise pb_utils.TritonModelException(f"Baton router: {error}") from None
         self._default_max_tokens = home.deployment.router.default_max_tokens
         self._metrics = Metrics()
         self._service = RouterService(
             home.deployment,
-            home.channel_address,
+            _channels(home),
             tokenizer,
-            BlsSubmitter(home.key),
-            TritonModelControl(),
+            TritonSubmitter(home.key, own, remote),
+            TritonModelControl(own, remote),
             self._metrics,
             home.stopping,
         )
@@ -68,3 +74,8 @@ class RouterModel:
         self._service.close()
         self._writer.close()
         self._metrics.close()
+
+
+def _channels(home: Home) -> Channels:
+    own = [home.channel_address(worker.name) for worker in home.deployment.workers]
+    return Channels(str(home.run_dir), CurveKeys.derive(home.key), own, sources_of(home.deployment.cluster))
