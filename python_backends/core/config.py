@@ -110,6 +110,13 @@ class RouterConfig(Section, frozen=True):
     worker_wait_s: Annotated[
         PositiveSeconds, Meta(description="Seconds a request waits for a worker when none is up, say during a restart.")
     ] = 20.0
+    stream_interval_ms: Annotated[
+        NonNegative,
+        Meta(
+            description="Responses of one gRPC or generate_stream request are at least so far apart and carry what has come "
+            "meanwhile; the first is never held back. 0: as fast as the server takes them."
+        ),
+    ] = 0
     max_attempts: Annotated[Positive, Meta(description="Tries of one request when workers die under it.")] = 4
 
 

@@ -52,7 +52,7 @@ class RouterModel:
         )
         self._service.start()
         self._service.attend(lambda: Door(self._service, home.door_address).attend())
-        self._writer = Writer(tokenizer.token_text)
+        self._writer = Writer(tokenizer.token_text, home.deployment.router.stream_interval_ms / 1e3)
         self._watch = CancelWatch(self._service.cancel)
 
     def execute(self, requests: list[Any]) -> None:
@@ -64,7 +64,7 @@ class RouterModel:
         try:
             client_request, wanted = decode_request(request, self._default_max_tokens)
         except BatonError as error:
-            self._writer.put(stream, error, None)
+            self._writer.refuse(stream, error)
             return
         run = self._service.accept(client_request, TritonReply(stream, wanted, self._writer))
         self._watch.add(run, stream)
