@@ -197,6 +197,7 @@ class TritonServer:
             f"--model-load-thread-count={len(self.models)}",  # workers wait for the router: none may be queued behind another
             f"--backend-config=python,shm-region-prefix-name={self.shm_prefix}",
             f"--exit-timeout-secs={_EXIT_TIMEOUT_S}",
+            *(f"--{service}-header-forward-pattern=trace(parent|state)" for service in ("http", "grpc")),
         ]
 
     def _companions(self) -> list[list[str]]:

@@ -145,6 +145,22 @@ class HttpConfig(Section, frozen=True):
     max_body_bytes: Annotated[Positive, Meta(description="Largest request body accepted, bytes.")] = 4_000_000
 
 
+class TracingConfig(Section, frozen=True):
+    """One OpenTelemetry trace per request. `scripts/trace` needs none of this: it reads the router's own memory."""
+
+    otlp_endpoint: Annotated[
+        str,
+        Meta(
+            description="Where traces are sent by OTLP over HTTP, such as `http://127.0.0.1:4318/v1/traces`. Empty: nowhere.",
+            pattern="^(https?://.+)?$",
+        ),
+    ] = ""
+    sample: Annotated[
+        Fraction, Meta(description="Share of requests that is exported; where the client sent a traceparent, it decides.")
+    ] = 1.0
+    service_name: Annotated[str, Meta(description="`service.name` of the traces.", min_length=1)] = "baton"
+
+
 class Deployment(Section, frozen=True, kw_only=True):
     """One deployment file."""
 
@@ -156,6 +172,7 @@ class Deployment(Section, frozen=True, kw_only=True):
     health: HealthConfig = HealthConfig()
     security: SecurityConfig = SecurityConfig()
     http: HttpConfig = HttpConfig()
+    tracing: TracingConfig = TracingConfig()
 
     @property
     def model_name(self) -> str:
