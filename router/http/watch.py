@@ -42,7 +42,7 @@ class Hub:
         self._records: deque[bytes] = deque(maxlen=_KEPT)  # each as JSON, oldest first
         self._num_records = 0  # that were ever put into it
         self._workers = b"[]"  # as they were last known
-        self._state = b"{}"
+        self._state = b""  # empty: not yet known
         self._version = 0
 
     async def events(self) -> AsyncGenerator[bytes, None]:
@@ -50,11 +50,12 @@ class Hub:
         self._watchers += 1
         if self._task is None:
             self._task = asyncio.create_task(self._follow())
-        seen, version = self._num_records - len(self._records), -1
+        seen = self._num_records - len(self._records)
+        version = -1 if self._state else 0
         try:
             while True:
                 async with self._changed:
-                    if version == self._version and seen >= self._num_records:
+                    while version == self._version and (seen >= self._num_records or not self._state):
                         await self._changed.wait()
                 version = self._version
                 first = max(seen, self._num_records - len(self._records))
@@ -66,7 +67,7 @@ class Hub:
             self._watchers -= 1
             if not self._watchers and self._task is not None:
                 self._task.cancel()
-                self._task = None
+                self._task, self._state, self._version = None, b"", 0
 
     @property
     def is_full(self) -> bool:
