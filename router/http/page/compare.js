@@ -7,6 +7,7 @@ const WAYS = [["remote", "Disaggregated"], ["aggregated", "Aggregated"]];
 const DISTURBANCE_WORDS = 1200;
 
 const mean = (values) => (values.length ? values.reduce((a, b) => a + b, 0) / values.length : 0);
+const p95 = (values) => [...values].sort((a, b) => a - b)[Math.floor(values.length * 0.95)] ?? 0;
 const worst = (values) => values.reduce((a, b) => Math.max(a, b), 0);
 
 export function startCompare(model) {
@@ -40,7 +41,7 @@ export function startCompare(model) {
 function pane(route, title) {
   const figures = {};
   const list = h("dl");
-  for (const name of ["TTFT", "ITL, mean", "ITL, longest", "tokens/s"]) {
+  for (const name of ["TTFT", "ITL, mean", "ITL, p95", "ITL, longest"]) {
     figures[name] = h("dd", {}, "–");
     list.append(h("dt", {}, name), figures[name]);
   }
@@ -73,14 +74,13 @@ async function run(pane, model, signal) {
       pane.text.scrollTop = pane.text.scrollHeight;
       say(pane.figures.TTFT, duration(ttft));
       say(pane.figures["ITL, mean"], duration(mean(gaps)));
+      say(pane.figures["ITL, p95"], duration(p95(gaps)));
       say(pane.figures["ITL, longest"], duration(worst(gaps)));
       draw(pane.plot, gaps, worst(gaps) * 1.1 || 1, "var(--muted)");
       if (!disturbed && gaps.length === 8 && $("disturb").checked) disturbed = disturb(model, pane.route, salt, signal);
     },
   );
   await disturbed;
-  const rate = gaps.length ? 1000 / mean(gaps) : 0;
-  say(pane.figures["tokens/s"], rate.toFixed(1));
   say(pane.why, proof ? `${proof.route}: ${proof.why}` : "");
   return { ttft, gaps, route: proof?.route, wanted: pane.route };
 }
@@ -97,8 +97,8 @@ function verdict([split, whole]) {
   if (whole.route !== "aggregated") return "This deployment has no aggregated worker, so both went the same way.";
   if (split.route !== "remote") return "This deployment has no prefill worker, so there was nothing to hand over.";
   const first = than(split.ttft, whole.ttft, "sooner", "later");
-  const longest = than(worst(split.gaps), worst(whole.gaps), "shorter", "longer");
-  return `Disaggregated: first token ${first}, longest gap between tokens ${longest}.`;
+  const between = than(mean(split.gaps), mean(whole.gaps), "shorter", "longer");
+  return `Disaggregated: first token ${first}, time between tokens ${between}.`;
 }
 
 function than(value, other, less, more) {

@@ -1,6 +1,6 @@
 // The workers by role. Cards are made once and then only changed, so that nothing jumps or loses the focus.
 
-import { $, draw, duration, h, percent, plural, say, size } from "./dom.js";
+import { $, draw, h, percent, plural, say, size } from "./dom.js";
 import { onChange, store } from "./store.js";
 
 const ROLES = [["prefill", "Prefill"], ["decode", "Decode"], ["aggregated", "Aggregated"]];
@@ -38,7 +38,9 @@ function show(pools) {
     update(card, worker, known);
   }
   for (const [id, card] of cards) if (!seen.has(id)) { card.element.remove(); cards.delete(id); }
-  for (const { list, title, name } of pools.values()) {
+  for (const { pool, list, title, name } of pools.values()) {
+    pool.style.flexGrow = list.children.length;
+    pool.style.flexBasis = `${Math.min(list.children.length, 3) * 176}px`; // side by side while there is room
     const down = list.querySelectorAll(".down").length;
     say(title, `${name} · ${plural(list.children.length, "worker")}${down ? `, ${down} down` : ""}`);
   }
@@ -66,7 +68,8 @@ function update(card, worker, known) {
   else card.downSince ||= Date.now();
   card.element.classList.toggle("down", !worker.up);
   const silent = worker.silent_s > 1.5 ? `, silent for ${worker.silent_s.toFixed(0)} s` : "";
-  say(card.state, worker.up ? (known ? `up${silent}` : "unknown") : `down for ${duration(Math.max(Date.now() - card.downSince, 1000))}`);
+  say(card.state, worker.up ? (known ? `up${silent}` : "unknown") : `down for ${Math.max(Math.round((Date.now() - card.downSince) / 1000), 1)} s`);
+  card.state.classList.toggle("unknown", worker.up && !known);
   say(card.batch, String(up ? load.running_requests : 0));
   say(card.queue, String(up ? load.queued_requests : 0));
   say(card.tokens, up && load.queued_tokens ? ` (${load.queued_tokens.toLocaleString("en")} tokens)` : "");
