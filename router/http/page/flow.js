@@ -86,7 +86,8 @@ function setScale() {
 function draw() {
   const list = $("list");
   $("rows").style.height = `${shown.length * ROW}px`;
-  let none = list.querySelector(".none");
+  list.setAttribute("role", shown.length ? "listbox" : "group"); // a listbox has to have options
+  const none = list.querySelector(".none");
   if (!shown.length && !none) list.append(h("div", { class: "none" }, "No requests yet. Ask something, or widen the filter."));
   else if (shown.length && none) none.remove();
   const first = Math.max(Math.floor(list.scrollTop / ROW) - SPARE, 0);
