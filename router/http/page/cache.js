@@ -16,7 +16,7 @@ export function startCache() {
     sources: h("div", { class: "sources" }), strip: h("div", { class: "strip", role: "img", "aria-label": "Share of cached tokens in the last prompts" }),
     families: h("tbody"), legend: h("ul", { class: "legend", "aria-label": "Colours" }), none: h("p", { class: "muted small" }, "No finished requests yet."),
   };
-  for (const [kind, name] of [["reused", "reused from the cache"], ["received", "received"], ["computed", "computed"], ["recomputed", "computed again"]]) {
+  for (const [kind, name] of [["reused", "reused from the cache"], ["received", "received"], ["computed", "computed"], ["recomputed", "computed again"], ["other", "last token, never cached"]]) {
     view.legend.append(h("li", {}, h("i", { class: `source-${kind}` }), name));
   }
   const table = h("table", {}, h("caption", {}, "Prompts that begin alike"),

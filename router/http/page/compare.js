@@ -103,5 +103,6 @@ function verdict([split, whole]) {
 
 function than(value, other, less, more) {
   const change = Math.round(100 * Math.abs(1 - value / other));
-  return change < 3 ? "the same" : `${change}% ${value < other ? less : more}`;
+  if (change < 3) return "the same";
+  return change < 100 ? `${change}% ${value < other ? less : more}` : `${(value / other).toFixed(1)} times as long`;
 }

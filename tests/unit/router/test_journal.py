@@ -36,7 +36,8 @@ def test_a_request_in_flight_is_told_as_far_as_it_has_come() -> None:
     journal.begin(made)
     clock.after_ms(5)
     (record,) = journal.live(10)
-    assert (record.outcome, record.route, record.ttft_ms, record.age_ms) == (None, "", 0, pytest.approx(5))
+    assert (record.outcome, record.route, record.ttft_ms) == (None, "", 0)
+    assert record.age_ms == pytest.approx(5)
     made.routed(LOCAL)
     clock.after_ms(5)
     made.failed_attempt("worker decode died")
@@ -44,7 +45,8 @@ def test_a_request_in_flight_is_told_as_far_as_it_has_come() -> None:
     made.tokens(1)
     (record,) = journal.live(10)
     assert (record.attempts, record.route, record.itl_ms) == (2, "remote", 0)
-    assert [(trouble.ms, trouble.why) for trouble in record.troubles] == [(pytest.approx(10), "worker decode died")]
+    assert [trouble.why for trouble in record.troubles] == ["worker decode died"]
+    assert record.troubles[0].ms == pytest.approx(10)
     assert journal.live(0) == []
     journal.end(made, Outcome.FAILED, "it was lost")
     assert journal.live(10) == []

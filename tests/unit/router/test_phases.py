@@ -15,7 +15,7 @@ def _by_name(made: list[Phase]) -> dict[str, Phase]:
 
 
 def test_a_remote_request_in_all_its_parts() -> None:
-    found = {phase.name: (phase.start_ms, phase.end_ms, phase.parent) for phase in phases(remote_record())}
+    found = {phase.name: phase for phase in phases(remote_record())}
     expected = {
         "request": (-3, 100, ""),
         "front end": (-3, 0, "request"),
@@ -30,7 +30,8 @@ def test_a_remote_request_in_all_its_parts() -> None:
     }
     assert list(found) == list(expected), "parents come first"
     for name, (start, end, parent) in expected.items():
-        assert found[name] == (pytest.approx(start), pytest.approx(end), parent), name
+        assert (found[name].start_ms, found[name].end_ms) == pytest.approx((start, end)), name
+        assert found[name].parent == parent
 
 
 def test_parts_add_up_to_the_first_and_the_second_token() -> None:
@@ -55,11 +56,8 @@ def test_requests_that_did_not_come_far() -> None:
     made = entry("r", clock)
     clock.after_ms(7)
     refused = made.record(Outcome.REFUSED, "the queue is full")
-    assert [(phase.name, phase.ms) for phase in phases(refused)] == [
-        ("request", pytest.approx(7)),
-        ("router", pytest.approx(7)),
-        ("queue and prefill", pytest.approx(7)),
-    ]
+    assert [phase.name for phase in phases(refused)] == ["request", "router", "queue and prefill"]
+    assert [phase.ms for phase in phases(refused)] == pytest.approx([7, 7, 7])
     made.routed(REMOTE)
     made.tokens(1)
     clock.after_ms(5)
