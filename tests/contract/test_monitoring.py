@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -26,7 +27,7 @@ def dashboard_expressions() -> list[str]:
     return [expression.replace("$__rate_interval", "1m").replace("$instance", ".*") for expression in found]
 
 
-def _alerts() -> list[dict[str, str]]:
+def _alerts() -> list[dict[str, Any]]:
     return [rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]]
 
 

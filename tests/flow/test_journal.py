@@ -112,20 +112,21 @@ def test_whoever_watches_is_told_everything_in_pieces(tmp_path: Path) -> None:
         async def watch() -> None:
             async with DoorClient(address, 5.0) as client:
                 await _up(client)
-                ids, after, more = set(), 0, True
-                while more:
-                    news = await client.news(after)
-                    assert news is not None
+                news = await client.news(0)
+                assert news is not None
+                ids = {record.id for record in news.ended}
+                while news.more:
                     assert len(news.ended) <= 200
+                    news = await client.news(news.sequence)
+                    assert news is not None
                     ids |= {record.id for record in news.ended}
-                    after, more = news.sequence, news.more
                 assert len(ids) == 250
                 assert {worker.id for worker in news.workers} == {"prefill_0", "decode_0"}
                 assert all(worker.up and worker.load.total_blocks > 0 for worker in news.workers)
                 assert (news.live, news.requests, news.trouble) == ([], 0, "")
-                again = await client.news(after)
+                again = await client.news(news.sequence)
                 assert again is not None
-                assert (again.ended, again.sequence) == ([], after)
+                assert (again.ended, again.sequence) == ([], news.sequence)
 
         asyncio.run(asyncio.wait_for(watch(), TIMEOUT_S))
 

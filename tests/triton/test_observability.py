@@ -72,7 +72,8 @@ def _stream(server: TritonServer, words: int, headers: dict[str, str] | None = N
     began = time.monotonic()
     connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json", **(headers or {})})
     response = connection.getresponse()
-    times, proof = [], {}
+    times: list[float] = []
+    proof: dict[str, Any] = {}
     for line in response:
         if line.startswith(b"data: {"):
             times.append((time.monotonic() - began) * 1e3)
