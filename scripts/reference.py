@@ -103,7 +103,7 @@ with `baton.`. Failed attempts are events of `router`.
 
 A client's trace goes on: the header `traceparent` (and `tracestate`) at the front end; for Triton the request parameter
 `traceparent`, the header of gRPC and `/infer` requests where the server forwards it (`scripts/serve` sees to that), or
-Triton's own trace context. Answers of the front end carry `traceparent`, every proof `trace_id`. If a traceparent says
+the server's own trace (`tritonserver --trace-config=mode=opentelemetry ...`), whose span is then the parent. Answers of the front end carry `traceparent`, every proof `trace_id`. If a traceparent says
 "not sampled" nothing is exported; without one, `tracing.sample` decides.
 
 The spans are made in the router's process, since every request passes there, from the record that it keeps anyway: workers

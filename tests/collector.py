@@ -52,7 +52,7 @@ class Collector:
                 if self.headers.get("Content-Encoding") == "gzip":
                     body = gzip.decompress(body)
                 time.sleep(delay_s)
-                if status == 200:
+                if status == 200 and self.headers["Content-Type"] == "application/x-protobuf":  # Triton's own come as JSON
                     collector.take(body)
                 answer = ExportTraceServiceResponse().SerializeToString()
                 self.send_response(status)

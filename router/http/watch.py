@@ -48,7 +48,7 @@ class Hub:
     async def events(self) -> AsyncGenerator[bytes, None]:
         """All that is known, then what changes, until it is closed. A slow reader gets fewer and larger events."""
         self._watchers += 1
-        if self._task is None:
+        if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._follow())
         seen = self._num_records - len(self._records)
         version = -1 if self._state else 0

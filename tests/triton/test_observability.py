@@ -147,6 +147,33 @@ def test_triton_s_own_protocols_carry_traces(server: TritonServer, collector: Co
     assert record["trace"]["parent_id"] == PARENT
 
 
+class _TracingServer(TritonServer):
+    """With Triton's own tracing switched on."""
+
+    def __init__(self, config: Path, url: str) -> None:
+        super().__init__(config)
+        self._url = url
+
+    def _command(self) -> list[str]:
+        options = ["mode=opentelemetry", "rate=1", "level=TIMESTAMPS", f"opentelemetry,url={self._url}"]
+        return [*super()._command(), *(f"--trace-config={option}" for option in options)]
+
+
+def test_triton_s_own_trace_is_gone_on_with(collector: Collector, tmp_path: Path) -> None:
+    """Its span is the parent of ours, in the client's trace."""
+    config = tmp_path / "traced.yaml"
+    config.write_text(f"workers: [{{role: aggregated, engine: fake}}]\ntracing: {{otlp_endpoint: '{collector.url}'}}\n")
+    trace = "5" * 32
+    with _TracingServer(config, collector.url) as server:
+        body = json.dumps({"text_input": "hello", "max_tokens": 2}).encode()
+        url = f"http://{server.host}:{server.http_port}/v2/models/router/generate"
+        headers = {"traceparent": f"00-{trace}-{PARENT}-01"}
+        with urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=30) as response:
+            assert response.status == 200
+        root = collector.trace(trace)["generate"]
+    assert root.parent_id not in ("", PARENT, root.span_id)
+
+
 def test_several_choices_are_one_trace(server: TritonServer, collector: Collector) -> None:
     trace = "4" * 32
     body = json.dumps({"model": MODEL, "prompt": ["one", "two"], "n": 2, "max_tokens": 2}).encode()
