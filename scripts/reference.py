@@ -102,9 +102,10 @@ and `decode` with `first decode`. Attributes follow the conventions for generati
 with `baton.`. Failed attempts are events of `router`.
 
 A client's trace goes on: the header `traceparent` (and `tracestate`) at the front end; for Triton the request parameter
-`traceparent`, the header of gRPC and `/infer` requests where the server forwards it (`scripts/serve` sees to that), or
-the server's own trace (`tritonserver --trace-config=mode=opentelemetry ...`), whose span is then the parent. Answers of the front end carry `traceparent`, every proof `trace_id`. If a traceparent says
-"not sampled" nothing is exported; without one, `tracing.sample` decides.
+`traceparent`, the header of gRPC and `/infer` requests where the server forwards it (`scripts/serve` sees to that), or the
+server's own trace (`tritonserver --trace-config=mode=opentelemetry ...`), whose span is then the parent. Answers of the
+front end carry `traceparent`, every proof `trace_id`. If a traceparent says "not sampled" nothing is exported; without one,
+`tracing.sample` decides.
 
 The spans are made in the router's process, since every request passes there, from the record that it keeps anyway: workers
 and front ends run no SDK. A thread of its own exports them from a bounded queue; a slow or dead collector costs traces

@@ -134,6 +134,7 @@ function fill(row, record, index) {
   element.setAttribute("data-outcome", how);
   const route = how === "ok" || how === "live" ? (record.route || record.state) : how;
   element.setAttribute("aria-label", `${route}, ${how}, time to first token ${duration(record.ttft_ms)}, in all ${duration(record.age_ms)}`);
+  element.title = record.error || record.why;
   say(row.when, clock(record.arrival_ns / 1e6));
   say(row.route, record.attempts > 1 ? `${route} ×${record.attempts}` : route);
   row.route.classList.toggle("bad", how === "failed");
