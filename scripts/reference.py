@@ -22,7 +22,8 @@ One YAML file describes a deployment (`configs/`); `scripts/serve --config FILE`
 or a value out of bounds is an error at start that names the key. This page is written by `python -m scripts.reference`.
 
 Environment: `BATON_CONFIG` (deployment file of a plain `tritonserver`; default `configs/default.yaml`), `BATON_RUN_DIR`
-(directory for the key and the channel's socket), `BATON_CACHE` (converted weights; default `~/.cache/baton`).
+(directory for the key and the channel's socket), `BATON_TRITON` (host:port of the server's HTTP service, by which the router
+restarts workers; without it streams stand still meanwhile), `BATON_CACHE` (converted weights; default `~/.cache/baton`).
 
 | key | type | default | meaning |
 |---|---|---|---|

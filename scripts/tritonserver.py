@@ -211,7 +211,12 @@ class TritonServer:
         return [first, *[command] * (http.processes - 1)]
 
     def _environment(self) -> dict[str, str]:
-        environment = {**os.environ, "BATON_CONFIG": str(self._config), "BATON_RUN_DIR": str(self.run_dir)}
+        environment = {
+            **os.environ,
+            "BATON_CONFIG": str(self._config),
+            "BATON_RUN_DIR": str(self.run_dir),
+            "BATON_TRITON": f"{self.host}:{self.http_port}",
+        }
         # The stub finds its interpreter, hence the virtual environment, by PATH alone.
         _prepend(environment, "PATH", (Path(sys.executable).parent,))
         _prepend(environment, "LD_LIBRARY_PATH", self._binary.libraries)

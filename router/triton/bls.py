@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import urllib.request
 from collections.abc import Callable
 
 import numpy as np
@@ -19,6 +20,7 @@ from python_backends.core.tensors import ACCEPTED, WORK
 from python_backends.core.types import WorkerId
 
 _MOST_PER_CALL = 64
+_LOAD_S = 300.0  # as scripts/serve waits at the start
 
 _Item = tuple[Work, Callable[[str], None]]
 
@@ -66,15 +68,32 @@ class BlsSubmitter:
 class TritonModelControl:
     """Implements router.supervisor.ModelControl."""
 
+    def __init__(self, address: str) -> None:
+        """`address`: HOST:PORT of the server's HTTP service. Without it the Python backend is asked.
+
+        That holds the interpreter until the model is up, seconds in which no stream of this router goes on.
+        """
+        self._address = address
+
     def restart(self, worker: WorkerId) -> None:
         """Blocks until the model is up. Raises Unavailable.
 
         Loading a model whose process died does nothing as long as Triton counts it as loaded, hence unload first.
         """
         try:
-            pb_utils.unload_model(worker)
-            pb_utils.load_model(worker)
-        except pb_utils.TritonModelException as error:
+            if self._address:
+                for action in ("unload", "load"):
+                    self._post(worker, action)
+            else:
+                pb_utils.unload_model(worker)
+                pb_utils.load_model(worker)
+        except (OSError, pb_utils.TritonModelException) as error:
             raise Unavailable(
                 f"{error}; restarts need tritonserver --model-control-mode=explicit --load-model=* (scripts/serve does that)"
             ) from error
+
+    def _post(self, worker: WorkerId, action: str) -> None:
+        """Raises OSError, which urllib's errors are."""
+        url = f"http://{self._address}/v2/repository/models/{worker}/{action}"
+        with urllib.request.urlopen(urllib.request.Request(url, b"{}"), timeout=_LOAD_S) as response:
+            response.read()

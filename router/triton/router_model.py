@@ -46,7 +46,7 @@ class RouterModel:
             home.channel_address,
             tokenizer,
             BlsSubmitter(home.key),
-            TritonModelControl(),
+            TritonModelControl(home.triton_address),
             meter,
             home.stopping,
         )
