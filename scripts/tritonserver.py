@@ -215,7 +215,7 @@ class TritonServer:
             **os.environ,
             "BATON_CONFIG": str(self._config),
             "BATON_RUN_DIR": str(self.run_dir),
-            "BATON_TRITON": f"{self.host}:{self.http_port}",
+            "BATON_TRITON": f"[{self.host}]:{self.http_port}" if ":" in self.host else f"{self.host}:{self.http_port}",
         }
         # The stub finds its interpreter, hence the virtual environment, by PATH alone.
         _prepend(environment, "PATH", (Path(sys.executable).parent,))
