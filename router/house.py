@@ -18,6 +18,7 @@ from python_backends.core.messages import BlockEvents, Heartbeat, Outputs, Prefi
 from python_backends.core.types import RequestId, Role, WorkerId
 from router.admission import Admission
 from router.fleet import Fleet
+from router.journal import Journal
 from router.lifecycle import State
 from router.mailroom import Mailroom
 from router.policy import Query, choose
@@ -39,6 +40,7 @@ class House:
         self.fleet = Fleet()
         self.index = PrefixIndex()
         self.mailroom = Mailroom()
+        self.journal = Journal()
         self.admission = Admission(self.config.max_requests, self.config.max_queued_tokens)
         self._encoders = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
         self._requests = 0

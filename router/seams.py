@@ -10,8 +10,9 @@ from python_backends.core.errors import BatonError
 from python_backends.core.messages import Work
 from python_backends.core.types import RequestId, WorkerId
 from router.fleet import WorkerView
+from router.journal import Record
 from router.lifecycle import State
-from router.types import Outcome, Piece, Proof, Way
+from router.types import Piece, Way
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,4 +66,7 @@ class Observer(Protocol):
 
     def retried(self) -> None: ...
 
-    def ended(self, outcome: Outcome, proof: Proof | None) -> None: ...
+    def tokens(self, count: int, gap_s: float) -> None:
+        """A running request has so many more tokens, so long after those before."""
+
+    def ended(self, record: Record) -> None: ...

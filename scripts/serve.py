@@ -64,6 +64,7 @@ def _print_endpoints(server: TritonServer, console: Console) -> None:
     host = f"[{server.host}]" if ":" in server.host else server.host
     table = Table.grid(padding=(0, 2))
     if server.deployment.has_front_end:
+        table.add_row("page", f"http://{host}:{server.openai_port}/")
         table.add_row("OpenAI", f"{host}:{server.openai_port}/v1")
     table.add_row("HTTP", f"{host}:{server.http_port}")
     table.add_row("gRPC", f"{host}:{server.grpc_port}")

@@ -201,6 +201,7 @@ class TritonServer:
             f"--model-load-thread-count={len(self.models)}",  # workers wait for the router: none may be queued behind another
             f"--backend-config=python,shm-region-prefix-name={self.shm_prefix}",
             f"--exit-timeout-secs={_EXIT_TIMEOUT_S}",
+            *(f"--{service}-header-forward-pattern=trace(parent|state)" for service in ("http", "grpc")),
         ]
 
     def _companions(self) -> list[list[str]]:
@@ -214,7 +215,12 @@ class TritonServer:
         return [first, *[command] * (http.processes - 1)]
 
     def _environment(self) -> dict[str, str]:
-        environment = {**os.environ, "BATON_CONFIG": str(self._config), "BATON_RUN_DIR": str(self.run_dir)}
+        environment = {
+            **os.environ,
+            "BATON_CONFIG": str(self._config),
+            "BATON_RUN_DIR": str(self.run_dir),
+            "BATON_TRITON": f"[{self.host}]:{self.http_port}" if ":" in self.host else f"{self.host}:{self.http_port}",
+        }
         # The stub finds its interpreter, hence the virtual environment, by PATH alone.
         _prepend(environment, "PATH", (Path(sys.executable).parent,))
         _prepend(environment, "LD_LIBRARY_PATH", self._binary.libraries)

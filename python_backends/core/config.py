@@ -188,6 +188,22 @@ class ClusterConfig(Section, frozen=True):
     tls_key: Annotated[str, Meta(description="Its key (PEM).")] = ""
 
 
+class TracingConfig(Section, frozen=True):
+    """One OpenTelemetry trace per request. `scripts/trace` needs none of this: it reads the router's own memory."""
+
+    otlp_endpoint: Annotated[
+        str,
+        Meta(
+            description="Where traces are sent by OTLP over HTTP, such as `http://127.0.0.1:4318/v1/traces`. Empty: nowhere.",
+            pattern="^(https?://.+)?$",
+        ),
+    ] = ""
+    sample: Annotated[
+        Fraction, Meta(description="Share of requests that is exported; where the client sent a traceparent, it decides.")
+    ] = 1.0
+    service_name: Annotated[str, Meta(description="`service.name` of the traces.", min_length=1)] = "baton"
+
+
 class Deployment(Section, frozen=True, kw_only=True):
     """One deployment file."""
 
@@ -200,6 +216,7 @@ class Deployment(Section, frozen=True, kw_only=True):
     security: SecurityConfig = SecurityConfig()
     http: HttpConfig = HttpConfig()
     cluster: ClusterConfig = ClusterConfig()
+    tracing: TracingConfig = TracingConfig()
 
     @property
     def has_front_end(self) -> bool:

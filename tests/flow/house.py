@@ -39,6 +39,7 @@ from python_backends.core.messages import Work, seal_work
 from python_backends.core.types import FinishReason, Role, SamplingParams, WorkerId
 from python_backends.worker.service import Worker
 from router.fleet import WorkerView
+from router.journal import Record
 from router.lifecycle import State
 from router.run import Run
 from router.seams import Destination, Snapshot
@@ -199,8 +200,12 @@ class Counts:
     def retried(self) -> None:
         self.retries += 1
 
-    def ended(self, outcome: Outcome, proof: Proof | None) -> None:
-        self.outcomes.append(outcome)
+    def tokens(self, count: int, gap_s: float) -> None:
+        """Only the journal keeps times."""
+
+    def ended(self, record: Record) -> None:
+        assert record.outcome is not None
+        self.outcomes.append(record.outcome)
 
 
 class InProcess:
