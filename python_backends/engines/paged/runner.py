@@ -32,18 +32,23 @@ class Slice:
     token_ids: the tokens at positions start .. start + len - 1; the KV of positions < start is already in the blocks.
     block_table: the sequence's block numbers in prompt order, covering start + len tokens; KV is written there.
     draw: sample the next token from the last position's logits, or None in the middle of a prompt.
+    drafts: so many of the last token_ids are guesses of what will be drawn. `draw` is for the position of the first.
     """
 
     token_ids: Sequence[int]
     start: int
     block_table: Sequence[int]
     draw: Draw | None
+    drafts: int = 0
 
 
 @dataclass(slots=True)
 class Sampled:
+    """A token drawn; `following`: the next ones, as far as the drafts were what was drawn before each."""
+
     token_id: int
     logprob: TokenLogprob | None  # when sampling.logprobs is not None
+    following: tuple[Sampled, ...] = ()
 
 
 class ModelRunner(Protocol):

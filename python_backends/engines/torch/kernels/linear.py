@@ -39,8 +39,17 @@ def multiply(
         while done < num_panels:
             count = at_once if done + at_once <= num_panels else 1
             multiply_tile(
-                weight_format, rows, count, row, row_stride, panel + done * panel_stride, panel_stride, depth,
-                out + done * LANE_BYTES, out_stride, add,
+                weight_format,
+                rows,
+                count,
+                row,
+                row_stride,
+                panel + done * panel_stride,
+                panel_stride,
+                depth,
+                out + done * LANE_BYTES,
+                out_stride,
+                add,
             )
             done += count
         return
@@ -51,6 +60,15 @@ def multiply(
             at = scratch
         for first in range(0, rows, ROWS):
             multiply_tile(
-                FLOAT32, min(ROWS, rows - first), 1, row + first * row_stride, row_stride, at, 0, depth,
-                out + first * out_stride + index * LANE_BYTES, out_stride, add,
+                FLOAT32,
+                min(ROWS, rows - first),
+                1,
+                row + first * row_stride,
+                row_stride,
+                at,
+                0,
+                depth,
+                out + first * out_stride + index * LANE_BYTES,
+                out_stride,
+                add,
             )

@@ -13,8 +13,8 @@ cycles), so they take several panels at once.
 A panel of weights has one of the formats below. All are turned into float32 in registers, the same way everywhere.
 
     FLOAT32, BFLOAT16, FLOAT16    sixteen numbers a step
-    INT8, INT4                    groups of GROUP steps: sixteen bfloat16 scales, then sixteen codes a step;
-                                  weight = code * scale, INT4's codes being 0 .. 15 for -8 .. 7, low halves first
+    INT8, INT4                    groups of GROUP steps: sixteen bfloat16 scales, then words of 32 bits, one per column,
+                                  with the signed codes of four or eight steps, lowest bits first; weight = code * scale
 
 The functions are emitted as LLVM instructions, since no compiler finds this form from loops by itself.
 """
@@ -42,8 +42,9 @@ from python_backends.engines.torch.kernels.vector import (
     emit_fma,
 )
 
-FLOAT32, BFLOAT16, FLOAT16, INT8, INT4 = range(5)
-STEP_BYTES = {FLOAT32: 64, BFLOAT16: 32, FLOAT16: 32, INT8: 16, INT4: 8}
+FORMATS = FLOAT32, BFLOAT16, FLOAT16, INT8, INT4 = range(5)
+STEP_BYTES = {FLOAT32: 64, BFLOAT16: 32, FLOAT16: 32}
+CODE_BITS = {INT8: 8, INT4: 4}
 GROUP = 32  # steps of depth with one scale per column
 SCALE_BYTES = 2 * LANES
 
@@ -54,14 +55,19 @@ _PREFETCH_BYTES = 1024  # ahead in the stream of float32 weights: beyond what th
 
 _INT8 = ir.IntType(8)
 _INT16 = ir.IntType(16)
+_WORDS = ir.VectorType(INT32, LANES)
 
 _Body = Callable[[list[Any], list[Any]], list[Any]]
 
 
 def panel_bytes(weight_format: int, depth: int) -> int:
     """Size of one panel, with room so that the next one begins on a cache line."""
-    groups = -(-depth // GROUP) if weight_format in (INT8, INT4) else 0
-    return -(-(depth * STEP_BYTES[weight_format] + groups * SCALE_BYTES) // 64) * 64
+    if weight_format in CODE_BITS:
+        words = -(-depth // (32 // CODE_BITS[weight_format]))
+        size = words * LANE_BYTES + -(-depth // GROUP) * SCALE_BYTES
+    else:
+        size = depth * STEP_BYTES[weight_format]
+    return -(-size // 64) * 64
 
 
 # --- emitting ---
@@ -104,78 +110,85 @@ def _repeat(
     return results[: len(pointers)], results[len(pointers) :]
 
 
-def _widen(builder: Any, pointer: Any, step: ir.Type) -> Any:
+def _widen(builder: Any, pointer: Any) -> Any:
     """Sixteen bfloat16 are the upper halves of sixteen float32."""
     halves = builder.load(pointer, typ=ir.VectorType(_INT16, LANES), align=1)
-    words = builder.zext(halves, ir.VectorType(INT32, LANES))
-    return builder.bitcast(builder.shl(words, ir.Constant(words.type, [16] * LANES)), step)
+    words = builder.zext(halves, _WORDS)
+    return builder.bitcast(builder.shl(words, ir.Constant(_WORDS, [16] * LANES)), VECTOR)
 
 
-def _load_step(builder: Any, weight_format: int, pointer: Any, scale: Any) -> Any:
-    """Sixteen weights of one step as float32. `scale`: of the group, for INT8 and INT4."""
+def _load_step(builder: Any, weight_format: int, pointer: Any) -> Any:
+    """Sixteen weights of one step as float32."""
     if weight_format == FLOAT32:
         return builder.load(pointer, typ=VECTOR, align=4)
     if weight_format == BFLOAT16:
-        return _widen(builder, pointer, VECTOR)
-    if weight_format == FLOAT16:
-        return builder.fpext(builder.load(pointer, typ=ir.VectorType(ir.HalfType(), LANES), align=1), VECTOR)
-    if weight_format == INT8:
-        codes = builder.load(pointer, typ=ir.VectorType(_INT8, LANES), align=1)
-        return builder.fmul(builder.sitofp(codes, VECTOR), scale)
-    pairs = builder.load(pointer, typ=ir.VectorType(_INT8, LANES // 2), align=1)
-    low = builder.and_(pairs, ir.Constant(pairs.type, [15] * (LANES // 2)))
-    high = builder.lshr(pairs, ir.Constant(pairs.type, [4] * (LANES // 2)))
-    order = ir.Constant(ir.VectorType(INT32, LANES), list(range(LANES)))
-    codes = builder.uitofp(builder.zext(builder.shuffle_vector(low, high, order), ir.VectorType(INT32, LANES)), VECTOR)
-    return emit_fma(builder, codes, scale, builder.fmul(scale, constant(-8.0)))
+        return _widen(builder, pointer)
+    return builder.fpext(builder.load(pointer, typ=ir.VectorType(ir.HalfType(), LANES), align=1), VECTOR)
 
 
-def _multiply_add(
-    builder: Any, weight_format: int, row_at: Any, offsets: list[Any], panels: list[Any], scales: list[Any], sums: list[Any], step: int
-) -> list[Any]:
+def _group_scale(builder: Any, weight_format: int, pointer: Any) -> Any:
+    """What codes in the highest bits of their word are multiplied with: exact, since only the exponent differs."""
+    return builder.fmul(_widen(builder, pointer), constant(2.0 ** (CODE_BITS[weight_format] - 32)))
+
+
+def _decode(builder: Any, weight_format: int, words: Any, step: int, scale: Any) -> Any:
+    """Sixteen weights of one of the steps in `words`: the code is moved to the highest bits, all others become zero."""
+    bits = CODE_BITS[weight_format]
+    if bits == 8:
+        data = builder.bitcast(words, ir.VectorType(_INT8, 4 * LANES))
+        zeros = ir.Constant(data.type, [0] * (4 * LANES))
+        places = [4 * LANES if byte < 3 else 4 * lane + step for lane in range(LANES) for byte in range(4)]
+        moved = builder.shuffle_vector(data, zeros, ir.Constant(ir.VectorType(INT32, 4 * LANES), places))
+        high = builder.bitcast(moved, words.type)
+    else:
+        shifted = builder.shl(words, ir.Constant(words.type, [32 - bits * (step + 1)] * LANES))
+        high = builder.and_(shifted, ir.Constant(words.type, [0x100000000 - (1 << (32 - bits))] * LANES))
+    return builder.fmul(builder.sitofp(high, VECTOR), scale)
+
+
+def _multiply_add(builder: Any, row_at: Any, offsets: list[Any], weights: list[Any], sums: list[Any], step: int) -> list[Any]:
     """One step of all rows and panels; `offsets`: of each row from the first, bytes."""
-    weights = [
-        _load_step(builder, weight_format, _at(builder, panel, step * STEP_BYTES[weight_format]), scale)
-        for panel, scale in zip(panels, scales, strict=True)
-    ]
     new = []
     for row, offset in enumerate(offsets):
         element = builder.load(_at(builder, _at(builder, row_at, offset), 4 * step), typ=FLOAT, align=4)
         spread = emit_broadcast(builder, element)
-        new += [emit_fma(builder, spread, w, sums[row * len(panels) + i]) for i, w in enumerate(weights)]
+        new += [emit_fma(builder, spread, w, sums[row * len(weights) + i]) for i, w in enumerate(weights)]
     return new
 
 
 def _steps(
-    builder: Any, weight_format: int, depth: Any, row_at: Any, offsets: list[Any], panels: list[Any], scales: list[Any], sums: list[Any],
-    step_bytes: Any = None,
-) -> tuple[list[Any], list[Any]]:
-    """All `depth` steps, _UNROLL at a time. step_bytes: between steps, where they don't lie side by side."""
-    fetch = weight_format == FLOAT32 and step_bytes is None and len(offsets) > 1
+    builder: Any,
+    weight_format: int,
+    depth: Any,
+    row_at: Any,
+    offsets: list[Any],
+    panels: list[Any],
+    sums: list[Any],
+    stride: Any = None,
+) -> list[Any]:
+    """All `depth` steps, _UNROLL at a time. stride: bytes between steps, where they don't lie side by side."""
+    fetch = weight_format == FLOAT32 and stride is None and len(offsets) > 1
+    step_bytes = _int(STEP_BYTES[weight_format]) if stride is None else stride
 
     def unrolled(count: int) -> _Body:
         def body(at: list[Any], sums: list[Any]) -> list[Any]:
             for step in range(count):
-                if step_bytes is None:
-                    if fetch:
-                        for panel in at[1:]:
-                            _prefetch(builder, _at(builder, panel, step * LANE_BYTES + _PREFETCH_BYTES))
-                    sums = _multiply_add(builder, weight_format, at[0], offsets, at[1:], scales, sums, step)
-                else:
-                    here = [_at(builder, panel, builder.mul(step_bytes, _int(step))) for panel in at[1:]]
-                    row_at = _at(builder, at[0], 4 * step)
-                    sums = _multiply_add(builder, weight_format, row_at, offsets, here, scales, sums, 0)
+                here = [_at(builder, panel, builder.mul(step_bytes, _int(step))) for panel in at[1:]]
+                if fetch:
+                    for panel in here:
+                        _prefetch(builder, _at(builder, panel, _PREFETCH_BYTES))
+                weights = [_load_step(builder, weight_format, panel) for panel in here]
+                sums = _multiply_add(builder, at[0], offsets, weights, sums, step)
             return sums
 
         return body
 
     def strides(count: int) -> list[Any]:
-        stride = _int(count * STEP_BYTES[weight_format]) if step_bytes is None else builder.mul(step_bytes, _int(count))
-        return [_int(4 * count), *([stride] * len(panels))]
+        return [_int(4 * count), *([builder.mul(step_bytes, _int(count))] * len(panels))]
 
     rounds = builder.ashr(depth, _int(_UNROLL.bit_length() - 1))
     at, sums = _repeat(builder, rounds, [row_at, *panels], strides(_UNROLL), sums, unrolled(_UNROLL))
-    return _repeat(builder, builder.and_(depth, _int(_UNROLL - 1)), at, strides(1), sums, unrolled(1))
+    return _repeat(builder, builder.and_(depth, _int(_UNROLL - 1)), at, strides(1), sums, unrolled(1))[1]
 
 
 def _prefetch(builder: Any, pointer: Any) -> None:
@@ -185,24 +198,56 @@ def _prefetch(builder: Any, pointer: Any) -> None:
     builder.call(function, [pointer, *(ir.Constant(INT32, value) for value in (0, 3, 1))])
 
 
-def _grouped_steps(
+def _for_each_group(
+    builder: Any,
+    weight_format: int,
+    depth: Any,
+    pointers: list[Any],
+    strides: list[int],
+    values: list[Any],
+    body: Callable[..., list[Any]],
+) -> list[Any]:
+    """`values = body(number of words, pointers, values)` for each group, the last of which may be shorter.
+
+    strides: of the pointers, in bytes per group. Steps beyond the depth, to the end of the last word, are computed too:
+    their codes are zero, and so must be what they are multiplied with.
+    """
+    per_word = 32 // CODE_BITS[weight_format]
+    words = builder.sdiv(builder.add(depth, _int(per_word - 1)), _int(per_word))
+    per_group = _int(GROUP // per_word)
+    full, rest = builder.sdiv(words, per_group), builder.srem(words, per_group)
+    some = builder.zext(builder.icmp_signed(">", rest, _int(0)), INT64)
+    each = [_int(stride) for stride in strides]
+    at, values = _repeat(builder, full, pointers, each, values, lambda at, values: body(per_group, at, values))
+    return _repeat(builder, some, at, each, values, lambda at, values: body(rest, at, values))[1]
+
+
+def _group_bytes(weight_format: int) -> int:
+    return SCALE_BYTES + GROUP * CODE_BITS[weight_format] * LANES // 8
+
+
+def _quantised_steps(
     builder: Any, weight_format: int, depth: Any, row_at: Any, offsets: list[Any], panels: list[Any], sums: list[Any]
 ) -> list[Any]:
-    """All steps of panels whose groups begin with their scales."""
+    """All steps of panels of codes."""
+    per_word = 32 // CODE_BITS[weight_format]
 
-    def group(length: Any) -> _Body:
-        def body(at: list[Any], sums: list[Any]) -> list[Any]:
-            scales = [_widen(builder, panel, VECTOR) for panel in at[1:]]
-            codes = [_at(builder, panel, SCALE_BYTES) for panel in at[1:]]
-            return _steps(builder, weight_format, length, at[0], offsets, codes, scales, sums)[1]
+    def group(words: Any, at: list[Any], sums: list[Any]) -> list[Any]:
+        scales = [_group_scale(builder, weight_format, panel) for panel in at[1:]]
 
-        return body
+        def word(at: list[Any], sums: list[Any]) -> list[Any]:
+            loaded = [builder.load(panel, typ=_WORDS, align=4) for panel in at[1:]]
+            for step in range(per_word):
+                weights = [_decode(builder, weight_format, w, step, scale) for w, scale in zip(loaded, scales, strict=True)]
+                sums = _multiply_add(builder, at[0], offsets, weights, sums, step)
+            return sums
 
-    strides = [_int(4 * GROUP), *([_int(SCALE_BYTES + GROUP * STEP_BYTES[weight_format])] * len(panels))]
-    full, rest = builder.sdiv(depth, _int(GROUP)), builder.srem(depth, _int(GROUP))
-    at, sums = _repeat(builder, full, [row_at, *panels], strides, sums, group(_int(GROUP)))
-    some = builder.zext(builder.icmp_signed(">", rest, _int(0)), INT64)
-    return _repeat(builder, some, at, strides, sums, group(rest))[1]
+        codes = [_at(builder, panel, SCALE_BYTES) for panel in at[1:]]
+        strides = [_int(4 * per_word), *([_int(LANE_BYTES)] * len(panels))]
+        return _repeat(builder, words, [at[0], *codes], strides, sums, word)[1]
+
+    strides = [4 * GROUP, *([_group_bytes(weight_format)] * len(panels))]
+    return _for_each_group(builder, weight_format, depth, [row_at, *panels], strides, sums, group)
 
 
 def _write(builder: Any, sums: list[Any], rows: int, panels: int, out: Any, out_stride: Any, add: Any) -> None:
@@ -234,15 +279,15 @@ def _function(module: Any, name: str, num_args: int, emit: Callable[..., None]) 
 
 
 def _weights_tile(module: Any, weight_format: int, rows: int, panels: int) -> Any:
-    def emit(builder: Any, row: Any, row_stride: Any, panel: Any, panel_stride: Any, depth: Any, out: Any, out_stride: Any, add: Any) -> None:
+    def emit(
+        builder: Any, row: Any, row_stride: Any, panel: Any, panel_stride: Any, depth: Any, out: Any, out_stride: Any, add: Any
+    ) -> None:
         row_at, first, out = (builder.inttoptr(address, POINTER) for address in (row, panel, out))
         offsets = [builder.mul(row_stride, _int(i)) for i in range(rows)]
         at = [_at(builder, first, builder.mul(panel_stride, _int(i))) for i in range(panels)]
         sums = [constant(0.0)] * (rows * panels)
-        if weight_format in (INT8, INT4):
-            sums = _grouped_steps(builder, weight_format, depth, row_at, offsets, at, sums)
-        else:
-            sums = _steps(builder, weight_format, depth, row_at, offsets, at, [None] * panels, sums)[1]
+        steps = _quantised_steps if weight_format in CODE_BITS else _steps
+        sums = steps(builder, weight_format, depth, row_at, offsets, at, sums)
         _write(builder, sums, rows, panels, out, out_stride, add)
 
     return _function(module, f"weights_tile_{weight_format}_{rows}_{panels}", 8, emit)
@@ -251,7 +296,9 @@ def _weights_tile(module: Any, weight_format: int, rows: int, panels: int) -> An
 def _blocks_tile(module: Any, rows: int) -> Any:
     """Values of a sequence's blocks: steps of `step_bytes` in pieces of LANES steps whose addresses a table has."""
 
-    def emit(builder: Any, row: Any, row_stride: Any, table: Any, offset: Any, step_bytes: Any, depth: Any, out: Any, out_stride: Any) -> None:
+    def emit(
+        builder: Any, row: Any, row_stride: Any, table: Any, offset: Any, step_bytes: Any, depth: Any, out: Any, out_stride: Any
+    ) -> None:
         row_at, table_at, out = (builder.inttoptr(address, POINTER) for address in (row, table, out))
         offsets = [builder.mul(row_stride, _int(i)) for i in range(rows)]
 
@@ -259,7 +306,7 @@ def _blocks_tile(module: Any, rows: int) -> Any:
             def body(at: list[Any], sums: list[Any]) -> list[Any]:
                 address = builder.add(builder.load(at[1], typ=INT64, align=8), offset)
                 values = builder.inttoptr(address, POINTER)
-                return _steps(builder, FLOAT32, length, at[0], offsets, [values], [None], sums, step_bytes)[1]
+                return _steps(builder, FLOAT32, length, at[0], offsets, [values], sums, step_bytes)
 
             return body
 
@@ -294,8 +341,18 @@ def panels_at_once(rows: int) -> int:
 
 @intrinsic
 def multiply_tile(
-    _context: Any, _format: Any, _rows: Any, _panels: Any, _row: Any, _row_stride: Any, _panel: Any, _panel_stride: Any, _depth: Any,
-    _out: Any, _out_stride: Any, _add: Any,
+    _context: Any,
+    _format: Any,
+    _rows: Any,
+    _panels: Any,
+    _row: Any,
+    _row_stride: Any,
+    _panel: Any,
+    _panel_stride: Any,
+    _depth: Any,
+    _out: Any,
+    _out_stride: Any,
+    _add: Any,
 ) -> Any:
     """out[rows, 16 * panels] = (or +=, with add) row[rows, depth] @ the panels.
 
@@ -305,7 +362,7 @@ def multiply_tile(
     def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         cases = {
             weight_format * 1000 + rows * 10 + panels: _weights_tile(builder.module, weight_format, rows, panels)
-            for weight_format in STEP_BYTES
+            for weight_format in FORMATS
             for rows in range(1, ROWS + 1)
             for panels in {1, _PANELS.get(rows, 1)}
         }
@@ -321,7 +378,15 @@ def multiply_tile(
 
 @intrinsic
 def multiply_blocks_tile(
-    _context: Any, _rows: Any, _row: Any, _row_stride: Any, _table: Any, _offset: Any, _step_bytes: Any, _depth: Any, _out: Any,
+    _context: Any,
+    _rows: Any,
+    _row: Any,
+    _row_stride: Any,
+    _table: Any,
+    _offset: Any,
+    _step_bytes: Any,
+    _depth: Any,
+    _out: Any,
     _out_stride: Any,
 ) -> Any:
     """out[rows, 16] = row[rows, depth] @ what lies `offset` bytes behind the addresses in the table, LANES steps each."""
@@ -339,7 +404,7 @@ def expand_panel(_context: Any, _format: Any, _panel: Any, _depth: Any, _out: An
     """The panel as float32 at `out`: [depth, 16]."""
 
     def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        cases = {weight_format: _expansion(builder.module, weight_format) for weight_format in STEP_BYTES}
+        cases = {weight_format: _expansion(builder.module, weight_format) for weight_format in FORMATS}
         _switch(builder, args[0], cases, list(args[1:]))
         return context.get_dummy_value()
 
@@ -347,34 +412,32 @@ def expand_panel(_context: Any, _format: Any, _panel: Any, _depth: Any, _out: An
 
 
 def _expansion(module: Any, weight_format: int) -> Any:
-    size = STEP_BYTES[weight_format]
-
     def emit(builder: Any, panel: Any, depth: Any, out: Any) -> None:
-        at = [builder.inttoptr(panel, POINTER), builder.inttoptr(out, POINTER)]
+        pointers = [builder.inttoptr(panel, POINTER), builder.inttoptr(out, POINTER)]
 
-        def step(scale: Any) -> _Body:
-            def body(at: list[Any], _none: list[Any]) -> list[Any]:
-                builder.store(_load_step(builder, weight_format, at[0], scale), at[1], align=4)
+        def step(at: list[Any], _none: list[Any]) -> list[Any]:
+            builder.store(_load_step(builder, weight_format, at[0]), at[1], align=4)
+            return []
+
+        def group(words: Any, at: list[Any], _none: list[Any]) -> list[Any]:
+            scale = _group_scale(builder, weight_format, at[0])
+            per_word = 32 // CODE_BITS[weight_format]
+
+            def word(at: list[Any], _none: list[Any]) -> list[Any]:
+                loaded = builder.load(at[0], typ=_WORDS, align=4)
+                for step in range(per_word):
+                    weights = _decode(builder, weight_format, loaded, step, scale)
+                    builder.store(weights, _at(builder, at[1], step * LANE_BYTES), align=4)
                 return []
 
-            return body
+            codes = _at(builder, at[0], SCALE_BYTES)
+            _repeat(builder, words, [codes, at[1]], [_int(LANE_BYTES), _int(per_word * LANE_BYTES)], [], word)
+            return []
 
-        def group(length: Any) -> _Body:
-            def body(at: list[Any], _none: list[Any]) -> list[Any]:
-                scale = _widen(builder, at[0], VECTOR)
-                codes = _at(builder, at[0], SCALE_BYTES)
-                _repeat(builder, length, [codes, at[1]], [_int(size), _int(LANE_BYTES)], [], step(scale))
-                return []
-
-            return body
-
-        if weight_format in (INT8, INT4):
-            strides = [_int(SCALE_BYTES + GROUP * size), _int(GROUP * LANE_BYTES)]
-            full, rest = builder.sdiv(depth, _int(GROUP)), builder.srem(depth, _int(GROUP))
-            at, _ = _repeat(builder, full, at, strides, [], group(_int(GROUP)))
-            some = builder.zext(builder.icmp_signed(">", rest, _int(0)), INT64)
-            _repeat(builder, some, at, strides, [], group(rest))
+        if weight_format in CODE_BITS:
+            strides = [_group_bytes(weight_format), GROUP * LANE_BYTES]
+            _for_each_group(builder, weight_format, depth, pointers, strides, [], group)
         else:
-            _repeat(builder, depth, at, [_int(size), _int(LANE_BYTES)], [], step(None))
+            _repeat(builder, depth, pointers, [_int(STEP_BYTES[weight_format]), _int(LANE_BYTES)], [], step)
 
     return _function(module, f"expand_{weight_format}", 3, emit)

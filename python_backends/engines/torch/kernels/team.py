@@ -1,0 +1,107 @@
+"""The threads of one worker inside compiled code: who takes which piece of work, and how they wait for each other.
+
+All threads run the same kernel. A phase is cut into units; each thread claims the next one by an atomic counter until
+none is left, so a thread whose core is busy with something else takes fewer. At the end of a phase all meet at a barrier.
+A thread that waits there spins for some microseconds, which is what phases usually differ by, and then sleeps in the
+kernel (futex(2)): it takes no core from another worker.
+
+    control memory: 64 bytes of barrier (arrivals, generation, sleepers), then one counter per phase
+"""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from python_backends.engines.torch.kernels.compiler import kernel
+from python_backends.engines.torch.kernels.vector import INT32, INT64, POINTER
+
+_MACHINE = platform.machine()
+_SYS_FUTEX = 202 if _MACHINE == "x86_64" else 98
+_FUTEX_WAIT_PRIVATE, _FUTEX_WAKE_PRIVATE = 128, 129
+_SPINS = 1500  # about 20 us
+
+_ARRIVALS, _GENERATION, _SLEEPERS, _COUNTERS = 0, 8, 16, 64
+
+
+def control_memory(phases: int) -> npt.NDArray[np.int64]:
+    """For a kernel of so many phases; zero the part from `COUNTERS_FROM` on before each run."""
+    return np.zeros(COUNTERS_FROM + phases, np.int64)
+
+
+COUNTERS_FROM = _COUNTERS // 8
+
+
+@intrinsic
+def _add_at(_context: Any, _address: Any, _value: Any) -> Any:
+    """Atomically add; what was there before."""
+
+    def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        return builder.atomic_rmw("add", builder.inttoptr(args[0], POINTER), args[1], "seq_cst")
+
+    return types.intp(types.intp, types.intp), codegen
+
+
+@intrinsic
+def _pause(_context: Any) -> Any:
+    """Tell the processor that this is a spin loop."""
+
+    def codegen(context: Any, builder: Any, _signature: Any, _args: Any) -> Any:
+        if _MACHINE == "x86_64":
+            name, hints = "llvm.x86.sse2.pause", []
+        else:
+            name, hints = "llvm.aarch64.hint", [ir.Constant(INT32, 1)]
+        kind = ir.FunctionType(ir.VoidType(), [hint.type for hint in hints])
+        builder.call(cgutils.get_or_insert_function(builder.module, kind, name), hints)
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
+def _futex(_context: Any, _address: Any, _operation: Any, _value: Any) -> Any:
+    """The system call, on the 32 bits at the address, without a time limit."""
+
+    def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        kind = ir.FunctionType(INT64, [INT64], var_arg=True)
+        function = cgutils.get_or_insert_function(builder.module, kind, "syscall")
+        builder.call(function, [ir.Constant(INT64, _SYS_FUTEX), *args, ir.Constant(INT64, 0)])
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp, types.intp), codegen
+
+
+@kernel
+def claim(control: int, phase: int) -> int:
+    """The next unit of the phase; at or beyond its number of units when none is left."""
+    return _add_at(control + _COUNTERS + 8 * phase, 1)  # type: ignore[no-any-return,call-arg]
+
+
+@kernel
+def meet(control: int, threads: int) -> None:
+    """Wait until all threads are here. What each wrote before is seen by all after."""
+    if threads == 1:
+        return
+    generation = _add_at(control + _GENERATION, 0)  # type: ignore[call-arg]
+    if _add_at(control + _ARRIVALS, 1) == threads - 1:  # type: ignore[call-arg]
+        _add_at(control + _ARRIVALS, -threads)  # type: ignore[call-arg]
+        _add_at(control + _GENERATION, 1)  # type: ignore[call-arg]
+        if _add_at(control + _SLEEPERS, 0) > 0:  # type: ignore[call-arg]
+            _futex(control + _GENERATION, _FUTEX_WAKE_PRIVATE, threads)  # type: ignore[call-arg]
+        return
+    spins = 0
+    while _add_at(control + _GENERATION, 0) == generation:  # type: ignore[call-arg]
+        spins += 1
+        if spins < _SPINS:
+            _pause()  # type: ignore[call-arg]
+        else:
+            _add_at(control + _SLEEPERS, 1)  # type: ignore[call-arg]
+            _futex(control + _GENERATION, _FUTEX_WAIT_PRIVATE, generation & 0xFFFFFFFF)  # type: ignore[call-arg]
+            _add_at(control + _SLEEPERS, -1)  # type: ignore[call-arg]
