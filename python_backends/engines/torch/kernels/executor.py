@@ -50,7 +50,7 @@ class CompiledExecutor:
         self._vocab_size = architecture.vocab_size
         self._group = architecture.num_heads // architecture.num_kv_heads
         self._frequencies: Floats = inverse_frequencies(architecture.rope, architecture.head_dim).numpy()
-        self._decoder = load_decoder(checkpoint, architecture, precision, cache)
+        self._decoder, self._mapped_weights = load_decoder(checkpoint, architecture, precision, cache)
         self._team = Team(threads)
         self._buffers = _Buffers(self._decoder, threads)
         self._pool: KVPool | None = None

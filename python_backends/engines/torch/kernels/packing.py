@@ -44,8 +44,9 @@ Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 
 
-def load_decoder(checkpoint: Checkpoint, architecture: Architecture, precision: str, cache: Path) -> Decoder:
-    """`precision`: float32, bfloat16, float16, int8 or int4. The arrays view the mapped file, or are small."""
+def load_decoder(checkpoint: Checkpoint, architecture: Architecture, precision: str, cache: Path) -> tuple[Decoder, Bytes]:
+    """`precision`: float32, bfloat16, float16, int8 or int4. With the model, the mapped file: its addresses are valid as long as
+    that lives."""
     identity = msgspec.json.encode([_VERSION, checkpoint.digest, precision, msgspec.to_builtins(architecture)])
     name = hashlib.blake2b(identity, digest_size=16).hexdigest()
     sections = list(_sections(architecture, precision))
@@ -60,7 +61,8 @@ def load_decoder(checkpoint: Checkpoint, architecture: Architecture, precision: 
         out.flush()
 
     path = prepared(cache / "prepared" / f"{name}.npy", write)
-    return _decoder(architecture, sections, np.load(path, mmap_mode="r"))
+    mapped: Bytes = np.load(path, mmap_mode="r")
+    return _decoder(architecture, sections, mapped), mapped
 
 
 def padded(columns: int) -> int:
