@@ -21,7 +21,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from python_backends.engines.torch.kernels.compiler import kernel
+from python_backends.engines.torch.kernels.compiler import kernel, part
 from python_backends.engines.torch.kernels.tile import (
     FLOAT16,
     FLOAT32,
@@ -126,14 +126,14 @@ def _store_int64(_context: Any, _address: Any, _value: Any) -> Any:
     return types.void(types.intp, types.intp), codegen
 
 
-@kernel
+@part
 def head_address(pool: Any, layer: int, what: int, kv_head: int, block: int) -> int:
     """Of the keys (what 0) or values (1) of a head in a block."""
     place = (layer * 2 + what) * pool.kv_heads + kv_head
     return pool.address + block * pool.block_bytes + place * pool.head_bytes
 
 
-@kernel
+@part
 def write_vector(pool: Any, head: int, slot: int, vector: int, what: int) -> None:
     """Put the head_dim floats at `vector` into a head's keys (what 0) or values (1), as token `slot` of the block."""
     piece = head + slot // LANES * (LANES * pool.head_dim * _element_bytes(pool.kv_format))
@@ -161,7 +161,7 @@ def _element_bytes(kv_format: int) -> int:
     return 4 if kv_format == FLOAT32 else 2 if kv_format == FLOAT16 else 1
 
 
-@kernel
+@part
 def _find_span(pool: Any, layer: int, kv_head: int, table: int, first: int, keys: int, tables: int, expanded: int) -> None:
     """Fill two tables, PIECES addresses each, with where the span's keys and values lie as float32.
 
@@ -230,7 +230,7 @@ def _powers(
     return peak, lane_sum(total)
 
 
-@kernel
+@part
 def gather_queries(queries: int, row_bytes: int, tokens: int, group: int, head_dim: int, out: int) -> int:
     """Queries of `group` heads next to each other, of `tokens` tokens, as rows [tokens * group, head_dim]; their number.
 
@@ -248,7 +248,7 @@ def gather_queries(queries: int, row_bytes: int, tokens: int, group: int, head_d
     return row
 
 
-@kernel
+@part
 def attend_span(
     pool: Any,
     layer: int,
@@ -313,7 +313,7 @@ def attend_span(
             )
 
 
-@kernel
+@part
 def merge_span(head_dim: int, rows: int, out: int, peaks: int, sums: int, into: int, into_peaks: int, into_sums: int) -> None:
     """Merge a span's result into what the spans before it gave."""
     for row in range(rows):
@@ -341,7 +341,7 @@ def _power(exponent: float) -> float:
     return lane_max(exp2(broadcast(exponent)))
 
 
-@kernel
+@part
 def clear_rows(head_dim: int, rows: int, into: int, into_peaks: int, into_sums: int) -> None:
     for row in range(rows):
         store_scalar(into_peaks + 4 * row, _NEVER)
@@ -350,7 +350,7 @@ def clear_rows(head_dim: int, rows: int, into: int, into_peaks: int, into_sums: 
             store(into + 4 * (row * head_dim + i), broadcast(np.float32(0.0)))
 
 
-@kernel
+@part
 def scatter_rows(head_dim: int, tokens: int, group: int, rows: int, row_sums: int, out: int, row_bytes: int) -> None:
     """Divide by the sums, and put rows [tokens * group, head_dim] to their tokens and heads."""
     row = 0

@@ -51,7 +51,21 @@ def has_wide_registers() -> bool:
 
 def kernel(function: _Function) -> _Function:
     """Compile at the first call, without the GIL, into the cache."""
-    compiled: _Function = numba.njit(nogil=True, cache=True, fastmath=_FAST_MATH, error_model="numpy")(function)
+    return _compiled(function, "never")
+
+
+def part(function: _Function) -> _Function:
+    """Like kernel, for what only kernels call: it becomes part of each of them.
+
+    A function called by a kernel is optimised once for itself and once more with every caller above it, so a chain of
+    them, with the large tiles at its end, would take a minute.
+    """
+    return _compiled(function, "always")
+
+
+def _compiled(function: _Function, inline: str) -> _Function:
+    options = {"nogil": True, "cache": True, "fastmath": _FAST_MATH, "error_model": "numpy", "inline": inline}
+    compiled: _Function = numba.njit(**options)(function)
     return compiled
 
 

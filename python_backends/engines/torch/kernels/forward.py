@@ -26,7 +26,7 @@ from python_backends.engines.torch.kernels.attention import (
     write_vector,
 )
 from python_backends.engines.torch.kernels.attention import scratch_floats as attention_floats
-from python_backends.engines.torch.kernels.compiler import kernel
+from python_backends.engines.torch.kernels.compiler import kernel, part
 from python_backends.engines.torch.kernels.linear import multiply
 from python_backends.engines.torch.kernels.team import claim, meet
 from python_backends.engines.torch.kernels.tile import ROWS, expand_panel
@@ -163,7 +163,7 @@ def forward(thread: int, threads: int, model: Decoder, pool: KVPool, step: Step,
         meet(control, threads)
 
 
-@kernel
+@part
 def embed(control: int, phase: int, model: Decoder, step: Step, hidden: Floats, scratch: int) -> None:
     """hidden[row] = the embedding of its token: one column of a panel."""
     table = model.embedding
@@ -176,7 +176,7 @@ def embed(control: int, phase: int, model: Decoder, step: Step, hidden: Floats, 
         token = claim(control, phase)
 
 
-@kernel
+@part
 def normalise(
     control: int, phase: int, threads: int, rows: int, source: Floats, weight: Floats, eps: float, target: Floats
 ) -> None:
@@ -189,7 +189,7 @@ def normalise(
         unit = claim(control, phase)
 
 
-@kernel
+@part
 def normalise_drawing(control: int, phase: int, step: Step, source: Floats, weight: Floats, eps: float, target: Floats) -> None:
     draw = claim(control, phase)
     while draw < step.drawing.size:
@@ -207,7 +207,7 @@ def _normalise_row(source: Floats, weight: Floats, eps: float, target: Floats) -
         target[i] = weight[i] * (source[i] * factor)
 
 
-@kernel
+@part
 def linear(
     control: int,
     phase: int,
@@ -272,7 +272,7 @@ def _add_bias(target: Floats, bias: Floats, add: int) -> None:
             target[row, i] = target[row, i] + bias[i] if add else bias[i]
 
 
-@kernel
+@part
 def gate_and_up(
     control: int, phase: int, threads: int, rows: int, source: Floats, layers: Linear, layer: int, target: Floats, scratch: int
 ) -> None:
@@ -322,7 +322,7 @@ def _spread_bias(target: int, stride: int, rows: int, panels: int, bias: Floats)
             store(target + row * stride + panel * LANE_BYTES, load(bias.ctypes.data + panel * LANE_BYTES))
 
 
-@kernel
+@part
 def rotate_and_store(control: int, phase: int, layer: int, model: Decoder, pool: KVPool, step: Step, qkv: Floats) -> None:
     """Norms of queries and keys where the model has them, rotary positions, keys and values into the pool."""
     dim, heads = model.head_dim, model.heads
@@ -355,7 +355,7 @@ def _rotate(vector: Floats, cos: Floats, sin: Floats) -> None:
         vector[half + i] = second * cos[i] + first * sin[i]
 
 
-@kernel
+@part
 def attend(
     control: int, phase: int, layer: int, model: Decoder, pool: KVPool, step: Step, work: Workspace, scratch: int
 ) -> None:
@@ -435,7 +435,7 @@ def attend(
         unit = claim(control, phase)
 
 
-@kernel
+@part
 def merge(control: int, phase: int, layer: int, model: Decoder, step: Step, work: Workspace, scratch: int) -> None:
     """Put the spans of short slices together, in order. Units: slices times key heads."""
     dim, group, kv_heads = model.head_dim, model.heads // model.kv_heads, model.kv_heads

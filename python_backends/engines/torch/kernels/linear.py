@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from python_backends.engines.torch.kernels.compiler import kernel
+from python_backends.engines.torch.kernels.compiler import part
 from python_backends.engines.torch.kernels.tile import (
     FLOAT32,
     ROWS,
@@ -14,7 +14,7 @@ from python_backends.engines.torch.kernels.vector import LANE_BYTES
 _PANEL_STEP_BYTES = LANE_BYTES
 
 
-@kernel
+@part
 def multiply(
     weight_format: int,
     rows: int,
