@@ -197,7 +197,7 @@ def _rounded(weight: torch.Tensor, bits: int) -> torch.Tensor:
     return (torch.round(grouped / scale) * scale).view(rows, -1)[:, :depth]
 
 
-@pytest.mark.parametrize(("kv_dtype", "tolerance"), [("float16", 0.01), ("int8", 0.1)])
+@pytest.mark.parametrize(("kv_dtype", "tolerance"), [("float16", 0.01), ("int8", 0.15)])
 def test_narrow_kv_is_close(model: tuple[Any, Path], kv_dtype: str, tolerance: float) -> None:
     reference, directory = model
     served = Served(directory, threads=2, kv_dtype=kv_dtype)

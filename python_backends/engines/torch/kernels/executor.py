@@ -27,7 +27,7 @@ from python_backends.engines.torch.kernels.forward import (
     scratch_floats,
 )
 from python_backends.engines.torch.kernels.packing import load_decoder, padded
-from python_backends.engines.torch.kernels.team import COUNTERS_FROM, control_memory
+from python_backends.engines.torch.kernels.team import control_memory
 from python_backends.engines.torch.kernels.tile import FLOAT16, FLOAT32, INT8
 from python_backends.engines.torch.kernels.vector import LANES
 from python_backends.engines.torch.rope import inverse_frequencies
@@ -146,7 +146,8 @@ class Team:
             helper.start()
 
     def run(self, task: Callable[[int], None]) -> None:
-        """Call the task with 0 .. threads - 1, at the same time. It must wait for all at its end."""
+        """Call the task with 0 .. threads - 1. When it returns here all its work is done, though a thread may come late and
+        find that out."""
         for tasks in self._tasks:
             tasks.put(task)
         task(0)
@@ -161,7 +162,8 @@ class Team:
     @staticmethod
     def _help(number: int, tasks: queue.SimpleQueue[Callable[[int], None] | None]) -> None:
         while (task := tasks.get()) is not None:
-            task(number)
+            if tasks.empty():  # else this one was long done without us
+                task(number)
 
 
 class _Buffers:
@@ -170,7 +172,7 @@ class _Buffers:
     def __init__(self, decoder: Decoder, threads: int) -> None:
         self._decoder = decoder
         deepest = max(decoder.qkv.depth, decoder.attention_output.depth, decoder.down.depth)
-        self._control = control_memory(PHASES_PER_LAYER * decoder.num_layers + OTHER_PHASES)
+        self._phases = PHASES_PER_LAYER * decoder.num_layers + OTHER_PHASES
         self._scratch = _aligned(threads, scratch_floats(decoder.head_dim, deepest))
         self._by_token = (_aligned(0, LANES),) * 5
         self._logits = self._partial = _aligned(0, LANES)
@@ -194,10 +196,9 @@ class _Buffers:
         parts = len(step.spans) * decoder.kv_heads
         if parts > self._partial.shape[0] or rows > self._partial.shape[1]:
             self._partial = _aligned(max(parts, self._partial.shape[0]), max(rows, self._partial.shape[1]))
-        self._control[COUNTERS_FROM:] = 0
         hidden, normed, qkv, attended, activated = self._by_token
         return Workspace(
-            control=self._control.ctypes.data,
+            control=control_memory(self._phases),
             hidden=hidden,
             normed=normed,
             qkv=qkv,

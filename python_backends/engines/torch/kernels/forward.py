@@ -1,6 +1,6 @@
 """The forward pass of a Llama-like decoder on a CPU, for one step's tokens. Read `forward` from top to bottom.
 
-It is one compiled function that every thread of the worker's team runs; between phases they meet (team.py). Rows are
+It is one compiled function that every thread of the worker's team runs; each phase ends for all at once (team.py). Rows are
 tokens. A row's arithmetic is the same whatever other rows are there, so logits depend on a sequence's own tokens only,
 bit for bit.
 """
@@ -28,7 +28,7 @@ from python_backends.engines.torch.kernels.attention import (
 from python_backends.engines.torch.kernels.attention import scratch_floats as attention_floats
 from python_backends.engines.torch.kernels.compiler import kernel, part
 from python_backends.engines.torch.kernels.linear import multiply
-from python_backends.engines.torch.kernels.team import claim, meet
+from python_backends.engines.torch.kernels.team import claim, finish
 from python_backends.engines.torch.kernels.tile import ROWS, expand_panel
 from python_backends.engines.torch.kernels.vector import LANE_BYTES, LANES, load, load_scalar, silu, store
 
@@ -105,7 +105,7 @@ class Step(NamedTuple):
 class Workspace(NamedTuple):
     """What a step computes in. Rows beyond its tokens are not looked at; padding columns stay zero."""
 
-    control: int  # address, see team.py
+    control: Ints  # see team.py
     hidden: Floats  # [tokens, padded hidden]
     normed: Floats  # the same
     qkv: Floats  # [tokens, padded]
@@ -125,55 +125,42 @@ def scratch_floats(head_dim: int, deepest: int) -> int:
 @kernel
 def forward(thread: int, threads: int, model: Decoder, pool: KVPool, step: Step, work: Workspace) -> None:
     """Compute the step's tokens, write their keys and values to the pool, and the logits of `drawing`."""
-    control, phase = work.control, 0
+    control, phase = work.control.ctypes.data, 0
     scratch = work.scratch[thread].ctypes.data
     rows = step.tokens.size
 
     embed(control, phase, model, step, work.hidden, scratch)
-    meet(control, threads)
     phase += 1
-
     for layer in range(model.num_layers):
         normalise(control, phase, threads, rows, work.hidden, model.input_norms[layer], model.eps, work.normed)
-        meet(control, threads)
         linear(control, phase + 1, threads, rows, work.normed, model.qkv, layer, work.qkv, 0, scratch)
-        meet(control, threads)
         rotate_and_store(control, phase + 2, layer, model, pool, step, work.qkv)
-        meet(control, threads)
         attend(control, phase + 3, layer, model, pool, step, work, scratch)
-        meet(control, threads)
         merge(control, phase + 4, layer, model, step, work, scratch)
-        meet(control, threads)
         linear(control, phase + 5, threads, rows, work.attended, model.attention_output, layer, work.hidden, 1, scratch)
-        meet(control, threads)
 
         normalise(control, phase + 6, threads, rows, work.hidden, model.ffn_norms[layer], model.eps, work.normed)
-        meet(control, threads)
         gate_and_up(control, phase + 7, threads, rows, work.normed, model.gate_up, layer, work.activated, scratch)
-        meet(control, threads)
         linear(control, phase + 8, threads, rows, work.activated, model.down, layer, work.hidden, 1, scratch)
-        meet(control, threads)
         phase += PHASES_PER_LAYER
 
-    draws = step.drawing.size
-    if draws:
+    if step.drawing.size:
         normalise_drawing(control, phase, step, work.hidden, model.final_norm, model.eps, work.normed)
-        meet(control, threads)
-        linear(control, phase + 1, threads, draws, work.normed, model.output, 0, work.logits, 0, scratch)
-        meet(control, threads)
+        linear(control, phase + 1, threads, step.drawing.size, work.normed, model.output, 0, work.logits, 0, scratch)
 
 
 @part
 def embed(control: int, phase: int, model: Decoder, step: Step, hidden: Floats, scratch: int) -> None:
     """hidden[row] = the embedding of its token: one column of a panel."""
     table = model.embedding
-    token = claim(control, phase)
-    while token < step.tokens.size:
+    units, mine, token = step.tokens.size, 0, claim(control, phase)
+    while token < units:
         number = step.tokens[token]
         expand_panel(table.weight_format, table.addresses[0] + number // LANES * table.panel_bytes, table.depth, scratch)
         for i in range(model.hidden):
             hidden[token, i] = load_scalar(scratch + i * LANE_BYTES + 4 * (number % LANES))
-        token = claim(control, phase)
+        mine, token = mine + 1, claim(control, phase)
+    finish(control, phase, units, mine)
 
 
 @part
@@ -182,19 +169,21 @@ def normalise(
 ) -> None:
     """Root mean square normalisation (Zhang and Sennrich, 2019, arXiv:1910.07467)."""
     count = max(1, rows // (threads * _UNITS_PER_THREAD))
-    unit = claim(control, phase)
-    while unit * count < rows:
+    units, mine, unit = (rows + count - 1) // count, 0, claim(control, phase)
+    while unit < units:
         for row in range(unit * count, min(rows, (unit + 1) * count)):
             _normalise_row(source[row], weight, eps, target[row])
-        unit = claim(control, phase)
+        mine, unit = mine + 1, claim(control, phase)
+    finish(control, phase, units, mine)
 
 
 @part
 def normalise_drawing(control: int, phase: int, step: Step, source: Floats, weight: Floats, eps: float, target: Floats) -> None:
-    draw = claim(control, phase)
-    while draw < step.drawing.size:
+    units, mine, draw = step.drawing.size, 0, claim(control, phase)
+    while draw < units:
         _normalise_row(source[step.drawing[draw]], weight, eps, target[draw])
-        draw = claim(control, phase)
+        mine, draw = mine + 1, claim(control, phase)
+    finish(control, phase, units, mine)
 
 
 @kernel
@@ -226,8 +215,8 @@ def linear(
     group = _group_panels(layers.panels, threads, 1)
     groups = (layers.panels + group - 1) // group
     weights, has_bias = layers.addresses[layer], layers.bias.size > 0
-    unit = claim(control, phase)
-    while unit < blocks * groups:
+    units, mine, unit = blocks * groups, 0, claim(control, phase)
+    while unit < units:
         row, panel = unit // groups * block, unit % groups * group
         count, panels = min(block, rows - row), min(group, layers.panels - panel)
         if has_bias:
@@ -248,7 +237,8 @@ def linear(
             1 if has_bias else add,
             scratch,
         )
-        unit = claim(control, phase)
+        mine, unit = mine + 1, claim(control, phase)
+    finish(control, phase, units, mine)
 
 
 @kernel
@@ -284,8 +274,8 @@ def gate_and_up(
     groups = (layers.panels + group - 1) // group
     weights, has_bias = layers.addresses[layer], layers.bias.size > 0
     both, expanded = scratch, scratch + 4 * _MOST_ROWS * 2 * LANES
-    unit = claim(control, phase)
-    while unit < blocks * groups:
+    units, mine, unit = blocks * groups, 0, claim(control, phase)
+    while unit < units:
         row, first = unit // groups * block, unit % groups * group
         count = min(block, rows - row)
         for panel in range(first, min(first + group, layers.panels), at_once):
@@ -312,7 +302,8 @@ def gate_and_up(
                     at = both + i * stride + 2 * pair * LANE_BYTES
                     out = target[row + i].ctypes.data + (panel // 2 + pair) * LANE_BYTES
                     store(out, silu(load(at)) * load(at + LANE_BYTES))
-        unit = claim(control, phase)
+        mine, unit = mine + 1, claim(control, phase)
+    finish(control, phase, units, mine)
 
 
 @kernel
@@ -326,8 +317,8 @@ def _spread_bias(target: int, stride: int, rows: int, panels: int, bias: Floats)
 def rotate_and_store(control: int, phase: int, layer: int, model: Decoder, pool: KVPool, step: Step, qkv: Floats) -> None:
     """Norms of queries and keys where the model has them, rotary positions, keys and values into the pool."""
     dim, heads = model.head_dim, model.heads
-    token = claim(control, phase)
-    while token < step.tokens.size:
+    units, mine, token = step.tokens.size, 0, claim(control, phase)
+    while token < units:
         row = qkv[token]
         for head in range(heads + model.kv_heads):
             vector = row[head * dim : (head + 1) * dim]
@@ -342,7 +333,8 @@ def rotate_and_store(control: int, phase: int, layer: int, model: Decoder, pool:
                 source = row[(heads + what * model.kv_heads + head) * dim :].ctypes.data
                 place = head_address(pool, layer, what, head, block)
                 write_vector(pool, place, position % pool.block_size, source, what)
-        token = claim(control, phase)
+        mine, token = mine + 1, claim(control, phase)
+    finish(control, phase, units, mine)
 
 
 @kernel
@@ -372,8 +364,8 @@ def attend(
     tables = expanded + 8 * SPAN * dim
     num_tiles, num_spans = step.tiles.shape[0], step.spans.shape[0]
 
-    unit = claim(control, phase)
-    while unit < (num_tiles + num_spans) * kv_heads:
+    units, mine, unit = (num_tiles + num_spans) * kv_heads, 0, claim(control, phase)
+    while unit < units:
         index, kv_head = unit // kv_heads, unit % kv_heads
         if index < num_tiles:
             tile = step.tiles[num_tiles - 1 - index]
@@ -432,7 +424,8 @@ def attend(
                 part + 4 * rows * dim,
                 part + 4 * rows * (dim + 1),
             )
-        unit = claim(control, phase)
+        mine, unit = mine + 1, claim(control, phase)
+    finish(control, phase, units, mine)
 
 
 @part
@@ -443,8 +436,8 @@ def merge(control: int, phase: int, layer: int, model: Decoder, step: Step, work
     total = scratch
     peaks = total + 4 * TILE_QUERIES * dim
     sums = peaks + 4 * TILE_QUERIES
-    unit = claim(control, phase)
-    while unit < step.short.size * kv_heads:
+    units, mine, unit = step.short.size * kv_heads, 0, claim(control, phase)
+    while unit < units:
         which, kv_head = step.short[unit // kv_heads], unit % kv_heads
         token, tokens, start = step.begins[which], step.counts[which], step.starts[which]
         rows = tokens * group
@@ -457,7 +450,8 @@ def merge(control: int, phase: int, layer: int, model: Decoder, step: Step, work
             index += 1
         target = work.attended[token].ctypes.data + 4 * kv_head * group * dim
         scatter_rows(dim, tokens, group, total, sums, target, work.attended.strides[0])
-        unit = claim(control, phase)
+        mine, unit = mine + 1, claim(control, phase)
+    finish(control, phase, units, mine)
 
 
 @kernel

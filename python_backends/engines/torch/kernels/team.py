@@ -1,11 +1,14 @@
 """The threads of one worker inside compiled code: who takes which piece of work, and how they wait for each other.
 
 All threads run the same kernel. A phase is cut into units; each thread claims the next one by an atomic counter until
-none is left, so a thread whose core is busy with something else takes fewer. At the end of a phase all meet at a barrier.
-A thread that waits there spins for some microseconds, which is what phases usually differ by, and then sleeps in the
-kernel (futex(2)): it takes no core from another worker.
+none is left, then waits until all units are done. It waits for work, not for threads: one whose core is busy with
+something else takes fewer units, or none, and holds up nobody unless it is in the middle of one. A waiting thread spins
+for some microseconds, which is what ends of phases usually differ by, and then sleeps in the kernel (futex(2)): it takes
+no core from another worker.
 
-    control memory: 64 bytes of barrier (arrivals, generation, sleepers), then one counter per phase
+    control memory: per phase 64 bytes: units claimed, units done, sleeping threads
+
+Each run has control memory of its own, so a thread that is late by a whole run finds nothing left to claim in it.
 """
 
 from __future__ import annotations
@@ -28,15 +31,11 @@ _SYS_FUTEX = 202 if _MACHINE == "x86_64" else 98
 _FUTEX_WAIT_PRIVATE, _FUTEX_WAKE_PRIVATE = 128, 129
 _SPINS = 1500  # about 20 us
 
-_ARRIVALS, _GENERATION, _SLEEPERS, _COUNTERS = 0, 8, 16, 64
+_CLAIMED, _DONE, _SLEEPERS, _PHASE_BYTES = 0, 8, 16, 64
 
 
 def control_memory(phases: int) -> npt.NDArray[np.int64]:
-    """For a kernel of so many phases; zero the part from `COUNTERS_FROM` on before each run."""
-    return np.zeros(COUNTERS_FROM + phases, np.int64)
-
-
-COUNTERS_FROM = _COUNTERS // 8
+    return np.zeros(phases * _PHASE_BYTES // 8, np.int64)
 
 
 @intrinsic
@@ -81,27 +80,26 @@ def _futex(_context: Any, _address: Any, _operation: Any, _value: Any) -> Any:
 @kernel
 def claim(control: int, phase: int) -> int:
     """The next unit of the phase; at or beyond its number of units when none is left."""
-    return _add_at(control + _COUNTERS + 8 * phase, 1)  # type: ignore[no-any-return,call-arg]
+    return _add_at(control + phase * _PHASE_BYTES + _CLAIMED, 1)  # type: ignore[no-any-return,call-arg]
 
 
 @kernel
-def meet(control: int, threads: int) -> None:
-    """Wait until all threads are here. What each wrote before is seen by all after."""
-    if threads == 1:
-        return
-    generation = _add_at(control + _GENERATION, 0)  # type: ignore[call-arg]
-    if _add_at(control + _ARRIVALS, 1) == threads - 1:  # type: ignore[call-arg]
-        _add_at(control + _ARRIVALS, -threads)  # type: ignore[call-arg]
-        _add_at(control + _GENERATION, 1)  # type: ignore[call-arg]
-        if _add_at(control + _SLEEPERS, 0) > 0:  # type: ignore[call-arg]
-            _futex(control + _GENERATION, _FUTEX_WAKE_PRIVATE, threads)  # type: ignore[call-arg]
+def finish(control: int, phase: int, units: int, mine: int) -> None:
+    """Say that so many units were done here, and wait for the others. What their threads wrote is seen afterwards."""
+    done = control + phase * _PHASE_BYTES + _DONE
+    sleepers = control + phase * _PHASE_BYTES + _SLEEPERS
+    now = _add_at(done, mine) + mine  # type: ignore[call-arg]
+    if now == units:
+        if mine > 0 and _add_at(sleepers, 0) > 0:  # type: ignore[call-arg]
+            _futex(done, _FUTEX_WAKE_PRIVATE, 1 << 30)  # type: ignore[call-arg]
         return
     spins = 0
-    while _add_at(control + _GENERATION, 0) == generation:  # type: ignore[call-arg]
+    while now != units:
         spins += 1
         if spins < _SPINS:
             _pause()  # type: ignore[call-arg]
         else:
-            _add_at(control + _SLEEPERS, 1)  # type: ignore[call-arg]
-            _futex(control + _GENERATION, _FUTEX_WAIT_PRIVATE, generation & 0xFFFFFFFF)  # type: ignore[call-arg]
-            _add_at(control + _SLEEPERS, -1)  # type: ignore[call-arg]
+            _add_at(sleepers, 1)  # type: ignore[call-arg]
+            _futex(done, _FUTEX_WAIT_PRIVATE, now)  # type: ignore[call-arg]
+            _add_at(sleepers, -1)  # type: ignore[call-arg]
+        now = _add_at(done, 0)  # type: ignore[call-arg]
