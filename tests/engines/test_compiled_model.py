@@ -17,7 +17,7 @@ from python_backends.core.config import ModelConfig, WorkerConfig
 from python_backends.core.errors import ConfigError
 from python_backends.core.types import Role
 from python_backends.engines.paged.runner import Draw, Sampled, Slice
-from python_backends.engines.torch import runner as runner_module
+from python_backends.engines.torch.kernels import sampler as sampler_module
 from python_backends.engines.torch.kernels.executor import CompiledExecutor
 from python_backends.engines.torch.kernels.tile import GROUP
 from python_backends.engines.torch.runner import TorchRunner
@@ -90,7 +90,7 @@ def _assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 @pytest.fixture(autouse=True)
 def _argmax(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner_module, "Sampler", ArgmaxSampler)
+    monkeypatch.setattr(sampler_module, "CompiledSampler", ArgmaxSampler)
 
 
 @pytest.fixture(params=CONFIGS)

@@ -82,7 +82,6 @@ class TorchRunner:
         self.fingerprint = fingerprint(self.layout, config_digest, weights)
         self.max_positions = architecture.max_positions
         self.eos_token_ids = architecture.eos_token_ids
-        self._sampler = Sampler(architecture.vocab_size)
 
     def _why_plain(self, architecture: Architecture) -> str | None:
         """Why kernels can't or shall not compute this model; None if they do."""
@@ -106,7 +105,9 @@ class TorchRunner:
     def _start_compiled(self, architecture: Architecture, checkpoint: Checkpoint) -> str:
         """Load the compiled model; what its weights are to the fingerprint."""
         from python_backends.engines.torch.kernels.executor import CompiledExecutor
+        from python_backends.engines.torch.kernels.sampler import CompiledSampler
 
+        self._sampler = CompiledSampler(architecture.vocab_size)
         stored = checkpoint.dtypes
         kept = str(next(iter(stored))).removeprefix("torch.") if len(stored) == 1 else "float32"
         precision = self._worker.weights or self._config.weights
@@ -125,6 +126,7 @@ class TorchRunner:
                 raise ConfigError(f"model.{key}: {value} needs compiled kernels, and {reason}; use auto")
         self.layout = self._layout_of(architecture, self._config.dtype, keys="rows")
         tensors = load_tensors(checkpoint, getattr(torch, self._config.dtype), self._device, cache_dir())
+        self._sampler = Sampler(architecture.vocab_size)
         self._executor = PlainExecutor(architecture, tensors, self.layout, self._device)
         return checkpoint.digest
 

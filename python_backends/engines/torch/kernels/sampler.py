@@ -1,0 +1,281 @@
+"""The parts of sampling that look at whole rows of logits, compiled: highest token, inverse CDF, and likeliest tokens.
+
+Probabilities are float32 powers, summed in double precision in an order that depends on the vocabulary's size only: a
+row draws the same token in any batch. Vocabularies smaller than a vector are left to PyTorch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from python_backends.engines.paged.runner import Draw
+from python_backends.engines.torch.kernels.compiler import kernel
+from python_backends.engines.torch.kernels.vector import (
+    LANES,
+    VECTOR,
+    Float32x16,
+    broadcast,
+    constant,
+    exp2,
+    keep_lanes,
+    lane_max,
+    lane_sum,
+    load,
+    maximum,
+    store,
+)
+from python_backends.engines.torch.sampler import Leaders, Sampler, uniforms
+
+Floats = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+_MOST_LEADERS = 1024
+_CUT = 10.0  # in units of temperature below the highest logit: tokens less likely than e ** -10 of it rarely matter
+_TRIES = 40  # halvings until the cut leaves few enough leaders, or enough
+_BLOCK = 512  # tokens of which one sum is kept, in the inverse CDF
+_LOG2E = np.log2(np.e)
+
+
+class CompiledSampler(Sampler):
+    """For logits in the memory of this process."""
+
+    def _argmax(self, scores: torch.Tensor, draws: list[Draw]) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._vocab_size < LANES:
+            return super()._argmax(scores, draws)
+        peaks, tokens = np.empty(len(draws), np.float32), np.empty(len(draws), np.int64)
+        highest(_rows(scores), peaks, tokens)
+        return torch.from_numpy(peaks), torch.from_numpy(tokens)
+
+    def _draw_in_order(self, scores: torch.Tensor, draws: list[Draw]) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._vocab_size < LANES:
+            return super()._draw_in_order(scores, draws)
+        peaks, tokens = np.empty(len(draws), np.float32), np.empty(len(draws), np.int64)
+        min_p = np.array([draw.sampling.min_p for draw in draws], np.float32)
+        random = uniforms(draws, scores.device)[:, 0].numpy()
+        draw_in_order(_rows(scores), _temperatures(draws), min_p, random, peaks, tokens)
+        return torch.from_numpy(peaks), torch.from_numpy(tokens)
+
+    def _leaders(self, scores: torch.Tensor, draws: list[Draw], top_k: list[int]) -> Leaders:
+        if self._vocab_size < LANES:
+            return super()._leaders(scores, draws, top_k)
+        width = min(_MOST_LEADERS, self._vocab_size)
+        values = np.full((len(draws), width), -np.inf, np.float32)
+        ids, counts, mass = np.zeros((len(draws), width), np.int64), np.zeros(len(draws), np.int64), np.zeros(len(draws))
+        top_p = np.array([draw.sampling.top_p for draw in draws], np.float32)
+        wanted = np.array([0 if k == self._vocab_size else k for k in top_k], np.int64)
+        likeliest(_rows(scores), _temperatures(draws), wanted, top_p, values, ids, counts, mass)
+        most = max(1, int(counts.max()))
+        return Leaders(
+            values=torch.from_numpy(values[:, :most]),
+            ids=torch.from_numpy(ids[:, :most]),
+            counts=torch.from_numpy(counts)[:, None],
+            mass=torch.from_numpy(mass)[:, None],
+        )
+
+
+def _rows(scores: torch.Tensor) -> Floats:
+    rows: Floats = (scores if scores.stride(1) == 1 else scores.contiguous()).numpy()
+    return rows
+
+
+def _temperatures(draws: list[Draw]) -> Floats:
+    return np.array([draw.sampling.temperature for draw in draws], np.float32)
+
+
+@intrinsic
+def _at_least(_context: Any, _vector: Any, _threshold: Any) -> Any:
+    """One bit per lane: is it not below?"""
+
+    def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        bits = builder.bitcast(builder.fcmp_ordered(">=", args[0], args[1]), ir.IntType(LANES))
+        return builder.zext(bits, ir.IntType(64))
+
+    return types.intp(Float32x16, Float32x16), codegen
+
+
+@intrinsic
+def _population(_context: Any, _bits: Any) -> Any:
+    def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        return builder.ctpop(args[0])
+
+    return types.intp(types.intp), codegen
+
+
+@intrinsic
+def _keep_nan(_context: Any, _sum: Any, _vector: Any) -> Any:
+    """NaN in the lanes where `vector` is."""
+
+    def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        return builder.select(builder.fcmp_unordered("uno", args[1], args[1]), constant(np.nan), args[0])
+
+    return Float32x16(Float32x16, Float32x16), codegen
+
+
+@intrinsic
+def _zero_under(_context: Any, _vector: Any, _limit: Any) -> Any:
+    """0 in the lanes that are below the limit."""
+
+    def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        return builder.select(builder.fcmp_ordered("<", args[0], args[1]), ir.Constant(VECTOR, [0.0] * LANES), args[0])
+
+    return Float32x16(Float32x16, Float32x16), codegen
+
+
+@kernel
+def _load_part(row: int, first: int, size: int) -> Any:
+    """Sixteen logits from `first` on; at the end of the row the last sixteen, of which those before `first` are -inf."""
+    if first + LANES <= size:
+        return load(row + 4 * first)
+    return keep_lanes(load(row + 4 * (size - LANES)), LANES - (size - first), LANES)
+
+
+@kernel
+def _peak(row: int, size: int) -> float:
+    """The highest logit; NaN if one is."""
+    highest, nans = broadcast(np.float32(-np.inf)), broadcast(np.float32(0.0))
+    for first in range(0, size, LANES):
+        part = _load_part(row, first, size)
+        highest = maximum(highest, part)
+        nans = _keep_nan(nans, part)
+    return lane_max(highest) + lane_sum(nans)
+
+
+@kernel
+def highest(scores: Floats, peaks: Floats, tokens: Ints) -> None:
+    """Per row the highest logit and its lowest token."""
+    for row in range(scores.shape[0]):
+        address, size = scores[row].ctypes.data, scores.shape[1]
+        peaks[row], tokens[row] = _peak(address, size), 0
+        for first in range(0, size, LANES):
+            if _at_least(_load_part(address, first, size), broadcast(peaks[row])):
+                token = first
+                while token < size and scores[row, token] != peaks[row]:
+                    token += 1
+                tokens[row] = min(token, size - 1)
+                break
+
+
+@kernel
+def draw_in_order(scores: Floats, temperatures: Floats, min_p: Floats, random: Doubles, peaks: Floats, tokens: Ints) -> None:
+    """Per row the token at which the running sum of probabilities, in the order of ids, passes the random number."""
+    size = scores.shape[1]
+    sums = np.empty((size + _BLOCK - 1) // _BLOCK)
+    weights = np.empty(_BLOCK + LANES, np.float32)
+    for row in range(scores.shape[0]):
+        address = scores[row].ctypes.data
+        peak = _peak(address, size)
+        scale, least = np.float32(_LOG2E) / temperatures[row], broadcast(min_p[row])
+        total = 0.0
+        for block in range(sums.size):
+            begin, end = block * _BLOCK, min(size, (block + 1) * _BLOCK)
+            part = broadcast(np.float32(0.0))
+            for first in range(begin, end, LANES):
+                part = part + _zero_under(_weights(address, first, size, peak, scale), least)
+            sums[block] = lane_sum(part)
+            total += sums[block]
+        target, block, before = random[row] * total, 0, 0.0
+        while block < sums.size - 1 and before + sums[block] <= target:
+            before += sums[block]
+            block += 1
+        begin, end = block * _BLOCK, min(size, (block + 1) * _BLOCK)
+        kept = weights[LANES:]
+        # From the end: the row's last part reaches back, perhaps to before the block, with zeros that the others replace.
+        for first in range(begin + (end - begin - 1) // LANES * LANES, begin - 1, -LANES):
+            place = min(first, size - LANES) - begin + LANES
+            store(weights[place:].ctypes.data, _zero_under(_weights(address, first, size, peak, scale), least))
+        chosen = -1
+        for i in range(end - begin):
+            if kept[i] > 0:
+                chosen = begin + i  # the last one that may be drawn, should rounding leave the sum short of the target
+                before += kept[i]
+                if before > target:
+                    break
+        peaks[row], tokens[row] = peak, max(chosen, 0)
+
+
+@kernel
+def _weights(row: int, first: int, size: int, peak: float, scale: float) -> Any:
+    """Probabilities relative to the likeliest token's."""
+    return exp2((_load_part(row, first, size) - broadcast(peak)) * broadcast(scale))
+
+
+@kernel
+def likeliest(
+    scores: Floats, temperatures: Floats, wanted: Ints, top_p: Floats, values: Floats, ids: Ints, counts: Ints, mass: Doubles
+) -> None:
+    """Fill in Leaders, rows of `values` being -inf before. wanted: how many a row must have, 0: those that matter, and mass.
+
+    A row in which no cut leaves at least as many and at most all of `values` gets none.
+    """
+    size, most = scores.shape[1], values.shape[1]
+    found, logits = np.empty(most, np.int64), np.empty(most, np.float32)
+    for row in range(scores.shape[0]):
+        address = scores[row].ctypes.data
+        peak, scale = _peak(address, size), np.float32(_LOG2E) / temperatures[row]
+        if wanted[row] == 0:
+            for begin in range(0, size, _BLOCK):
+                part = broadcast(np.float32(0.0))
+                for first in range(begin, min(size, begin + _BLOCK), LANES):
+                    part = part + _weights(address, first, size, peak, scale)
+                mass[row] += lane_sum(part)
+        least = min(wanted[row] + 1, size)
+        cut, count = _cut(address, size, peak, _CUT * temperatures[row], least, most)
+        if wanted[row] == 0 and count > 0 and count < min(most, size):
+            covered = 0.0
+            for first in range(0, size, LANES):
+                covered += lane_sum(_zero_under(_weights(address, first, size, peak, scale), exp2(broadcast(-cut * scale))))
+            if covered < top_p[row] * mass[row]:  # a flat row: as many as there is room for
+                cut, count = _cut(address, size, peak, cut, min(size, most - most // 4), most)
+        if count == 0:
+            values[row, 0] = peak
+            continue
+        _collect(scores[row], np.float32(peak - cut), found)
+        for i in range(count):
+            logits[i] = -scores[row, found[i]]
+        order = np.argsort(logits[:count], kind="mergesort")  # stable: ids ascend among equals
+        for i in range(count):
+            ids[row, i], values[row, i] = found[order[i]], -logits[order[i]]
+        counts[row] = count
+
+
+@kernel
+def _cut(row: int, size: int, peak: float, cut: float, least: int, most: int) -> tuple[float, int]:
+    """How far below the peak at least and at most so many tokens are, and how many; 0 tokens if there is no such place."""
+    too_low, too_high = 0.0, np.inf
+    for _ in range(_TRIES):
+        count = _count(row, size, np.float32(peak - cut))
+        if least <= count <= most:
+            return cut, count
+        if count > most:
+            too_high = cut
+        else:
+            too_low = cut
+        cut = 2 * cut if too_high == np.inf else (too_low + too_high) / 2
+    return cut, 0
+
+
+@kernel
+def _count(row: int, size: int, threshold: float) -> int:
+    count = 0
+    for first in range(0, size, LANES):
+        count += _population(_at_least(_load_part(row, first, size), broadcast(threshold)))
+    return count
+
+
+@kernel
+def _collect(row: Floats, threshold: float, found: Ints) -> None:
+    count = 0
+    for first in range(0, row.size, LANES):
+        if _at_least(_load_part(row.ctypes.data, first, row.size), broadcast(threshold)):
+            for token in range(first, min(row.size, first + LANES)):
+                if row[token] >= threshold:
+                    found[count] = token
+                    count += 1
