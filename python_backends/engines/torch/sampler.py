@@ -14,7 +14,6 @@ row depends on its logits, its Draw and nothing else.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -37,7 +36,7 @@ _Choice = tuple[torch.Tensor, torch.Tensor]  # highest logit and chosen token, b
 class Sampler:
     """Stateless but for the vocabulary's size; one instance serves any device.
 
-    What looks at whole rows is in three methods, which kernels/sampler.py has compiled for CPUs.
+    kernels/sampler.py has the three ways compiled for CPUs.
     """
 
     def __init__(self, vocab_size: int) -> None:
@@ -100,26 +99,15 @@ class Sampler:
     def _draw_ranked(self, scores: torch.Tensor, draws: list[Draw]) -> _Choice:
         """Temperature, top_k, top_p over what top_k left, min_p, draw; only the leaders of each row are ordered."""
         top_k = [self._top_k(draw.sampling) for draw in draws]
-        leaders = self._leaders(scores, draws, top_k)
-        filters = _Filters(draws, top_k, leaders.mass)
-        tokens, settled = filters.pick(leaders.values, leaders.ids, leaders.counts, slice(None))
+        filters = _Filters(scores, draws, top_k)
+        width = _NARROW if max(top_k) < _NARROW else _WIDE
+        values, ids = _leaders(scores, min(width, self._vocab_size))
+        tokens, settled = filters.pick(values, ids, slice(None))
         open_rows = (~settled).nonzero().flatten()
         if len(open_rows):
             values_all, ids_all = _ranking(scores[open_rows])
-            everything = torch.full((len(open_rows), 1), self._vocab_size, device=scores.device)
-            tokens[open_rows], _ = filters.pick(values_all, ids_all, everything, open_rows)
-        return leaders.values[:, 0], tokens
-
-    def _leaders(self, scores: torch.Tensor, draws: list[Draw], top_k: list[int]) -> Leaders:
-        width = min(_NARROW if max(top_k) < _NARROW else _WIDE, self._vocab_size)
-        values, ids = _leaders(scores, width)
-        mass = torch.zeros(len(draws), 1, dtype=torch.float64, device=scores.device)
-        unbounded = [i for i, k in enumerate(top_k) if k == self._vocab_size]
-        if unbounded:
-            temperature = _column([draws[i].sampling.temperature for i in unbounded], scores.device)
-            weights = _weights(_take(scores, unbounded), values[unbounded, :1], temperature)
-            mass[unbounded] = weights.sum(dim=1, keepdim=True)
-        return Leaders(values, ids, torch.full((len(draws), 1), width, device=scores.device), mass)
+            tokens[open_rows], _ = filters.pick(values_all, ids_all, open_rows)
+        return values[:, 0], tokens
 
     def _logprobs(self, logits: torch.Tensor, draws: Sequence[Draw], tokens: list[int]) -> dict[int, TokenLogprob]:
         """By row, where asked for: of the model's own distribution, before any edit."""
@@ -140,53 +128,46 @@ class Sampler:
         }
 
 
-class Leaders(NamedTuple):
-    """The likeliest tokens of ranked rows, best first, then by id.
-
-    values, ids: [rows, width]; a row has `counts` [rows, 1] of them, and -inf behind. No token outside has a higher logit
-    than a row's last. mass: float64 [rows, 1], of the whole row relative to the likeliest token, where top_k is unlimited.
-    """
-
-    values: torch.Tensor
-    ids: torch.Tensor
-    counts: torch.Tensor
-    mass: torch.Tensor
-
-
 class _Filters:
     """The parameters of the ranked rows as columns [rows, 1], and the whole mass where a filter needs it."""
 
-    def __init__(self, draws: list[Draw], top_k: list[int], mass: torch.Tensor) -> None:
-        device = mass.device
+    def __init__(self, scores: torch.Tensor, draws: list[Draw], top_k: list[int]) -> None:
+        device = scores.device
+        self.vocab_size = scores.shape[1]
         self.temperature = _column([draw.sampling.temperature for draw in draws], device)
         self.top_k = torch.tensor(top_k, device=device).unsqueeze(1)
         self.top_p = _column([draw.sampling.top_p for draw in draws], device)
         self.min_p = _column([draw.sampling.min_p for draw in draws], device)
         self.uniform = uniforms(draws, device)
-        self.mass = mass
+        self.mass = torch.zeros_like(self.top_p)
+        unbounded = [i for i, k in enumerate(top_k) if k == self.vocab_size]
+        if unbounded:
+            rows = _take(scores, unbounded)
+            weights = _weights(rows, rows.amax(dim=1, keepdim=True), self.temperature[unbounded])
+            self.mass[unbounded] = weights.sum(dim=1, keepdim=True)
 
-    def pick(
-        self, values: torch.Tensor, ids: torch.Tensor, counts: torch.Tensor, rows: slice | torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draw for `rows` from their leaders (as in Leaders).
+    def pick(self, values: torch.Tensor, ids: torch.Tensor, rows: slice | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draw for `rows` from their leaders (both [rows, width], best first).
 
         Returns the token of each row, and whether it is exact: false when the cut may lie outside the leaders, or
         among tokens of the same logit of which some are outside.
         """
-        top_k, mass = self.top_k[rows], self.mass[rows]
+        width = values.shape[1]
+        top_k = self.top_k[rows]
         weights = _weights(values, values[:, :1], self.temperature[rows])
         cumulative = weights.cumsum(dim=1)
-        limit = torch.minimum(top_k, counts.clamp(min=1))
-        mass = torch.where(mass > 0, mass, cumulative.gather(1, limit - 1))
+        limit = top_k.clamp(max=width)
+        mass = torch.where(top_k < self.vocab_size, cumulative.gather(1, limit - 1), self.mass[rows])
         reaching = (cumulative < self.top_p[rows] * mass).sum(dim=1, keepdim=True) + 1
         likely = (weights >= self.min_p[rows]).sum(dim=1, keepdim=True)
         # A row of NaN keeps nothing; the clamp lets it through to the check that names it.
         last = torch.minimum(torch.minimum(reaching, likely), limit).clamp(min=1) - 1
         target = self.uniform[rows] * cumulative.gather(1, last)
-        rank = (cumulative <= target).sum(dim=1, keepdim=True).clamp(max=values.shape[1] - 1)
-        lowest = values.gather(1, counts.clamp(min=1) - 1)
-        bounded = (top_k <= counts) | (mass == self.mass[rows])
-        settled = (values.gather(1, last) > lowest) & bounded
+        rank = (cumulative <= target).sum(dim=1, keepdim=True)
+        if width == self.vocab_size:
+            settled = torch.ones_like(last, dtype=torch.bool)
+        else:
+            settled = (values.gather(1, last) > values[:, -1:]) & ((top_k <= width) | (top_k == self.vocab_size))
         return ids.gather(1, rank)[:, 0], settled[:, 0]
 
 

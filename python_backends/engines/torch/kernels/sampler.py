@@ -31,13 +31,13 @@ from python_backends.engines.torch.kernels.vector import (
     maximum,
     store,
 )
-from python_backends.engines.torch.sampler import Leaders, Sampler, uniforms
+from python_backends.engines.torch.sampler import Sampler, uniforms
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
-_MOST_LEADERS = 1024
+_MOST_LEADERS = 16_384  # likeliest tokens that are put in order at most
 _CUT = 10.0  # in units of temperature below the highest logit: tokens less likely than e ** -10 of it rarely matter
 _TRIES = 40  # halvings until the cut leaves few enough leaders, or enough
 _BLOCK = 512  # tokens of which one sum is kept, in the inverse CDF
@@ -63,22 +63,19 @@ class CompiledSampler(Sampler):
         draw_in_order(_rows(scores), _temperatures(draws), min_p, random, peaks, tokens)
         return torch.from_numpy(peaks), torch.from_numpy(tokens)
 
-    def _leaders(self, scores: torch.Tensor, draws: list[Draw], top_k: list[int]) -> Leaders:
+    def _draw_ranked(self, scores: torch.Tensor, draws: list[Draw]) -> tuple[torch.Tensor, torch.Tensor]:
         if self._vocab_size < LANES:
-            return super()._leaders(scores, draws, top_k)
-        width = min(_MOST_LEADERS, self._vocab_size)
-        values = np.full((len(draws), width), -np.inf, np.float32)
-        ids, counts, mass = np.zeros((len(draws), width), np.int64), np.zeros(len(draws), np.int64), np.zeros(len(draws))
-        top_p = np.array([draw.sampling.top_p for draw in draws], np.float32)
-        wanted = np.array([0 if k == self._vocab_size else k for k in top_k], np.int64)
-        likeliest(_rows(scores), _temperatures(draws), wanted, top_p, values, ids, counts, mass)
-        most = max(1, int(counts.max()))
-        return Leaders(
-            values=torch.from_numpy(values[:, :most]),
-            ids=torch.from_numpy(ids[:, :most]),
-            counts=torch.from_numpy(counts)[:, None],
-            mass=torch.from_numpy(mass)[:, None],
-        )
+            return super()._draw_ranked(scores, draws)
+        peaks, tokens = np.empty(len(draws), np.float32), np.empty(len(draws), np.int64)
+        top_k = np.array([self._top_k(draw.sampling) for draw in draws], np.int64)
+        filters = np.array([(draw.sampling.top_p, draw.sampling.min_p) for draw in draws], np.float64)
+        random = uniforms(draws, scores.device)[:, 0].numpy()
+        draw_ranked(_rows(scores), _temperatures(draws), top_k, filters, random, peaks, tokens)
+        chosen = torch.from_numpy(tokens)
+        open_rows = [row for row, token in enumerate(tokens) if token < 0]
+        if open_rows:
+            chosen[open_rows] = super()._draw_ranked(scores[open_rows], [draws[row] for row in open_rows])[1]
+        return torch.from_numpy(peaks), chosen
 
 
 def _rows(scores: torch.Tensor) -> Floats:
@@ -208,42 +205,62 @@ def _weights(row: int, first: int, size: int, peak: float, scale: float) -> Any:
 
 
 @kernel
-def likeliest(
-    scores: Floats, temperatures: Floats, wanted: Ints, top_p: Floats, values: Floats, ids: Ints, counts: Ints, mass: Doubles
+def draw_ranked(
+    scores: Floats, temperatures: Floats, top_k: Ints, filters: Doubles, random: Doubles, peaks: Floats, tokens: Ints
 ) -> None:
-    """Fill in Leaders, rows of `values` being -inf before. wanted: how many a row must have, 0: those that matter, and mass.
-
-    A row in which no cut leaves at least as many and at most all of `values` gets none.
-    """
-    size, most = scores.shape[1], values.shape[1]
-    found, logits = np.empty(most, np.int64), np.empty(most, np.float32)
+    """Per row: the likeliest tokens that top_k, top_p and min_p (filters [rows, 2]) leave, and the one of them at which the
+    running sum of probabilities, best first, then by id, passes the random number. -1 where more tokens matter than are
+    looked at, or one of several equal ones is the last."""
+    size = scores.shape[1]
+    most = min(_MOST_LEADERS, size)
+    found, negative, weights = np.empty(most, np.int64), np.empty(most, np.float32), np.empty(most)
     for row in range(scores.shape[0]):
         address = scores[row].ctypes.data
-        peak, scale = _peak(address, size), np.float32(_LOG2E) / temperatures[row]
-        if wanted[row] == 0:
-            for begin in range(0, size, _BLOCK):
-                part = broadcast(np.float32(0.0))
-                for first in range(begin, min(size, begin + _BLOCK), LANES):
-                    part = part + _weights(address, first, size, peak, scale)
-                mass[row] += lane_sum(part)
-        least = min(wanted[row] + 1, size)
-        cut, count = _cut(address, size, peak, _CUT * temperatures[row], least, most)
-        if wanted[row] == 0 and count > 0 and count < min(most, size):
-            covered = 0.0
-            for first in range(0, size, LANES):
-                covered += lane_sum(_zero_under(_weights(address, first, size, peak, scale), exp2(broadcast(-cut * scale))))
-            if covered < top_p[row] * mass[row]:  # a flat row: as many as there is room for
-                cut, count = _cut(address, size, peak, cut, min(size, most - most // 4), most)
-        if count == 0:
-            values[row, 0] = peak
-            continue
-        _collect(scores[row], np.float32(peak - cut), found)
-        for i in range(count):
-            logits[i] = -scores[row, found[i]]
-        order = np.argsort(logits[:count], kind="mergesort")  # stable: ids ascend among equals
-        for i in range(count):
-            ids[row, i], values[row, i] = found[order[i]], -logits[order[i]]
-        counts[row] = count
+        peak, temperature = _peak(address, size), temperatures[row]
+        scale, unlimited = np.float32(_LOG2E) / temperature, top_k[row] == size
+        peaks[row], tokens[row] = peak, -1
+        mass = _mass(address, size, peak, scale) if unlimited else 0.0
+        least = 1 if unlimited else min(top_k[row] + 1, size)
+        cut, count = _cut(address, size, peak, _CUT * temperature, least, most)
+        settled = False
+        while count > 0 and not settled:
+            _collect(scores[row], np.float32(peak - cut), found)
+            for i in range(count):
+                negative[i] = -scores[row, found[i]]
+            order = np.argsort(negative[:count], kind="mergesort")  # stable: ids ascend among equals
+            limit = min(count, top_k[row])
+            total = 0.0
+            for i in range(limit):
+                weights[i] = np.exp((-negative[order[i]] - np.float64(peak)) / temperature)
+                total += weights[i]
+            wanted = filters[row, 0] * (mass if unlimited else total)
+            kept, before, sum_kept = 0, 0.0, 0.0
+            while kept < limit and (kept == 0 or (before < wanted and weights[kept] >= filters[row, 1])):
+                sum_kept = before + weights[kept]
+                before, kept = sum_kept, kept + 1
+            settled = count == size or negative[order[kept - 1]] < negative[order[count - 1]]
+            if settled:
+                target, before, rank = random[row] * sum_kept, weights[0], 0
+                while rank < kept - 1 and before <= target:
+                    rank += 1
+                    before += weights[rank]
+                tokens[row] = found[order[rank]]
+            elif count < most // 2:  # a flat row: as many as there is room for
+                cut, count = _cut(address, size, peak, cut, most // 2, most)
+            else:
+                break
+
+
+@kernel
+def _mass(row: int, size: int, peak: float, scale: float) -> float:
+    """The sum of all probabilities relative to the likeliest token's."""
+    total = 0.0
+    for begin in range(0, size, _BLOCK):
+        part = broadcast(np.float32(0.0))
+        for first in range(begin, min(size, begin + _BLOCK), LANES):
+            part = part + _weights(row, first, size, peak, scale)
+        total += lane_sum(part)
+    return total
 
 
 @kernel
