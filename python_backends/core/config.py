@@ -91,6 +91,13 @@ class EngineConfig(Section, frozen=True):
     step_tokens: Annotated[
         Positive, Meta(description="Tokens computed in one step: the chunk of a long prompt, shared with running streams.")
     ] = 256
+    draft_tokens: Annotated[
+        NonNegative,
+        Meta(
+            description="Tokens that a stream may guess ahead from its own text (prompt lookup), where that pays. Changes no "
+            "text. 0: none."
+        ),
+    ] = 4
     kernels: Annotated[
         Literal["auto", "compiled", "torch"],
         Meta(

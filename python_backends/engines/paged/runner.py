@@ -7,7 +7,7 @@ and arithmetic and knows no queues. All calls come from the engine's one thread,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from python_backends.core.layout import KVLayout
@@ -49,6 +49,26 @@ class Sampled:
     token_id: int
     logprob: TokenLogprob | None  # when sampling.logprobs is not None
     following: tuple[Sampled, ...] = ()
+
+
+def draws_of(piece: Slice) -> list[Draw]:
+    """One for the token after the known ones, and one after each draft, as if those before it were right."""
+    first = piece.draw
+    if first is None:
+        return []
+    if not piece.drafts:
+        return [first]
+    drafts = list(piece.token_ids[-piece.drafts :])
+    return [replace(first, output_ids=[*first.output_ids, *drafts[:count]]) for count in range(piece.drafts + 1)]
+
+
+def accepted(piece: Slice, sampled: Sequence[Sampled]) -> Sampled:
+    """The first token drawn, with those after it as far as the drafts are what was drawn. `sampled` as draws_of."""
+    right = 0
+    while right < piece.drafts and sampled[right].token_id == piece.token_ids[right - piece.drafts]:
+        right += 1
+    first = sampled[0]
+    return Sampled(first.token_id, first.logprob, tuple(sampled[1 : right + 1]))
 
 
 class ModelRunner(Protocol):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -19,7 +18,7 @@ from python_backends.core.config import ModelConfig, WorkerConfig
 from python_backends.core.errors import ConfigError
 from python_backends.core.layout import KVLayout, fingerprint
 from python_backends.core.paths import cache_dir
-from python_backends.engines.paged.runner import Draw, Sampled, Slice
+from python_backends.engines.paged.runner import Sampled, Slice, accepted, draws_of
 from python_backends.engines.torch.architecture import Architecture, load_architecture
 from python_backends.engines.torch.plain import PlainExecutor
 from python_backends.engines.torch.sampler import Sampler
@@ -150,9 +149,9 @@ class TorchRunner:
         if self._sampler is None or not self._attached:
             raise RuntimeError("step before start and attach, or after close")
         logits = self._started().forward(batch)
-        draws = [draw for piece in batch for draw in _draws(piece)]
+        draws = [draw for piece in batch for draw in draws_of(piece)]
         sampled = iter(self._sampler.sample(logits, draws) if draws else [])
-        return [_accepted(piece, [next(sampled) for _ in range(piece.drafts + 1)]) if piece.draw else None for piece in batch]
+        return [accepted(piece, [next(sampled) for _ in range(piece.drafts + 1)]) if piece.draw else None for piece in batch]
 
     def export_blocks(self, blocks: Sequence[int]) -> None:
         self._started().export_blocks(blocks)
@@ -171,24 +170,3 @@ class TorchRunner:
         if self._executor is None:
             raise RuntimeError("start() comes first")
         return self._executor
-
-
-def _draws(piece: Slice) -> list[Draw]:
-    """One for the token after the known ones, and one after each draft, as if it were right."""
-    first = piece.draw
-    if first is None:
-        return []
-    if not piece.drafts:
-        return [first]
-    drafts = list(piece.token_ids[-piece.drafts :])
-    return [replace(first, output_ids=[*first.output_ids, *drafts[:count]]) for count in range(piece.drafts + 1)]
-
-
-def _accepted(piece: Slice, sampled: list[Sampled]) -> Sampled:
-    """The first token drawn, with those after it as far as the drafts say what was drawn."""
-    drafts = piece.token_ids[len(piece.token_ids) - piece.drafts :]
-    right = 0
-    while right < piece.drafts and sampled[right].token_id == drafts[right]:
-        right += 1
-    first = sampled[0]
-    return Sampled(first.token_id, first.logprob, tuple(sampled[1 : right + 1]))
