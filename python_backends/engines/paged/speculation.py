@@ -58,7 +58,7 @@ class Drafts:
 
 
 def lookup(tokens: array[int], most: int) -> list[int]:
-    """What followed the last occurrence of the last tokens, at most so many."""
+    """What followed the last occurrence of the last tokens; from where that reaches the end, all over again."""
     data = tokens.tobytes()
     for size in range(_LONGEST_MATCH, _SHORTEST_MATCH - 1, -1):
         if len(tokens) <= size:
@@ -66,8 +66,8 @@ def lookup(tokens: array[int], most: int) -> list[int]:
         pattern, end = data[-size * _ITEM :], len(data) - _ITEM
         while (found := data.rfind(pattern, 0, end)) >= 0:
             if found % _ITEM == 0:
-                first = found // _ITEM + size
-                return tokens[first : first + most].tolist()
+                period = len(tokens) - size - found // _ITEM
+                return [tokens[len(tokens) - period + index % period] for index in range(most)]
             end = found + len(pattern) - 1
     return []
 
