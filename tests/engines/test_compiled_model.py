@@ -187,14 +187,22 @@ def test_quantised_weights_are_what_the_format_says(tmp_path: Path, precision: s
 
 
 def _rounded(weight: torch.Tensor, bits: int) -> torch.Tensor:
-    rows, depth = weight.shape
-    groups = -(-depth // GROUP)
-    wide = torch.zeros(rows, groups * GROUP)
-    wide[:, :depth] = weight
-    grouped = wide.view(rows, groups, GROUP)
-    exact = grouped.abs().amax(2, keepdim=True) / (2 ** (bits - 1) - 1)
-    scale = torch.from_numpy(((exact.numpy().view(np.uint32) + 0xFFFF) & 0xFFFF0000).view(np.float32))
-    return (torch.round(grouped / scale) * scale).view(rows, -1)[:, :depth]
+    """INT8: code * scale, around zero. INT4: code * scale + offset, 16 steps between the group's extremes."""
+    rounded = torch.empty_like(weight)
+    for first in range(0, weight.shape[1], GROUP):
+        group = weight[:, first : first + GROUP]
+        least, greatest = group.amin(1, keepdim=True), group.amax(1, keepdim=True)
+        scale = _half_up(torch.maximum(greatest, -least) / 127 if bits == 8 else (greatest - least) / 15)
+        offset = torch.zeros_like(scale) if bits == 8 else (least + 8 * scale).half().float()
+        codes = torch.round((group - offset) / scale).clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+        rounded[:, first : first + GROUP] = codes * scale + offset
+    return rounded
+
+
+def _half_up(values: torch.Tensor) -> torch.Tensor:
+    halves = values.numpy().astype(np.float16)
+    up = np.where(halves.astype(np.float32) < values.numpy(), np.nextafter(halves, np.float16(np.inf)), halves)
+    return torch.from_numpy(up.astype(np.float32))
 
 
 @pytest.mark.parametrize(("kv_dtype", "tolerance"), [("float16", 0.01), ("int8", 0.15)])

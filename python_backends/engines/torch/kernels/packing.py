@@ -3,9 +3,9 @@
     <cache>/prepared/<digest of checkpoint, architecture and precision>.npy
 
 One array of bytes: for each layer its linear layers, norms and biases, then the final norm, the output matrix and the
-embedding (one panel set when they are tied), in the order of `_sections`. Quantising looks at the weights only: symmetric,
-one scale per column and GROUP steps, rounded up so that the largest weight is not cut off. The output matrix and the
-embedding stay INT8 where the layers are INT4: their errors go straight to the logits.
+embedding (one panel set when they are tied), in the order of `_sections`. Quantising looks at the weights only, GROUP
+steps of a column at a time. The output matrix and the embedding stay INT8 where the layers are INT4: their errors go
+straight to the logits.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from python_backends.engines.torch.kernels.tile import (
 from python_backends.engines.torch.kernels.vector import LANES
 from python_backends.engines.torch.weights import Checkpoint, prepared
 
-_VERSION = 1
+_VERSION = 2
 _FORMATS = {"float32": FLOAT32, "bfloat16": BFLOAT16, "float16": FLOAT16, "int8": INT8, "int4": INT4}
 _ALIGNMENT = 64
 _PANELS_AT_ONCE = 64  # packed in one go: bounds the memory that packing takes
@@ -236,18 +236,30 @@ def pack(rows: Floats, weight_format: int) -> Bytes:
 
 
 def _quantised(steps: Floats, bits: int) -> Bytes:
+    """Codes of each group and column: with INT8 around zero, with INT4 between the group's least and greatest weight."""
     panels, depth, _ = steps.shape
-    groups, per_word, largest = -(-depth // GROUP), 32 // bits, 2 ** (bits - 1) - 1
+    groups, per_word, low, high = -(-depth // GROUP), 32 // bits, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     wide = np.zeros((panels, groups * GROUP, LANES), np.float32)
     wide[:, :depth] = steps
+    wide[:, depth:] = steps[:, -1:]  # changes no range
     grouped = wide.reshape(panels, groups, GROUP, LANES)
-    exact = np.abs(grouped).max(axis=2) / largest
-    halves = ((exact.view(np.uint32) + 0xFFFF) >> 16).astype(np.uint16)  # bfloat16, rounded up
-    scales = (halves.astype(np.uint32) << 16).view(np.float32)[:, :, None]
-    codes = np.rint(np.divide(grouped, scales, out=np.zeros_like(grouped), where=scales > 0)).astype(np.int32)
+    least, greatest = grouped.min(axis=2), grouped.max(axis=2)
+    if bits == 8:
+        scales, offsets = _halves(np.maximum(greatest, -least) / high), np.zeros_like(least, np.float16)
+    else:
+        scales = _halves((greatest - least) / (high - low))
+        offsets = (least - low * scales.astype(np.float32)).astype(np.float16)
+    wide_scales, wide_offsets = (halves.astype(np.float32)[:, :, None] for halves in (scales, offsets))
+    codes = np.divide(grouped - wide_offsets, wide_scales, out=np.zeros_like(grouped), where=wide_scales > 0)
+    codes = np.clip(np.rint(codes), low, high).astype(np.int32).reshape(panels, -1, LANES)
+    codes[:, depth:] = 0
     fields = (codes & (2**bits - 1)).astype(np.uint32).reshape(panels, groups, GROUP // per_word, per_word, LANES)
-    shifts = (bits * np.arange(per_word, dtype=np.uint32))[:, None]
-    words = np.bitwise_or.reduce(fields << shifts, axis=3)
-    return np.concatenate(
-        [halves.view(np.uint8).reshape(panels, groups, -1), words.view(np.uint8).reshape(panels, groups, -1)], axis=2
-    )
+    words = np.bitwise_or.reduce(fields << (bits * np.arange(per_word, dtype=np.uint32))[:, None], axis=3)
+    parts = [scales, words] if bits == 8 else [scales, offsets, words]
+    return np.concatenate([part.view(np.uint8).reshape(panels, groups, -1) for part in parts], axis=2)
+
+
+def _halves(scales: Floats) -> npt.NDArray[np.float16]:
+    """float16, rounded up: the weight that a scale was made for is not cut off."""
+    halves = scales.astype(np.float16)
+    return np.where(halves.astype(np.float32) < scales, np.nextafter(halves, np.float16(np.inf)), halves)

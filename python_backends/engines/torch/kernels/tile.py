@@ -13,8 +13,9 @@ cycles), so they take several panels at once.
 A panel of weights has one of the formats below. All are turned into float32 in registers, the same way everywhere.
 
     FLOAT32, BFLOAT16, FLOAT16    sixteen numbers a step
-    INT8, INT4                    groups of GROUP steps: sixteen bfloat16 scales, then words of 32 bits, one per column,
-                                  with the signed codes of four or eight steps, lowest bits first; weight = code * scale
+    INT8, INT4                    groups of GROUP steps: sixteen float16 scales, for INT4 sixteen float16 offsets, then words
+                                  of 32 bits, one per column, with the signed codes of four or eight steps, lowest bits
+                                  first; weight = code * scale (+ offset)
 
 The functions are emitted as LLVM instructions, since no compiler finds this form from loops by itself.
 """
@@ -46,7 +47,7 @@ FORMATS = FLOAT32, BFLOAT16, FLOAT16, INT8, INT4 = range(5)
 STEP_BYTES = {FLOAT32: 64, BFLOAT16: 32, FLOAT16: 32}
 CODE_BITS = {INT8: 8, INT4: 4}
 GROUP = 32  # steps of depth with one scale per column
-SCALE_BYTES = 2 * LANES
+SCALE_BYTES = {INT8: 2 * LANES, INT4: 4 * LANES}  # of a group: scales, offsets
 
 ROWS = 14 if has_wide_registers() else 6  # sums that fit in the registers, beside a panel's step and a row's element
 _PANELS = {1: 4, 2: 2, 3: 2}  # at once, by rows
@@ -64,7 +65,7 @@ def panel_bytes(weight_format: int, depth: int) -> int:
     """Size of one panel, with room so that the next one begins on a cache line."""
     if weight_format in CODE_BITS:
         words = -(-depth // (32 // CODE_BITS[weight_format]))
-        size = words * LANE_BYTES + -(-depth // GROUP) * SCALE_BYTES
+        size = words * LANE_BYTES + -(-depth // GROUP) * SCALE_BYTES[weight_format]
     else:
         size = depth * STEP_BYTES[weight_format]
     return -(-size // 64) * 64
@@ -123,15 +124,21 @@ def _load_step(builder: Any, weight_format: int, pointer: Any) -> Any:
         return builder.load(pointer, typ=VECTOR, align=4)
     if weight_format == BFLOAT16:
         return _widen(builder, pointer)
+    return _load_halves(builder, pointer)
+
+
+def _load_halves(builder: Any, pointer: Any) -> Any:
     return builder.fpext(builder.load(pointer, typ=ir.VectorType(ir.HalfType(), LANES), align=1), VECTOR)
 
 
-def _group_scale(builder: Any, weight_format: int, pointer: Any) -> Any:
-    """What codes in the highest bits of their word are multiplied with: exact, since only the exponent differs."""
-    return builder.fmul(_widen(builder, pointer), constant(2.0 ** (CODE_BITS[weight_format] - 32)))
+def _group_scale(builder: Any, weight_format: int, pointer: Any) -> tuple[Any, Any]:
+    """What codes in the highest bits of their word are multiplied with: exact, since only the exponent differs. And what
+    is added then, None for INT8."""
+    scale = builder.fmul(_load_halves(builder, pointer), constant(2.0 ** (CODE_BITS[weight_format] - 32)))
+    return scale, _load_halves(builder, _at(builder, pointer, 2 * LANES)) if weight_format == INT4 else None
 
 
-def _decode(builder: Any, weight_format: int, words: Any, step: int, scale: Any) -> Any:
+def _decode(builder: Any, weight_format: int, words: Any, step: int, scale: tuple[Any, Any]) -> Any:
     """Sixteen weights of one of the steps in `words`: the code is moved to the highest bits, all others become zero."""
     bits = CODE_BITS[weight_format]
     if bits == 8:
@@ -143,7 +150,8 @@ def _decode(builder: Any, weight_format: int, words: Any, step: int, scale: Any)
     else:
         shifted = builder.shl(words, ir.Constant(words.type, [32 - bits * (step + 1)] * LANES))
         high = builder.and_(shifted, ir.Constant(words.type, [0x100000000 - (1 << (32 - bits))] * LANES))
-    return builder.fmul(builder.sitofp(high, VECTOR), scale)
+    code, (factor, offset) = builder.sitofp(high, VECTOR), scale
+    return builder.fmul(code, factor) if offset is None else emit_fma(builder, code, factor, offset)
 
 
 def _multiply_add(builder: Any, row_at: Any, offsets: list[Any], weights: list[Any], sums: list[Any], step: int) -> list[Any]:
@@ -223,7 +231,7 @@ def _for_each_group(
 
 
 def _group_bytes(weight_format: int) -> int:
-    return SCALE_BYTES + GROUP * CODE_BITS[weight_format] * LANES // 8
+    return SCALE_BYTES[weight_format] + GROUP * CODE_BITS[weight_format] * LANES // 8
 
 
 def _quantised_steps(
@@ -242,7 +250,7 @@ def _quantised_steps(
                 sums = _multiply_add(builder, at[0], offsets, weights, sums, step)
             return sums
 
-        codes = [_at(builder, panel, SCALE_BYTES) for panel in at[1:]]
+        codes = [_at(builder, panel, SCALE_BYTES[weight_format]) for panel in at[1:]]
         strides = [_int(4 * per_word), *([_int(LANE_BYTES)] * len(panels))]
         return _repeat(builder, words, [at[0], *codes], strides, sums, word)[1]
 
@@ -430,7 +438,7 @@ def _expansion(module: Any, weight_format: int) -> Any:
                     builder.store(weights, _at(builder, at[1], step * LANE_BYTES), align=4)
                 return []
 
-            codes = _at(builder, at[0], SCALE_BYTES)
+            codes = _at(builder, at[0], SCALE_BYTES[weight_format])
             _repeat(builder, words, [codes, at[1]], [_int(LANE_BYTES), _int(per_word * LANE_BYTES)], [], word)
             return []
 
