@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -48,15 +49,15 @@ _DECODE_STEPS = 12
 # --- limits ---
 
 
-@numba.njit(nogil=True, fastmath=True)  # type: ignore[untyped-decorator,unused-ignore]
+@numba.njit(nogil=True, fastmath=True)
 def _read(numbers: npt.NDArray[np.float32]) -> float:
     total = np.float32(0)
     for i in range(numbers.size):
         total += numbers[i]
-    return total
+    return float(total)
 
 
-@numba.njit(nogil=True)  # type: ignore[untyped-decorator,unused-ignore]
+@numba.njit(nogil=True)
 def _multiply_add(rounds: int, start: float) -> float:
     """Six sums of sixteen floats: as many as a tile of the kernels keeps in registers."""
     factor, term = broadcast(np.float32(0.999)), broadcast(np.float32(0.001))
@@ -83,7 +84,7 @@ def measure_limits(threads: int) -> Limits:
     rounds = 10_000_000
     _read(numbers[:16])
     _multiply_add(1, 1.0)
-    read = _best(lambda: _together([lambda part=part: _read(part) for part in parts]))
+    read = _best(lambda: _together([partial(_read, part) for part in parts]))
     multiplied = _best(lambda: _together([lambda: _multiply_add(rounds, 1.0)] * threads))
     left, right = torch.randn(1024, 1536), torch.randn(1536, 1536)
     product = _best(lambda: torch.mm(left, right))
@@ -155,7 +156,7 @@ class Ours:
             for start in range(0, context, 512):
                 self.runner.step([Slice(_text(min(512, context - start), index), start, table, None)])
         return [
-            _timed(lambda step=step: self.runner.step([Slice([5 + step], context + step, table, _GREEDY) for table in tables]))
+            _timed(partial(self.runner.step, [Slice([5 + step], context + step, table, _GREEDY) for table in tables]))
             for step in range(_DECODE_STEPS)
         ]
 
@@ -253,7 +254,7 @@ def measure(contenders: Sequence[Contender], architecture: Architecture, args: a
         for length in args.lengths:
             for contender in order:
                 tokens = _text(length, repetition)
-                seconds = _timed(lambda contender=contender, tokens=tokens: contender.prefill(tokens))
+                seconds = _timed(partial(contender.prefill, tokens))
                 operations = prefill_operations(architecture, length)
                 note(contender, f"prefill {length}", [seconds], operations=operations, tokens=length)
         for batch in args.batches:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,7 @@ from tests.engines.bench import KEY, EngineBench, make_request
 from tests.engines.tiny_model import VOCAB, write_tiny_llama
 
 Make = Callable[[str, int], EngineBench]
-SAMPLINGS = (
+SAMPLINGS: tuple[dict[str, Any], ...] = (
     {"temperature": 0.0},
     {"temperature": 0.8, "top_p": 0.9},
     {"temperature": 1.0},
@@ -30,7 +31,7 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
     monkeypatch.setattr(speculation, "_FIRST_MARGINAL", 0.01)  # guess even where it would not pay
     monkeypatch.setattr(speculation.StepCost, "learn", lambda *_: None)
     directory = write_tiny_llama(tmp_path / "tiny")
-    benches = []
+    benches: list[EngineBench] = []
 
     def make_bench(engine: str, draft_tokens: int) -> EngineBench:
         deployment = Deployment(

@@ -109,7 +109,7 @@ class TorchRunner:
         self._sampler = CompiledSampler(architecture.vocab_size)
         stored = checkpoint.dtypes
         kept = str(next(iter(stored))).removeprefix("torch.") if len(stored) == 1 else "float32"
-        precision = self._worker.weights or self._config.weights
+        precision: str = self._worker.weights or self._config.weights
         precision = kept if precision == "auto" else precision
         kv_dtype = "float32" if self._config.kv_dtype == "auto" else self._config.kv_dtype
         self.layout = self._layout_of(architecture, kv_dtype, keys="columns")

@@ -13,7 +13,7 @@ from __future__ import annotations
 import fcntl
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,7 +189,7 @@ def _file_digest(path: Path) -> str:
     return str(digest.hexdigest())
 
 
-def _map(path: Path, names: set[str], device: torch.device) -> dict[str, torch.Tensor]:
+def _map(path: Path, names: Set[str], device: torch.device) -> dict[str, torch.Tensor]:
     """Tensors that view the mapped file (cpu), or copies on the device."""
     try:
         with safe_open(path, framework="pt") as file:

@@ -197,7 +197,7 @@ def _scales(pool: Any, layer: int, what: int, kv_head: int, table: int, position
 @kernel
 def _powers(
     pool: Any, layer: int, kv_head: int, table: int, scores: int, first: int, keys: int, low: int, high: int
-) -> tuple[float, float]:
+) -> tuple[Any, Any]:
     """Turn one row of scores (in powers of two) into weights relative to the highest; (highest score, sum of weights).
 
     The row sees the keys at positions low .. high. Weights of the others are 0; so is all if it sees none: (-inf, 0).

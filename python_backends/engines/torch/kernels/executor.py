@@ -181,15 +181,15 @@ class _Buffers:
         decoder = self._decoder
         tokens, draws = len(step.tokens), len(step.drawing)
         if tokens > len(self._by_token[0]) or draws > len(self._by_token[0]):
-            hidden = padded(decoder.hidden)
+            width = padded(decoder.hidden)
             widths = (
-                hidden,
-                hidden,
+                width,
+                width,
                 decoder.qkv.panels * LANES,
                 decoder.heads * decoder.head_dim,
                 decoder.gate_up.panels * LANES // 2,
             )
-            self._by_token = tuple(_aligned(tokens, width) for width in widths)  # type: ignore[assignment]
+            self._by_token = tuple(_aligned(tokens, columns) for columns in widths)  # type: ignore[assignment]
         if draws > len(self._logits):
             self._logits = _aligned(draws, decoder.output.panels * LANES)
         rows = int(step.counts[step.short].max(initial=0)) * group * (decoder.head_dim + 2)

@@ -45,15 +45,17 @@ Bytes = npt.NDArray[np.uint8]
 
 
 def load_decoder(checkpoint: Checkpoint, architecture: Architecture, precision: str, cache: Path) -> tuple[Decoder, Bytes]:
-    """`precision`: float32, bfloat16, float16, int8 or int4. With the model, the mapped file: its addresses are valid as long as
-    that lives."""
+    """precision: float32, bfloat16, float16, int8 or int4. With the model comes the mapped file: the model's addresses are
+    valid as long as that lives."""
     identity = msgspec.json.encode([_VERSION, checkpoint.digest, precision, msgspec.to_builtins(architecture)])
     name = hashlib.blake2b(identity, digest_size=16).hexdigest()
     sections = list(_sections(architecture, precision))
 
     def write(partial: Path) -> None:
         total = sum(section.room for section in sections)
-        out = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=(total,))
+        out = np.lib.format.open_memmap(  # type: ignore[no-untyped-call]
+            partial, mode="w+", dtype=np.uint8, shape=(total,)
+        )
         offset = 0
         for section in sections:
             section.write([checkpoint.read(tensor) for tensor in section.tensors], out[offset : offset + section.room])

@@ -280,7 +280,7 @@ def _cut(row: int, size: int, peak: float, cut: float, least: int, most: int) ->
 
 
 @kernel
-def _count(row: int, size: int, threshold: float) -> int:
+def _count(row: int, size: int, threshold: Any) -> int:
     count = 0
     for first in range(0, size, LANES):
         count += _population(_at_least(_load_part(row, first, size), broadcast(threshold)))
@@ -288,7 +288,7 @@ def _count(row: int, size: int, threshold: float) -> int:
 
 
 @kernel
-def _collect(row: Floats, threshold: float, found: Ints) -> None:
+def _collect(row: Floats, threshold: Any, found: Ints) -> None:
     count = 0
     for first in range(0, row.size, LANES):
         if _at_least(_load_part(row.ctypes.data, first, row.size), broadcast(threshold)):

@@ -80,7 +80,7 @@ def _futex(_context: Any, _address: Any, _operation: Any, _value: Any) -> Any:
 @kernel
 def claim(control: int, phase: int) -> int:
     """The next unit of the phase; at or beyond its number of units when none is left."""
-    return _add_at(control + phase * _PHASE_BYTES + _CLAIMED, 1)  # type: ignore[no-any-return,call-arg]
+    return _add_at(control + phase * _PHASE_BYTES + _CLAIMED, 1)
 
 
 @kernel
@@ -88,18 +88,18 @@ def finish(control: int, phase: int, units: int, mine: int) -> None:
     """Say that so many units were done here, and wait for the others. What their threads wrote is seen afterwards."""
     done = control + phase * _PHASE_BYTES + _DONE
     sleepers = control + phase * _PHASE_BYTES + _SLEEPERS
-    now = _add_at(done, mine) + mine  # type: ignore[call-arg]
+    now = _add_at(done, mine) + mine
     if now == units:
-        if mine > 0 and _add_at(sleepers, 0) > 0:  # type: ignore[call-arg]
-            _futex(done, _FUTEX_WAKE_PRIVATE, 1 << 30)  # type: ignore[call-arg]
+        if mine > 0 and _add_at(sleepers, 0) > 0:
+            _futex(done, _FUTEX_WAKE_PRIVATE, 1 << 30)
         return
     spins = 0
     while now != units:
         spins += 1
         if spins < _SPINS:
-            _pause()  # type: ignore[call-arg]
+            _pause()
         else:
-            _add_at(sleepers, 1)  # type: ignore[call-arg]
-            _futex(done, _FUTEX_WAIT_PRIVATE, now)  # type: ignore[call-arg]
-            _add_at(sleepers, -1)  # type: ignore[call-arg]
-        now = _add_at(done, 0)  # type: ignore[call-arg]
+            _add_at(sleepers, 1)
+            _futex(done, _FUTEX_WAIT_PRIVATE, now)
+            _add_at(sleepers, -1)
+        now = _add_at(done, 0)

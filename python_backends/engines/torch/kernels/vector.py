@@ -37,7 +37,7 @@ Float32x16 = _Float32x16()
 
 
 @register_model(_Float32x16)
-class _Float32x16Model(models.PrimitiveModel):  # type: ignore[misc]
+class _Float32x16Model(models.PrimitiveModel):
     def __init__(self, manager: Any, of: Any) -> None:
         super().__init__(manager, of, VECTOR)
 
@@ -224,7 +224,7 @@ def _zero_below(_context: Any, _vector: Any, _x: Any, _limit: Any) -> Any:
 
 def _power_of_two_polynomial() -> tuple[np.float32, ...]:
     """2 ** f for f in [-1/2, 1/2], highest power first: Chebyshev interpolation, relative error below 2e-8."""
-    fit = np.polynomial.Chebyshev.interpolate(np.exp2, 6, domain=[-0.5, 0.5])
+    fit = np.polynomial.Chebyshev.interpolate(np.exp2, 6, domain=[-0.5, 0.5])  # type: ignore[no-untyped-call]
     coefficients = fit.convert(kind=np.polynomial.Polynomial).coef
     return tuple(np.float32(c) for c in coefficients[::-1])
 

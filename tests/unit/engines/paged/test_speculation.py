@@ -33,7 +33,7 @@ def test_wrong_guesses_end_guessing_and_it_is_tried_again_later() -> None:
         drafts.learn(4, 0, len(tokens))
         tries += 1
         assert tries < 12
-    tokens += list(range(100, 163)) + [1, 2, 3]
+    tokens += [*range(100, 163), 1, 2, 3]
     assert drafts.propose(tokens, 4, 0.3)
     drafts.learn(4, 0, len(tokens))
     assert not drafts.propose(tokens, 4, 0.3)

@@ -40,7 +40,8 @@ def test_equals_the_plain_sampler(sampling: dict[str, Any], vocab_size: int, spr
 
 def test_many_equal_logits() -> None:
     logits = make_logits(32, 3000).round().clamp(-1, 1)
-    for sampling in ({"temperature": 0.0}, {"top_p": 0.5}, {"top_k": 20}, {"temperature": 1.0}):
+    samplings: tuple[dict[str, Any], ...] = ({"temperature": 0.0}, {"top_p": 0.5}, {"top_k": 20}, {"temperature": 1.0})
+    for sampling in samplings:
         draws = [make_draw(seed=seed, **{"temperature": 0.9, **sampling}) for seed in range(32)]
         plain, compiled = (kind(3000).sample(logits, draws) for kind in (Sampler, CompiledSampler))
         assert [token.token_id for token in compiled] == [token.token_id for token in plain]
@@ -51,7 +52,8 @@ def test_a_usual_distribution_sorts_no_row(monkeypatch: pytest.MonkeyPatch) -> N
         raise AssertionError("a whole row was sorted")
 
     monkeypatch.setattr(plain_module, "_ranking", no_sort)
-    for sampling in ({"top_p": 0.9}, {"top_k": 50}, {"top_k": 1000, "top_p": 0.95}):
+    samplings: tuple[dict[str, Any], ...] = ({"top_p": 0.9}, {"top_k": 50}, {"top_k": 1000, "top_p": 0.95})
+    for sampling in samplings:
         draws = [make_draw(seed=seed, temperature=0.7, **sampling) for seed in range(16)]
         CompiledSampler(20_000).sample(make_logits(16, 20_000, spread=3.0), draws)
 
@@ -77,7 +79,8 @@ def test_a_row_without_a_distribution_is_named(sampling: dict[str, Any], value: 
 def test_banned_and_masked_tokens_are_never_drawn() -> None:
     logits = make_logits(1, 64)
     logits[0, 32:] = -math.inf
-    for sampling in ({"temperature": 0.0}, {"temperature": 2.0}, {"temperature": 2.0, "top_p": 0.99}):
+    samplings: tuple[dict[str, Any], ...] = ({"temperature": 0.0}, {"temperature": 2.0}, {"temperature": 2.0, "top_p": 0.99})
+    for sampling in samplings:
         for seed in range(60):
             draw = make_draw(seed=seed, banned=list(range(0, 32, 2)), **sampling)
             token = CompiledSampler(64).sample(logits, [draw])[0].token_id
