@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -22,7 +23,7 @@ from python_backends.engines.paged.runner import Sampled, Slice, accepted, draws
 from python_backends.engines.torch.architecture import Architecture, load_architecture
 from python_backends.engines.torch.plain import PlainExecutor
 from python_backends.engines.torch.sampler import Sampler
-from python_backends.engines.torch.weights import Checkpoint, load_tensors, open_checkpoint
+from python_backends.engines.torch.weights import Checkpoint, exclusive, load_tensors, open_checkpoint
 from python_backends.kv.memory import PoolMemory
 
 log = logging.getLogger(__name__)
@@ -65,6 +66,7 @@ class TorchRunner:
         self._kernels = kernels
         self._executor: Executor | None = None
         self._sampler: Sampler | None = None
+        self._compile_lock: Path | None = None
         self._attached = False
 
     def start(self) -> None:
@@ -103,10 +105,13 @@ class TorchRunner:
 
     def _start_compiled(self, architecture: Architecture, checkpoint: Checkpoint) -> str:
         """Load the compiled model; what its weights are to the fingerprint."""
+        from python_backends.engines.torch.kernels.compiler import cache_place
         from python_backends.engines.torch.kernels.executor import CompiledExecutor
         from python_backends.engines.torch.kernels.sampler import CompiledSampler
 
-        self._sampler = CompiledSampler(architecture.vocab_size)
+        self._compile_lock = cache_place() / "compiling.lock"
+        with self._compiling():
+            self._sampler = CompiledSampler(architecture.vocab_size)
         stored = checkpoint.dtypes
         kept = str(next(iter(stored))).removeprefix("torch.") if len(stored) == 1 else "float32"
         precision: str = self._worker.weights or self._config.weights
@@ -141,7 +146,8 @@ class TorchRunner:
 
     def attach(self, memory: PoolMemory) -> None:
         """Compute in this pool from now on; its blocks must be of `layout`."""
-        self._started().attach(memory)
+        with self._compiling():
+            self._started().attach(memory)
         self._attached = True
 
     def step(self, batch: Sequence[Slice]) -> list[Sampled | None]:
@@ -165,6 +171,16 @@ class TorchRunner:
             self._executor.close()
         self._executor = self._sampler = None
         self._attached = False
+
+    @contextmanager
+    def _compiling(self) -> Iterator[None]:
+        """Of workers that start at once one compiles, and the others wait and find the machine code."""
+        if self._compile_lock is None:
+            yield
+            return
+        self._compile_lock.parent.mkdir(parents=True, exist_ok=True)
+        with exclusive(self._compile_lock):
+            yield
 
     def _started(self) -> Executor:
         if self._executor is None:

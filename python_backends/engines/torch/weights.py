@@ -203,7 +203,7 @@ def prepared(path: Path, write: Callable[[Path], None]) -> Path:
     partial = path.with_suffix(".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(path.with_suffix(".lock")):
+        with exclusive(path.with_suffix(".lock")):
             if not path.exists():
                 write(partial)
                 with partial.open("rb") as written:
@@ -225,7 +225,7 @@ def _converted(shard: Shard, dtype: torch.dtype, cache: Path) -> Path:
 
 
 @contextmanager
-def _lock(path: Path) -> Iterator[None]:
+def exclusive(path: Path) -> Iterator[None]:
     """Held by one process of this host at a time, and let go by the kernel when it dies."""
     deadline = time.monotonic() + _LOCK_TIMEOUT_S
     with path.open("w") as file:

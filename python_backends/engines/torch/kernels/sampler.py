@@ -47,6 +47,15 @@ _LOG2E = np.log2(np.e)
 class CompiledSampler(Sampler):
     """For logits in the memory of this process."""
 
+    def __init__(self, vocab_size: int) -> None:
+        """Loads the machine code, or compiles it at the first start of all: not under the first request."""
+        super().__init__(vocab_size)
+        scores, temperatures, random = _rows(torch.zeros(1, LANES)), np.ones(1, np.float32), np.zeros(1)
+        peaks, tokens = np.empty(1, np.float32), np.empty(1, np.int64)
+        highest(scores, peaks, tokens)
+        draw_in_order(scores, temperatures, np.zeros(1, np.float32), random, peaks, tokens)
+        draw_ranked(scores, temperatures, np.ones(1, np.int64), np.ones((1, 2)), random, peaks, tokens)
+
     def _argmax(self, scores: torch.Tensor, draws: list[Draw]) -> tuple[torch.Tensor, torch.Tensor]:
         if self._vocab_size < LANES:
             return super()._argmax(scores, draws)
@@ -79,8 +88,13 @@ class CompiledSampler(Sampler):
 
 
 def _rows(scores: torch.Tensor) -> Floats:
-    rows: Floats = (scores if scores.stride(1) == 1 else scores.contiguous()).numpy()
-    return rows
+    """With a gap between rows, as the forward pass leaves them: kernels are compiled for this kind of array only."""
+    if scores.stride(1) == 1 and scores.stride(0) > scores.shape[1]:
+        rows: Floats = scores.numpy()
+        return rows
+    wide = np.empty((scores.shape[0], scores.shape[1] + LANES), np.float32)
+    wide[:, : scores.shape[1]] = scores.numpy()
+    return wide[:, : scores.shape[1]]
 
 
 def _temperatures(draws: list[Draw]) -> Floats:
