@@ -207,7 +207,7 @@ _GREEDY = Draw(SamplingParams(temperature=0, seed=0), [], [], [])
 
 
 def _text(count: int, seed: int) -> list[int]:
-    return [100 + (index * 7919 + seed * 131) % 4000 for index in range(count)]
+    return [3 + (index * 7919 + seed * 131) % 300 for index in range(count)]
 
 
 # --- what is computed ---

@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from python_backends.core.config import ModelConfig, WorkerConfig
-from python_backends.core.errors import ConfigError
+from python_backends.core.errors import ConfigError, EngineFailure
 from python_backends.core.types import Role
 from python_backends.engines.paged.runner import Draw, Sampled, Slice
 from python_backends.engines.torch.kernels import sampler as sampler_module
@@ -277,6 +277,12 @@ def test_what_kernels_cannot_do_is_refused_by_name(directory: Path) -> None:
         TorchRunner(ModelConfig(weights="int8"), worker, 8, directory).start()
     with pytest.raises(ConfigError, match=r"model\.kv_dtype: int8"):
         TorchRunner(ModelConfig(kv_dtype="int8"), worker, 16, directory, "torch").start()
+
+
+@pytest.mark.parametrize("token", [-1, VOCAB, 10**9])
+def test_a_foreign_token_id_is_refused(served: Served, token: int) -> None:
+    with pytest.raises(EngineFailure, match="vocabulary of 199"):
+        served.runner.step([Slice([1, token], 0, [served.free.pop()], greedy_draw())])
 
 
 def test_idle_threads_use_no_processor(directory: Path) -> None:

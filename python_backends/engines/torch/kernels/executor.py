@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from python_backends.core.errors import EngineFailure
 from python_backends.core.layout import KVLayout
 from python_backends.engines.paged.runner import Slice
 from python_backends.engines.torch.architecture import Architecture
@@ -104,8 +105,11 @@ class CompiledExecutor:
         spans_each[short] = -(-(starts + counts)[short] // SPAN)
         first_span = np.cumsum(spans_each) - spans_each
         of_slice = np.repeat(np.arange(len(slices)), spans_each)
+        tokens = np.fromiter(chain.from_iterable(piece.token_ids for piece in slices), np.int64, total)
+        if total and (tokens.min() < 0 or tokens.max() >= self._vocab_size):  # kernels would read beyond the embedding
+            raise EngineFailure(f"a token id is outside the model's vocabulary of {self._vocab_size}")
         return Step(
-            tokens=np.fromiter(chain.from_iterable(piece.token_ids for piece in slices), np.int64, total),
+            tokens=tokens,
             positions=positions,
             slices=np.repeat(np.arange(len(slices)), counts),
             cos=np.cos(angles),
