@@ -36,6 +36,21 @@ class ModelConfig(Section, frozen=True):
     dtype: Annotated[Literal["float32", "bfloat16", "float16"], Meta(description="Of weights, arithmetic and KV cache.")] = (
         "float32"
     )
+    weights: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"],
+        Meta(
+            description="CPU: how weights are kept; arithmetic stays float32. auto: as in the checkpoint, which changes no "
+            "result. int8 and int4 are made from it, with a scale per 32 weights."
+        ),
+    ] = "auto"
+    kv_dtype: Annotated[
+        Literal["auto", "float32", "float16", "int8"],
+        Meta(description="CPU: how the KV cache is kept. auto: as `model.dtype`. int8 has a scale per token and head."),
+    ] = "auto"
+    mixed_weights: Annotated[
+        bool,
+        Meta(description="Let workers whose `weights` differ exchange KV. Text then depends on where the prompt was computed."),
+    ] = False
     max_context: Annotated[
         NonNegative, Meta(description="Tokens of prompt and output together; 0: what model and KV pool allow.")
     ] = 0
@@ -54,6 +69,10 @@ class WorkerConfig(Section, frozen=True):
     threads: Annotated[
         NonNegative, Meta(description="Compute threads. 0: the pinned cores, else an even share of the machine's.")
     ] = 0
+    weights: Annotated[
+        Literal["", "auto", "float32", "bfloat16", "float16", "int8", "int4"],
+        Meta(description="As `model.weights`, for this worker. Empty: that."),
+    ] = ""
     kv_pool_mib: Annotated[NonNegative, Meta(description="KV pool of this worker, MiB. 0: `engine.kv_pool_mib`.")] = 0
 
     @property
@@ -73,6 +92,20 @@ class EngineConfig(Section, frozen=True):
     step_tokens: Annotated[
         Positive, Meta(description="Tokens computed in one step: the chunk of a long prompt, shared with running streams.")
     ] = 256
+    draft_tokens: Annotated[
+        NonNegative,
+        Meta(
+            description="Tokens that a stream may guess ahead from its own text (prompt lookup), where that pays. Changes no "
+            "text. 0: none."
+        ),
+    ] = 4
+    kernels: Annotated[
+        Literal["auto", "compiled", "torch"],
+        Meta(
+            description="CPU: who computes the model. auto: compiled kernels where processor and model allow, else PyTorch's "
+            "own operators; compiled: an error where they can't."
+        ),
+    ] = "auto"
     max_queue: Annotated[Positive, Meta(description="Requests that may wait in one worker; more are refused.")] = 1024
     fake: FakeConfig = FakeConfig()
 
@@ -279,6 +312,12 @@ def _checked(deployment: Deployment, path: Path) -> Deployment:
         raise ConfigError(f"{path}: workers: prefill workers need a decode worker to hand over to; add one with role decode")
     if deployment.http.tenant == "api_key" and not deployment.http.api_keys_file:
         raise ConfigError(f"{path}: http.tenant: api_key needs http.api_keys_file; without keys use user or none")
+    kept = {worker.weights or deployment.model.weights for worker in deployment.workers}
+    if len(kept) > 1 and not deployment.model.mixed_weights:
+        raise ConfigError(
+            f"{path}: workers: weights differ ({', '.join(sorted(kept))}); make them equal, or let these workers exchange KV "
+            "with model.mixed_weights: true"
+        )
     for worker in deployment.workers:
         parse_cpus(worker.cpus, f"{path}: workers: {worker.name}: cpus")
     return deployment
