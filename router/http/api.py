@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import logging
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, aclosing
 from functools import wraps
 from typing import Any, NoReturn, TypeVar
 
@@ -231,9 +231,11 @@ class Api:
             if not body.stream:
                 pieces = await unless_gone(_all(answers), request.receive)
                 return _json(form.whole(pieces))
-            first = await unless_gone(_first(answers), request.receive)
+            progress = _progress(answers)
+            first = await unless_gone(_next(progress), request.receive)
+            tallies = [Tally() for _ in answers]
             with_usage = body.stream_options is not None and body.stream_options.include_usage
-            return EventStream(_events(answers, first, form, held.pop_all(), with_usage=with_usage))
+            return EventStream(_events(first, progress, form, tallies, held.pop_all(), with_usage=with_usage))
 
 
 async def _all(answers: Sequence[Answer]) -> list[Piece]:
@@ -243,15 +245,21 @@ async def _all(answers: Sequence[Answer]) -> list[Piece]:
 _Progress = tuple[int, list[Piece]]
 
 
-async def _first(answers: Sequence[Answer]) -> _Progress:
-    """What comes first: (index of the answer, its pieces)."""
-    if len(answers) == 1:
-        return 0, await answers[0].pieces()
-    return await anext(_merged(answers))
+def _progress(answers: Sequence[Answer]) -> AsyncGenerator[_Progress, None]:
+    """(index of the answer, its pieces) as they come, to the end of the last. Raises the first error of any."""
+    return _merged(answers) if len(answers) > 1 else _alone(answers[0])
+
+
+async def _alone(answer: Answer) -> AsyncGenerator[_Progress, None]:
+    """As `_merged`, without a task per step."""
+    ended = False
+    while not ended:
+        pieces = await answer.pieces()
+        ended = pieces[-1].finish_reason is not None
+        yield 0, pieces
 
 
 async def _merged(answers: Sequence[Answer]) -> AsyncGenerator[_Progress, None]:
-    """The pieces of all answers as they come, to the end of the last. Raises the first error of any."""
     waiting = {asyncio.ensure_future(answer.pieces()): index for index, answer in enumerate(answers)}
     try:
         while waiting:
@@ -268,19 +276,23 @@ async def _merged(answers: Sequence[Answer]) -> AsyncGenerator[_Progress, None]:
 
 
 async def _events(
-    answers: Sequence[Answer], first: _Progress, form: Form, held: ExitStack, *, with_usage: bool
+    first: _Progress,
+    rest: AsyncGenerator[_Progress, None],
+    form: Form,
+    tallies: list[Tally],
+    held: ExitStack,
+    *,
+    with_usage: bool,
 ) -> AsyncGenerator[bytes, None]:
     """Everything a stream consists of. `held` closes the answers, however this ends."""
-    tallies = [Tally() for _ in answers]
     with held:
         try:
-            openings = [form.opening(index) for index in range(len(answers))]
+            openings = [form.opening(index) for index in range(len(tallies))]
             yield b"".join(_event(opening) for opening in openings if opening is not None)
-            async for index, pieces in _following(answers, first):
-                for piece in pieces:
-                    tallies[index].add(piece)
-                chunks = [form.chunk(index, piece) for piece in pieces]
-                yield b"".join(_event(chunk) for chunk in chunks if chunk is not None)
+            yield _chunks(first, form, tallies)
+            async with aclosing(rest):
+                async for progress in rest:
+                    yield _chunks(progress, form, tallies)
         except BatonError as error:
             yield b"data: " + api_error(error).body + b"\n\n"
             return
@@ -289,17 +301,16 @@ async def _events(
         yield _DONE
 
 
-async def _following(answers: Sequence[Answer], first: _Progress) -> AsyncGenerator[_Progress, None]:
-    yield first
-    if len(answers) > 1:
-        async for progress in _merged(answers):
-            yield progress
-        return
-    last = first[1][-1]
-    while last.finish_reason is None:
-        pieces = await answers[0].pieces()
-        last = pieces[-1]
-        yield 0, pieces
+def _chunks(progress: _Progress, form: Form, tallies: list[Tally]) -> bytes:
+    index, pieces = progress
+    for piece in pieces:
+        tallies[index].add(piece)
+    chunks = [form.chunk(index, piece) for piece in pieces]
+    return b"".join(_event(chunk) for chunk in chunks if chunk is not None)
+
+
+async def _next(progress: AsyncGenerator[_Progress, None]) -> _Progress:
+    return await anext(progress)
 
 
 def _event(value: dict[str, Any]) -> bytes:
