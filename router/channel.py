@@ -35,6 +35,9 @@ class Watcher(Protocol):
 
     def seen(self, heartbeat: Heartbeat) -> None: ...
 
+    def faulty(self, heartbeat: Heartbeat) -> None:
+        """The worker lives and says that it can't work."""
+
     def left(self, worker: WorkerId, epoch: Epoch) -> None: ...
 
 
@@ -85,6 +88,9 @@ class RouterChannel:
             if self._identities.get(message.worker) != identity:
                 self._identities[message.worker] = identity
                 self.send(message.worker, RouterHeartbeat(self._name))  # it should know at once whom it works for
+            if message.load.fault:
+                watcher.faulty(message)
+                return
             if house.hear_heartbeat(message, time.monotonic()):
                 self.send(message.worker, Resync())
             watcher.seen(message)

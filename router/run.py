@@ -66,6 +66,7 @@ class Run:
         self._prefill_leg: tuple[WorkerId, RequestId] | None = None
         self._decode_leg: tuple[WorkerId, RequestId] | None = None
         self._lease: tuple[WorkerId, str] | None = None
+        self._fetched = False  # the lease's KV is with the decode worker
 
     @property
     def ended(self) -> bool:
@@ -109,8 +110,8 @@ class Run:
         assert isinstance(done, PrefillDone)
         if self._prefill_charge is not None:
             self._prefill_charge.undo()
-        if done.lease_id is not None:
-            self._lease = (worker, done.lease_id)
+        self._lease = (worker, done.lease_id) if done.lease_id is not None else None
+        self._fetched = False
         self._account.prefilled(done)
         self._take(TokenChunk(done.request_id, [done.token_id], [done.logprob] if done.logprob else None, done.finish_reason))
         return done.ticket
@@ -189,6 +190,7 @@ class Run:
 
     def _kv_ready(self, report: KVReport) -> None:
         self._account.kv_ready(report)
+        self._fetched = report.received_tokens + report.reused_tokens > 0
         if self._life.state is State.HANDING_OFF:
             self._move(Event.KV_READY)
 
@@ -248,7 +250,7 @@ class Run:
         elif held is Held.PREFILL and self._prefill_leg is not None:
             calls.abort(*self._prefill_leg)
         elif held is Held.LEASE and self._lease is not None:
-            calls.release(*self._lease)
+            calls.release(*self._lease, self._fetched)
         elif held is Held.DECODE and self._decode_leg is not None:
             calls.abort(*self._decode_leg)
 

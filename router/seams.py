@@ -23,7 +23,8 @@ class Calls(Protocol):
 
     def abort(self, worker: WorkerId, request_id: RequestId) -> None: ...
 
-    def release(self, worker: WorkerId, lease_id: str) -> None: ...
+    def release(self, worker: WorkerId, lease_id: str, fetched: bool) -> None:
+        """`fetched`: the KV has arrived; else nobody will ask for it."""
 
 
 class Reply(Protocol):
@@ -43,5 +44,8 @@ class Observer(Protocol):
     def decided(self, way: Way) -> None: ...
 
     def retried(self) -> None: ...
+
+    def warmed(self, verdict: str) -> None:
+        """A first handoff between two workers was tried: what became of the KV (KVReport.digest), or why nothing did."""
 
     def ended(self, outcome: Outcome, proof: Proof | None) -> None: ...

@@ -26,6 +26,7 @@ from router.serve import serve
 from router.supervisor import ModelControl, Supervisor
 from router.tokenizer import Tokenizer
 from router.types import ClientRequest
+from router.warm_up import WarmUp
 
 log = logging.getLogger(__name__)
 
@@ -129,8 +130,8 @@ class RouterService:
     def abort(self, worker: WorkerId, request_id: RequestId) -> None:
         self._channel.send(worker, Abort([request_id]))
 
-    def release(self, worker: WorkerId, lease_id: str) -> None:
-        self._channel.send(worker, ReleaseLease([lease_id]))
+    def release(self, worker: WorkerId, lease_id: str, fetched: bool) -> None:
+        self._channel.send(worker, ReleaseLease([lease_id], fetched))
 
     # --- opening and shutting, on the loop ---
 
@@ -144,6 +145,7 @@ class RouterService:
                 self._channel.listen(self.house, self._supervisor),
                 self._channel.beat(),
                 self._supervisor.watch(),
+                WarmUp(self.house).watch(),
                 self._refresh(),
             )
         ]

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, get_args, get_type_hints
 
 import msgspec
 from msgspec import Meta
 
-from python_backends.core.config import Deployment, Section, WorkerConfig
+from python_backends.core.config import Deployment, WorkerConfig
 from python_backends.core.paths import repository_root
+from python_backends.core.section import Section
 from python_backends.core.tensors import ROUTER_INPUTS, ROUTER_OUTPUTS, TensorSpec
 from python_backends.core.types import SamplingParams
 
@@ -53,11 +55,18 @@ def render_api() -> str:
 
 def _rows(section: type[Section], prefix: str) -> Iterator[str]:
     hints = get_type_hints(section, include_extras=True)
+    alike = Counter(_section_of(hint) for hint in hints.values())
+    done: set[type[Section]] = set()
     for field in msgspec.structs.fields(section):
         hint = hints[field.name]
         inner = _section_of(hint)
+        if inner in done:
+            continue
         if inner is not None:
-            yield from _rows(inner, f"{prefix}{field.name}{'[]' if inner is WorkerConfig else ''}.")
+            done.add(inner)
+            names = [name for name, other in hints.items() if _section_of(other) is inner]
+            name = field.name if alike[inner] == 1 else f"{{{','.join(names)}}}"
+            yield from _rows(inner, f"{prefix}{name}{'[]' if inner is WorkerConfig else ''}.")
         else:
             yield f"| `{prefix}{field.name}` | {_type_name(hint)} | {_default(field)} | {_meaning(hint)} |"
 
@@ -71,6 +80,8 @@ def _section_of(hint: Any) -> type[Section] | None:
 def _type_name(hint: Any) -> str:
     bare = get_args(hint)[0] if hasattr(hint, "__metadata__") else hint
     values = [value for value in get_args(bare) if isinstance(value, str)]
+    if type(None) in get_args(bare):
+        return " or ".join("null" if inner is type(None) else _type_name(inner) for inner in get_args(bare))
     return ", ".join(values) if values else getattr(bare, "__name__", str(bare))
 
 

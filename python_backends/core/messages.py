@@ -136,6 +136,7 @@ class Heartbeat(msgspec.Struct, frozen=True, tag=True):
     fingerprint: str
     max_context: int  # tokens, prompt and output; bounded by model and pool
     events_sequence: int  # of the last BlockEvents sent
+    warm_up: bool = False  # its first handoff with each other worker is slow: make one before clients do
 
 
 class Leaving(msgspec.Struct, frozen=True, tag=True):
@@ -159,7 +160,10 @@ class Abort(msgspec.Struct, frozen=True, tag=True):
 
 
 class ReleaseLease(msgspec.Struct, frozen=True, tag=True):
+    """Nobody needs these leases any more. `fetched`: because their KV has arrived, not because it isn't wanted."""
+
     lease_ids: list[str]
+    fetched: bool = False
 
 
 class Resync(msgspec.Struct, frozen=True, tag=True):

@@ -110,6 +110,7 @@ class Worker:
             fingerprint=info.fingerprint,
             max_context=info.max_context,
             events_sequence=self._sequence,
+            warm_up=info.warm_up,
         )
 
     def told(self, message: ToWorker) -> None:
@@ -120,7 +121,7 @@ class Worker:
                 self._live.difference_update(message.request_ids)
         elif isinstance(message, ReleaseLease):
             for lease_id in message.lease_ids:
-                self._engine.release(lease_id)
+                self._engine.release(lease_id, message.fetched)
         elif isinstance(message, Resync):
             self._engine.resync()
 

@@ -14,6 +14,7 @@ _COUNTERS = {
     "baton_requests_total": "Requests that ended, by outcome",
     "baton_routes_total": "Routing decisions, by way",
     "baton_retries_total": "Attempts after a failed one",
+    "baton_warm_ups_total": "First handoffs between two workers, by verdict; only engines that need them",
     "baton_prompt_tokens_total": "Prompt tokens by where the decode worker had their KV from",
     "baton_kv_received_bytes_total": "KV bytes moved and verified",
     "baton_handoffs_total": "Handoffs by verdict: verified, or why the KV was not used",
@@ -25,6 +26,7 @@ _GAUGES = {
     "baton_worker_queued_tokens": "Prompt tokens the worker has yet to compute",
     "baton_kv_blocks": "KV blocks of the worker, by state; free + cached + held is the pool",
     "baton_leases": "Published KV waiting to be fetched or released",
+    "baton_prefix_events": "1 when the worker tells what its prefix cache holds; 0: prefixes are not routed to it",
     "baton_router_requests": "Requests in the router",
     "baton_router_queued_tokens": "Prompt tokens that wait for their first token",
     "baton_prefix_index_blocks": "Blocks in the router's prefix index",
@@ -49,6 +51,9 @@ class Metrics:
     def retried(self) -> None:
         self._metric("baton_retries_total").increment(1)
 
+    def warmed(self, verdict: str) -> None:
+        self._metric("baton_warm_ups_total", verdict=verdict.partition(" ")[0]).increment(1)
+
     def ended(self, outcome: Outcome, proof: Proof | None) -> None:
         self._metric("baton_requests_total", outcome=outcome.value).increment(1)
         if proof is None:
@@ -70,6 +75,7 @@ class Metrics:
             self._metric("baton_worker_up", **labels).set(int(worker.up))
             self._metric("baton_worker_queued_tokens", **labels).set(load.queued_tokens)
             self._metric("baton_leases", **labels).set(load.active_leases)
+            self._metric("baton_prefix_events", **labels).set(int(load.tells_blocks))
             for state in ("queued", "running"):
                 self._metric("baton_worker_requests", **labels, state=state).set(getattr(load, f"{state}_requests"))
             for state in ("free", "cached", "held"):

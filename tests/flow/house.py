@@ -187,6 +187,7 @@ class Counts:
     def __init__(self) -> None:
         self.ways: list[Way] = []
         self.outcomes: list[Outcome] = []
+        self.warm_ups: list[str] = []
         self.retries = 0
 
     def refresh(self, house: House) -> None:
@@ -197,6 +198,9 @@ class Counts:
 
     def retried(self) -> None:
         self.retries += 1
+
+    def warmed(self, verdict: str) -> None:
+        self.warm_ups.append(verdict)
 
     def ended(self, outcome: Outcome, proof: Proof | None) -> None:
         self.outcomes.append(outcome)

@@ -112,7 +112,7 @@ class PagedEngine:
     def abort(self, request_id: RequestId) -> None:
         self._inbox.put(partial(self._abort, request_id))
 
-    def release(self, lease_id: str) -> None:
+    def release(self, lease_id: str, fetched: bool = False) -> None:
         self._inbox.put(partial(self._release, lease_id))
 
     def resync(self) -> None:
