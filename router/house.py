@@ -15,7 +15,7 @@ from python_backends.core.block_hash import block_hashes, chain_root
 from python_backends.core.config import Deployment
 from python_backends.core.errors import InvalidRequest, Unavailable
 from python_backends.core.messages import BlockEvents, Heartbeat, Outputs, PrefillDone
-from python_backends.core.types import RequestId, Role, WorkerId
+from python_backends.core.types import LeaseEnd, RequestId, Role, WorkerId
 from router.admission import Admission
 from router.fleet import Fleet
 from router.mailroom import Mailroom
@@ -128,7 +128,7 @@ class House:
             return
         for output in self.mailroom.deliver(outputs.outputs):
             if isinstance(output, PrefillDone) and output.lease_id is not None:
-                self.calls.release(outputs.worker, output.lease_id, fetched=False)  # its request is gone
+                self.calls.release(outputs.worker, output.lease_id, LeaseEnd.UNWANTED)  # its request is gone
 
     def hear_events(self, events: BlockEvents) -> bool:
         """Returns whether the worker's blocks must be asked for again."""

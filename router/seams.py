@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from python_backends.core.errors import BatonError
 from python_backends.core.messages import Work
-from python_backends.core.types import RequestId, WorkerId
+from python_backends.core.types import LeaseEnd, RequestId, WorkerId
 from router.types import Outcome, Piece, Proof, Way
 
 if TYPE_CHECKING:
@@ -23,8 +23,7 @@ class Calls(Protocol):
 
     def abort(self, worker: WorkerId, request_id: RequestId) -> None: ...
 
-    def release(self, worker: WorkerId, lease_id: str, fetched: bool) -> None:
-        """`fetched`: the KV has arrived; else nobody will ask for it."""
+    def release(self, worker: WorkerId, lease_id: str, end: LeaseEnd) -> None: ...
 
 
 class Reply(Protocol):

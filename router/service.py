@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from python_backends.core.config import Deployment
 from python_backends.core.errors import Cancelled, DeadlineExceeded, EngineFailure, Unavailable
 from python_backends.core.messages import Abort, ReleaseLease, Work
-from python_backends.core.types import RequestId, WorkerId
+from python_backends.core.types import LeaseEnd, RequestId, WorkerId
 from router.channel import RouterChannel
 from router.house import House
 from router.run import Run
@@ -130,8 +130,8 @@ class RouterService:
     def abort(self, worker: WorkerId, request_id: RequestId) -> None:
         self._channel.send(worker, Abort([request_id]))
 
-    def release(self, worker: WorkerId, lease_id: str, fetched: bool) -> None:
-        self._channel.send(worker, ReleaseLease([lease_id], fetched))
+    def release(self, worker: WorkerId, lease_id: str, end: LeaseEnd) -> None:
+        self._channel.send(worker, ReleaseLease([lease_id], end))
 
     # --- opening and shutting, on the loop ---
 

@@ -12,9 +12,10 @@ import time
 
 from python_backends.core.errors import TritonCode
 from python_backends.core.messages import DecodeWork, KVReady, Output, PrefillDone, PrefillWork, RequestFailed, TokenChunk, Work
-from python_backends.core.types import Epoch, GenerateRequest, RequestId, Role, SamplingParams
+from python_backends.core.types import Epoch, GenerateRequest, LeaseEnd, RequestId, Role, SamplingParams
 from router.fleet import WorkerView
 from router.house import House
+from router.run import lease_end
 
 log = logging.getLogger(__name__)
 
@@ -79,8 +80,8 @@ class WarmUp:
         outputs = await self._ask(decode, DecodeWork(self._request("d", prompt, [done.token_id]), done.ticket))
         report = next((output.report for output in outputs if isinstance(output, KVReady)), None)
         if done.lease_id is not None:
-            fetched = report is not None and report.received_tokens > 0
-            self._house.calls.release(prefill.id, done.lease_id, fetched)
+            end = LeaseEnd.UNWANTED if report is None else lease_end(report)
+            self._house.calls.release(prefill.id, done.lease_id, end)
         return report.digest if report is not None else _failure(outputs[-1])
 
     def _request(self, leg: str, prompt: list[int], output: list[int]) -> GenerateRequest:

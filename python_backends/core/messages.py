@@ -15,6 +15,7 @@ from python_backends.core.types import (
     FinishReason,
     GenerateRequest,
     KVReport,
+    LeaseEnd,
     RequestId,
     Role,
     TokenLogprob,
@@ -160,10 +161,10 @@ class Abort(msgspec.Struct, frozen=True, tag=True):
 
 
 class ReleaseLease(msgspec.Struct, frozen=True, tag=True):
-    """Nobody needs these leases any more. `fetched`: because their KV has arrived, not because it isn't wanted."""
+    """Nobody needs these leases any more."""
 
     lease_ids: list[str]
-    fetched: bool = False
+    end: LeaseEnd = LeaseEnd.UNWANTED
 
 
 class Resync(msgspec.Struct, frozen=True, tag=True):

@@ -32,6 +32,14 @@ class Role(str, Enum):
     AGGREGATED = "aggregated"
 
 
+class LeaseEnd(str, Enum):
+    """Why nobody needs published KV any more."""
+
+    FETCHED = "fetched"  # it has arrived
+    LOST = "lost"  # it was asked for and did not arrive in time
+    UNWANTED = "unwanted"  # nobody asked for it, or nobody will
+
+
 class FinishReason(str, Enum):
     STOP = "stop"
     LENGTH = "length"

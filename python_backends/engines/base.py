@@ -32,7 +32,7 @@ from python_backends.core.config import Deployment, WorkerConfig
 from python_backends.core.errors import ConfigError
 from python_backends.core.layout import KVLayout
 from python_backends.core.messages import Output
-from python_backends.core.types import Epoch, GenerateRequest, RequestId, WorkerLoad
+from python_backends.core.types import Epoch, GenerateRequest, LeaseEnd, RequestId, WorkerLoad
 
 
 class CacheChange(msgspec.Struct, frozen=True):
@@ -71,8 +71,8 @@ class Engine(Protocol):
     def abort(self, request_id: RequestId) -> None:
         """Stop the request and give back all it holds, its published KV included."""
 
-    def release(self, lease_id: str, fetched: bool = False) -> None:
-        """End a lease. Unknown or ended leases are a no-op. `fetched`: the KV has arrived where it was wanted."""
+    def release(self, lease_id: str, end: LeaseEnd = LeaseEnd.UNWANTED) -> None:
+        """End a lease. Unknown or ended leases are a no-op."""
 
     def resync(self) -> None:
         """Deliver a CacheChange with `reset` that lists the whole prefix cache."""

@@ -121,7 +121,7 @@ class Worker:
                 self._live.difference_update(message.request_ids)
         elif isinstance(message, ReleaseLease):
             for lease_id in message.lease_ids:
-                self._engine.release(lease_id, message.fetched)
+                self._engine.release(lease_id, message.end)
         elif isinstance(message, Resync):
             self._engine.resync()
 

@@ -21,7 +21,15 @@ from typing import Any
 
 from python_backends.core.errors import HandoffRefused, InvalidRequest, RefusalReason, TritonCode
 from python_backends.core.messages import KVReady, Output, PrefillDone, RequestFailed, TokenChunk
-from python_backends.core.types import FinishReason, GenerateRequest, KVReport, RequestId, SamplingParams, WorkerLoad
+from python_backends.core.types import (
+    FinishReason,
+    GenerateRequest,
+    KVReport,
+    LeaseEnd,
+    RequestId,
+    SamplingParams,
+    WorkerLoad,
+)
 from python_backends.engines.trtllm import answers
 from python_backends.engines.trtllm.block_events import BlockEvents
 from python_backends.engines.trtllm.jobs import Job, Kind, Leg
@@ -79,7 +87,7 @@ class Dispatcher:
 
     def load(self) -> WorkerLoad:
         """Blocks are counted as this worker gives them out: TensorRT-LLM doesn't tell which of its own are free."""
-        computing = [leg.job for leg in self._legs if leg.job is not None and not leg.heard]
+        computing = [leg.job for leg in self._legs if leg.job is not None and not leg.heard and not leg.in_transit]
         held = self._held_blocks()
         total = max(self._limits.total_blocks, held)
         return WorkerLoad(
@@ -122,21 +130,25 @@ class Dispatcher:
             if len(self._aborted) > _REMEMBERED_ABORTS:
                 self._aborted.popitem(last=False)
 
-    def release(self, lease_id: str, fetched: bool) -> None:
-        if fetched:
+    def release(self, lease_id: str, end: LeaseEnd) -> None:
+        if end is LeaseEnd.FETCHED:
             self._published.fetched(lease_id)
+            self._watchdog.handoff_arrived()
             self.admit()
+        elif end is LeaseEnd.LOST:
+            self._watchdog.handoff_failed(self._published.since(lease_id))
 
     def fail_all(self, code: TritonCode, why: str) -> None:
         """Answer every job; another worker may help."""
         for job in list(self._jobs.values()):
             self._fail(job, code, why)
 
-    def stop(self) -> None:
+    async def stop(self) -> None:
         """Follow nothing any more."""
-        for leg in self._legs:
-            if leg.task is not None:
-                leg.task.cancel()
+        tasks = [leg.task for leg in self._legs if leg.task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     def tick(self) -> None:
         """Called a few times a second while busy."""
@@ -197,8 +209,9 @@ class Dispatcher:
     def _has_room(self, job: Job) -> bool:
         needed, held = self._blocks(job), self._held_blocks()
         if self._kind(job) is Kind.CONTEXT:
-            contexts = sum(leg.kind is Kind.CONTEXT for leg in self._legs)
-            if not self._limits.allows_handoff(contexts + len(self._published), self._published.num_blocks, needed):
+            making = [leg.num_blocks for leg in self._legs if leg.kind is Kind.CONTEXT]
+            count, blocks = len(making) + len(self._published), sum(making) + self._published.num_blocks
+            if not self._limits.allows_handoff(count, blocks, needed):
                 return False
         return len(self._legs) < self._limits.max_batch and self._limits.fits(needed, held)
 
@@ -289,9 +302,13 @@ class Dispatcher:
     def _first_output_due(self, leg: Leg) -> None:
         if leg.heard or leg.job is None or leg not in self._legs:
             return
-        self._watchdog.handoff_failed(leg.job.arrived)
         seconds = f"{self._limits.first_output_s:g} s (engine.trtllm.first_output_s)"
-        self._recompute(leg, leg.job, HandoffRefused(RefusalReason.TRANSFER_TIMEOUT, f"no output within {seconds}"))
+        self._lost(leg, leg.job, f"no output within {seconds}")
+
+    def _lost(self, leg: Leg, job: Job, why: str) -> None:
+        """Its KV did not arrive in time."""
+        self._watchdog.handoff_failed(job.arrived)
+        self._recompute(leg, job, HandoffRefused(RefusalReason.TRANSFER_TIMEOUT, why))
 
     def _recompute(self, leg: Leg, job: Job, refused: HandoffRefused) -> None:
         """The leg is left to itself; the job goes on in another, first in line."""
@@ -415,7 +432,7 @@ class Dispatcher:
     def _ended_early(self, leg: Leg, job: Job, reason: str, first: bool) -> None:
         """TensorRT-LLM gave the request up by itself: a transfer that took too long, for example."""
         if leg.kind is Kind.GENERATION and first:
-            self._recompute(leg, job, HandoffRefused(RefusalReason.TRANSFER_FAILED, f"TensorRT-LLM says: {reason}"))
+            self._lost(leg, job, f"TensorRT-LLM says: {reason}")
         else:
             self._fail(job, TritonCode.INTERNAL, f"worker {self._limits.worker}: TensorRT-LLM ended the request: {reason}")
 

@@ -30,7 +30,7 @@ from python_backends.core.errors import ConfigError, TritonCode
 from python_backends.core.messages import Output
 from python_backends.core.paths import resolve_model
 from python_backends.core.trtllm import check_trtllm, kv_timeout_ms
-from python_backends.core.types import Epoch, GenerateRequest, RequestId, WorkerLoad
+from python_backends.core.types import Epoch, GenerateRequest, LeaseEnd, RequestId, WorkerLoad
 from python_backends.engines.base import CacheChange, EngineInfo, OnOutputs
 from python_backends.engines.trtllm.arguments import llm_arguments, max_batch
 from python_backends.engines.trtllm.block_events import BlockEvents
@@ -107,13 +107,16 @@ class TrtllmEngine:
     def abort(self, request_id: RequestId) -> None:
         self._post(lambda dispatcher: dispatcher.abort(request_id))
 
-    def release(self, lease_id: str, fetched: bool = False) -> None:
-        self._post(lambda dispatcher: dispatcher.release(lease_id, fetched))
+    def release(self, lease_id: str, end: LeaseEnd = LeaseEnd.UNWANTED) -> None:
+        self._post(lambda dispatcher: dispatcher.release(lease_id, end))
 
     def resync(self) -> None:
         self._post(lambda _: self._request_reset())
 
     def load(self) -> WorkerLoad:
+        if self._load.running_requests:
+            self._watchdog.posted()  # see whether the loop still turns
+            self._loop.call_soon_threadsafe(self._watchdog.turned)
         return msgspec.structs.replace(self._load, fault=self._watchdog.fault(), tells_blocks=self._tells_blocks)
 
     def close(self) -> None:
@@ -244,6 +247,8 @@ class TrtllmEngine:
             self._load = self._dispatcher.load()
         outputs, self._outputs = self._outputs, []
         change = self._events.take_change()
+        if outputs:
+            self._events_wanted.set()
         if outputs or change:
             self._on_outputs(outputs, change)
 
@@ -305,8 +310,8 @@ class TrtllmEngine:
         for chore in self._chores:
             chore.cancel()
         self._dispatcher.fail_all(TritonCode.UNAVAILABLE, f"worker {self._worker.name} is shutting down")
-        self._dispatcher.stop()
         self._flush()
+        await asyncio.gather(*self._chores, self._dispatcher.stop(), return_exceptions=True)
 
 
 def _await_shut(future: Future[None]) -> None:

@@ -15,7 +15,7 @@ from python_backends.core.types import RequestId
 class _Entry:
     request_id: RequestId
     num_blocks: int
-    dropped_at: float  # monotonic, s: TensorRT-LLM may drop it from then on
+    since: float  # monotonic, s
 
 
 class Published:
@@ -32,7 +32,12 @@ class Published:
         return sum(entry.num_blocks for entry in self._entries.values())
 
     def add(self, lease_id: str, request_id: RequestId, num_blocks: int, now: float) -> None:
-        self._entries[lease_id] = _Entry(request_id, num_blocks, now + self._keep_s)
+        self._entries[lease_id] = _Entry(request_id, num_blocks, now)
+
+    def since(self, lease_id: str) -> float:
+        """When it was added; 0 when it is gone."""
+        entry = self._entries.get(lease_id)
+        return entry.since if entry is not None else 0.0
 
     def fetched(self, lease_id: str) -> None:
         """The KV is on the other side. Unknown ids are a no-op."""
@@ -43,7 +48,7 @@ class Published:
 
     def overdue(self, now: float) -> list[str]:
         """Leases whose KV nobody fetched in time: TensorRT-LLM drops it with the next work it schedules."""
-        return [lease_id for lease_id, entry in self._entries.items() if entry.dropped_at < now]
+        return [lease_id for lease_id, entry in self._entries.items() if entry.since + self._keep_s < now]
 
     def drop(self, lease_ids: list[str]) -> None:
         for lease_id in lease_ids:

@@ -1,7 +1,8 @@
 """Whether the engine still works, by what comes out of it. TensorRT-LLM answers health checks while it is stuck.
 
 Four things say that it can't go on: it failed in a way that isn't one request's; its event loop stands still; requests
-run and nothing comes out; handoffs stopped arriving although their senders live. Time is monotonic seconds.
+run and nothing comes out; no handoff succeeds any more although the other workers live. Which end of a handoff is at
+fault can't be seen, so both count; one with healthy partners has successes in between. Time is monotonic seconds.
 """
 
 from __future__ import annotations
@@ -50,9 +51,9 @@ class Watchdog:
         self._failed_since, self._failed = None, 0
 
     def handoff_failed(self, arrived: float) -> None:
-        """A good ticket that arrived at `arrived` brought no KV in time.
+        """A good ticket brought no KV in time. `arrived`: when it came here, or was made here.
 
-        Tickets of a sender that died fail, too, but none of them can arrive after the first failure was noticed.
+        Handoffs with a worker that died fail, too, but none of them can have begun after the first failure was noticed.
         """
         if self._failed_since is None:
             self._failed_since = self._clock()

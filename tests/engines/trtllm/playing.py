@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from python_backends.core.trtllm import CacheTransceiverConfig, KvCacheConfig, LlmConfig, TrtllmConfig
 
 FAKES = Path(__file__).parents[2] / "fakes"
@@ -83,5 +85,6 @@ def _forget() -> None:
 def trtllm_config(max_tokens: int, **changes: Any) -> TrtllmConfig:
     """A TrtllmConfig whose workers share GPU 0."""
     llm = LlmConfig(kv_cache_config=KvCacheConfig(max_tokens=max_tokens), max_num_tokens=changes.pop("max_num_tokens", 0))
-    transceiver = changes.pop("cache_transceiver_config", CacheTransceiverConfig(backend="UCX"))
-    return TrtllmConfig(prefill=llm, decode=llm, aggregated=llm, cache_transceiver_config=transceiver, **changes)
+    transceiver = CacheTransceiverConfig(backend="UCX")
+    usual = TrtllmConfig(prefill=llm, decode=llm, aggregated=llm, cache_transceiver_config=transceiver)
+    return msgspec.structs.replace(usual, **changes)
