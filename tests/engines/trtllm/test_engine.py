@@ -266,6 +266,17 @@ def test_published_kv_leaves_room_for_prompts(engines12: Trtllm) -> None:
     assert held > 1024 // BLOCK * 0.5
 
 
+def test_handoffs_wait_here_and_not_in_tensorrt_llm(engines12: Trtllm) -> None:
+    """There their time to the first output would run while they queue, and a busy worker would look like a broken one."""
+    prefill = engines12.make(Role.PREFILL, lease_s=30)
+    decode = engines12.make(Role.DECODE, lease_s=30, pool_tokens=600, first_output_s=0.4, knobs={"step_ms": 5})
+    for i in range(8):
+        done = prefill.prefill(make_request(f"p{i}", _prompt(i), max_tokens=120))
+        decode.engine.decode(decode.handed(done, f"d{i}", _prompt(i), max_tokens=120), done.ticket)
+    assert all(decode.result(f"d{i}")[1].digest == "unchecked" for i in range(8))
+    assert decode.engine.load().fault == ""
+
+
 def test_waiting_requests_meet_their_deadline(engines12: Trtllm) -> None:
     prefill = engines12.make(Role.PREFILL, lease_s=30, max_handoffs=1)
     prefill.prefill(make_request("p0", _prompt(0)))
