@@ -22,7 +22,8 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from types import TracebackType
 
-from python_backends.core.config import load_deployment
+from python_backends.core import trtllm
+from python_backends.core.config import Deployment, load_deployment
 from python_backends.core.errors import ConfigError, Unavailable
 from python_backends.core.paths import repository_root
 from scripts import guardian
@@ -31,6 +32,7 @@ from scripts.guardian import remove_traces
 _EXIT_TIMEOUT_S = 5  # given to requests in flight when the server stops
 _GRACE_S = _EXIT_TIMEOUT_S + 1.5  # then everything is killed
 _STOP_TIMEOUT_S = _GRACE_S + 8.0  # longer than the guardian can take
+_START_TIMEOUT_S = 300.0
 _POLL_S = 0.05
 _LOG_CHUNK = 1 << 20
 # Below the kernel's range for outgoing connections (32768 up), so that none of those takes a port we have chosen.
@@ -63,9 +65,12 @@ class TritonServer:
         grpc_port: int = 0,
         metrics_port: int = 0,
         model_repository: Path | None = None,
-        start_timeout_s: float = 300.0,
+        start_timeout_s: float | None = None,
     ) -> None:
-        """Raises ConfigError when the deployment file is wrong, a port is taken, or there is no usable tritonserver."""
+        """Raises ConfigError when the deployment file is wrong, a port is taken, or there is no usable tritonserver.
+
+        start_timeout_s: by default as long as the engines of the deployment may take to load.
+        """
         self.deployment = load_deployment(config)
         self.address = address
         self.models = ["router", *(worker.name for worker in self.deployment.workers)]
@@ -77,7 +82,7 @@ class TritonServer:
         self._config = config.absolute()
         self._binary = find_tritonserver()
         self._model_repository = model_repository or repository_root() / "model_repository"
-        self._start_timeout_s = start_timeout_s
+        self._start_timeout_s = start_timeout_s or _load_timeout_s(self.deployment)
         self._guardian: subprocess.Popen[bytes] | None = None
         run_id = secrets.token_hex(4)
         self.run_dir = _run_base() / run_id
@@ -244,6 +249,12 @@ class TritonServer:
             self._channel.sendall(word.encode())
         except OSError:  # the guardian is gone already; waiting for it tells
             return
+
+
+def _load_timeout_s(deployment: Deployment) -> float:
+    if any(worker.engine == trtllm.ENGINE for worker in deployment.workers):
+        return deployment.engine.trtllm.load_timeout_s + _START_TIMEOUT_S
+    return _START_TIMEOUT_S
 
 
 class ServerLog:
