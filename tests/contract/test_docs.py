@@ -24,6 +24,6 @@ def test_api_page_is_the_code() -> None:
 
 def test_paths_that_the_documents_name_exist() -> None:
     named = re.compile(r"`((?:python_backends|router|configs|scripts|tests|docs|model_repository)/[\w./-]*)`")
-    for page in (ROOT / "README.md", ROOT / "docs" / "architecture.md"):
+    for page in (ROOT / "README.md", ROOT / "docs" / "architecture.md", ROOT / "docs" / "tensorrt-llm.md"):
         for path in named.findall(page.read_text()):
             assert (ROOT / path).exists(), f"{page.name} names {path}"

@@ -15,7 +15,9 @@ from typing import Any
 import psutil
 import pytest
 
+from scripts.client import Client
 from scripts.tritonserver import TritonServer
+from scripts.verify_gpu import Failed, Result, Verification, machine, verify
 from tests.engines.trtllm.playing import Knobs
 from tests.triton.asking import Asking, metrics, total, wait_until_nothing_is_held
 from tests.triton.trtllm_models import write_models
@@ -206,3 +208,24 @@ def _wait_until_back(served: Served, client: Asking, role: str, old: int) -> Non
     answer = client.ask(text_input=f"back {role} {old} {PROMPT}", max_tokens=4, route="remote", return_proof=True)
     proof = json.loads(answer.last("proof"))
     assert (proof["route"], proof["kv_tokens_recomputed"]) == ("remote", 0)
+
+
+def test_the_command_that_verifies_a_gpu_machine_works(served: Served) -> None:
+    """Over the fake: what it will find on a GPU nobody knows, but it must not fail for reasons of its own."""
+    told: list[Result] = []
+    with Client(f"{served.server.host}:{served.server.grpc_port}") as client:
+        results = verify(served.server, client, told.append)
+    assert [result for result in results if not result.ok] == []
+    assert told == results
+    assert len(results) == 11
+    assert {result.name: result.detail for result in machine()}["TensorRT-LLM"] == "not installed here"
+
+
+def test_verification_tells_what_does_not_hold(served: Served) -> None:
+    served.knobs["prefill"].set(**SPEED, silent_sender=True)
+    with Client(f"{served.server.host}:{served.server.grpc_port}") as client:
+        check = Verification(served.server, client)
+        check._ask("so that it looks into the file", route="remote", max_tokens=2)
+        with pytest.raises(Failed, match=r"transfer_timeout|no KV was received"):
+            check.first_token()
+    served.knobs["prefill"].set(**SPEED)

@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -115,8 +116,7 @@ class TrtllmEngine:
 
     def load(self) -> WorkerLoad:
         if self._load.running_requests:
-            self._watchdog.posted()  # see whether the loop still turns
-            self._loop.call_soon_threadsafe(self._watchdog.turned)
+            self._on_loop(self._watchdog.turned)  # see whether it still turns
         return msgspec.structs.replace(self._load, fault=self._watchdog.fault(), tells_blocks=self._tells_blocks)
 
     def close(self) -> None:
@@ -215,11 +215,12 @@ class TrtllmEngine:
     # --- calls from other threads --------------------------------------------------------------------------------------
 
     def _post(self, call: Callable[[Dispatcher], None]) -> None:
+        self._on_loop(self._take, call)
+
+    def _on_loop(self, call: Callable[..., None], *arguments: object) -> None:
         self._watchdog.posted()
-        try:
-            self._loop.call_soon_threadsafe(self._take, call)
-        except RuntimeError:  # the loop is closed
-            return
+        with suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(call, *arguments)
 
     def _take(self, call: Callable[[Dispatcher], None]) -> None:
         self._watchdog.turned()

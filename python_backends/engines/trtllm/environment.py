@@ -11,7 +11,7 @@ from python_backends.core.trtllm import lists_tcp
 log = logging.getLogger(__name__)
 
 # Variables by which a process takes part in an MPI job. A server that was started by mpirun passes them on to its model
-# processes, and MPI would then believe to be in that job. OMPI_MCA_* in general is configuration and stays.
+# processes, and MPI would then believe to be in that job. OMPI_MCA_* and PMIX_MCA_* are configuration and stay.
 _MPI_JOB = (
     "OMPI_COMM_WORLD_",
     "OMPI_UNIVERSE_",
@@ -26,7 +26,7 @@ _MPI_JOB = (
 
 def prepare(environment: MutableMapping[str, str], gpus: str, num_gpus: int, given: Mapping[str, str]) -> None:
     """Change `environment` (os.environ) for one worker: its GPUs, no MPI job, and what the deployment file gives."""
-    for name in [name for name in environment if name.startswith(_MPI_JOB)]:
+    for name in [name for name in environment if name.startswith(_MPI_JOB) and not name.startswith("PMIX_MCA_")]:
         del environment[name]
     environment["CUDA_VISIBLE_DEVICES"] = gpus
     environment["TRTLLM_VISIBLE_DEVICES"] = gpus  # for the processes that MPI starts

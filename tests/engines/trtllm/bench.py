@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from python_backends.core.config import Deployment, EngineConfig, ModelConfig, TransferConfig, WorkerConfig
+from python_backends.core.errors import ConfigError
 from python_backends.core.messages import PrefillDone
 from python_backends.core.types import Epoch, GenerateRequest, LeaseEnd, Role
 from python_backends.engines.base import create_engine
@@ -23,8 +24,13 @@ class TrtllmBench(EngineBench):
 
     def __init__(self, deployment: Deployment, knobs: Knobs, epoch: int) -> None:
         self.knobs = knobs
-        with knobs.apply():
-            super().__init__(create_engine(deployment, deployment.workers[0], Epoch(epoch), KEY))
+        engine = create_engine(deployment, deployment.workers[0], Epoch(epoch), KEY)
+        try:
+            with knobs.apply():
+                super().__init__(engine)
+        except ConfigError:
+            engine.close()
+            raise
 
     def handed(self, done: PrefillDone, request_id: str, prompt: list[int], **fields: Any) -> GenerateRequest:
         return make_request(request_id, prompt, [done.token_id], **fields)

@@ -199,6 +199,16 @@ def test_a_burst_of_aborts_leaks_nothing(engines12: Trtllm, when: str) -> None:
     assert [done.token_id, *tokens] == _reference(engines12, PROMPT)
 
 
+def test_a_stream_with_logprobs_can_be_aborted(engines: Trtllm) -> None:
+    engine = engines.make(Role.AGGREGATED, knobs={"step_ms": 2})
+    engine.engine.decode(make_request("x", PROMPT, max_tokens=900, logprobs=2), None)
+    engine.wait(lambda: len(engine.outputs.get("x", [])) > 3)
+    engine.engine.abort(RequestId("x"))
+    engine.assert_nothing_held()
+    engine.knobs.wait_state(used_blocks=0)
+    engine.decode(make_request("y", PROMPT, logprobs=2))
+
+
 def test_a_recompute_can_be_aborted_too(engines12: Trtllm) -> None:
     prefill, decode = engines12.make(Role.PREFILL), engines12.make(Role.DECODE, first_output_s=0.2, knobs={"step_ms": 5})
     prefill.knobs.set(silent_sender=True)

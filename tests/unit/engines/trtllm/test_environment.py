@@ -21,7 +21,7 @@ def test_the_worker_sees_its_gpus_and_no_others() -> None:
 def test_an_mpi_job_around_the_server_is_forgotten_and_configuration_is_kept() -> None:
     job = ["OMPI_COMM_WORLD_SIZE", "OMPI_UNIVERSE_SIZE", "OMPI_APP_CTX_NUM_PROCS", "OMPI_FIRST_RANKS", "OMPI_MCA_orte_ess"]
     job += ["ORTE_SCHIZO", "PMIX_RANK", "PMIX_SERVER_URI4", "PMI_FD"]
-    kept = {"OMPI_MCA_pml": "ob1", "PATH": "/bin", "UCX_NET_DEVICES": "mlx5_0:1"}
+    kept = {"OMPI_MCA_pml": "ob1", "PMIX_MCA_gds": "hash", "PATH": "/bin", "UCX_NET_DEVICES": "mlx5_0:1"}
     environment = prepared({**dict.fromkeys(job, "1"), **kept})
     assert not set(job) & environment.keys()
     assert kept.items() <= environment.items()
