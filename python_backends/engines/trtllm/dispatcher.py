@@ -143,13 +143,6 @@ class Dispatcher:
         for job in list(self._jobs.values()):
             self._fail(job, code, why)
 
-    async def stop(self) -> None:
-        """Follow nothing any more."""
-        tasks = [leg.task for leg in self._legs if leg.task is not None]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
     def tick(self) -> None:
         """Called a few times a second while busy."""
         now = time.time()

@@ -124,8 +124,7 @@ class TrtllmEngine:
         thread, self._thread = self._thread, None
         if thread is None:
             return
-        if self._dispatcher is not None:
-            _await_shut(asyncio.run_coroutine_threadsafe(self._shut(), self._loop))
+        _await_shut(asyncio.run_coroutine_threadsafe(self._shut(), self._loop))
         if self._llm is not None:
             closer = threading.Thread(target=self._llm.shutdown, name="trtllm-shutdown", daemon=True)
             closer.start()
@@ -307,12 +306,13 @@ class TrtllmEngine:
         self._on_outputs([], self._events.everything())
 
     async def _shut(self) -> None:
-        assert self._dispatcher is not None
-        for chore in self._chores:
-            chore.cancel()
-        self._dispatcher.fail_all(TritonCode.UNAVAILABLE, f"worker {self._worker.name} is shutting down")
-        self._flush()
-        await asyncio.gather(*self._chores, self._dispatcher.stop(), return_exceptions=True)
+        if self._dispatcher is not None:
+            self._dispatcher.fail_all(TritonCode.UNAVAILABLE, f"worker {self._worker.name} is shutting down")
+            self._flush()
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}  # chores, legs, and an opening that was given up
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _await_shut(future: Future[None]) -> None:
