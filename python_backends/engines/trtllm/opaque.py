@@ -60,7 +60,8 @@ def unpack(packed: bytes, params_class: Any, logprob_class: Any) -> Any:
             ]
         if not isinstance(fields.get("opaque_state"), bytes) or not isinstance(fields.get("ctx_request_id"), int):
             raise ValueError("opaque_state or ctx_request_id is missing")
-        if not [token for token in fields.get("first_gen_tokens") or () if isinstance(token, int)]:
+        first = fields.get("first_gen_tokens")
+        if not isinstance(first, list) or not first or not all(isinstance(token, int) for token in first):
             raise ValueError("first_gen_tokens is missing")
     except (msgspec.MsgspecError, ValueError, TypeError) as error:
         raise HandoffRefused(RefusalReason.MALFORMED, f"opaque part: {error}") from error

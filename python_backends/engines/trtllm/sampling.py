@@ -12,17 +12,37 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
+import msgspec
+
 from python_backends.core.errors import InvalidRequest
 from python_backends.core.types import SamplingParams
 from python_backends.engines.trtllm.library import Library
 
 
+_PASSED_ON = frozenset(  # any other field, also one that is new in SamplingParams, is refused when it is set
+    {
+        "max_tokens",
+        "min_tokens",
+        "temperature",
+        "top_k",
+        "top_p",
+        "repetition_penalty",
+        "presence_penalty",
+        "frequency_penalty",
+        "seed",
+        "stop",
+        "stop_token_ids",
+        "ignore_eos",
+        "logprobs",
+    }
+)
+
+
 def check_sampling(sampling: SamplingParams, eos_token_ids: Collection[int], library: Library) -> None:
     """Raises InvalidRequest that names what TensorRT-LLM can't do."""
-    if sampling.min_p:
-        raise InvalidRequest("min_p is not supported by engine trtllm; use top_p")
-    if sampling.logit_bias:
-        raise InvalidRequest("logit_bias is not supported by engine trtllm")
+    for field in msgspec.structs.fields(sampling):
+        if field.name not in _PASSED_ON and getattr(sampling, field.name) != _default(field):
+            raise InvalidRequest(f"{field.name} is not supported by engine trtllm; leave it out")
     for name, neutral in (("repetition_penalty", 1.0), ("presence_penalty", 0.0), ("frequency_penalty", 0.0)):
         if getattr(sampling, name) != neutral and not library.applies_penalties:
             raise InvalidRequest(f"{name} has no effect in TensorRT-LLM {library.version}, so it is refused; leave it out")
@@ -32,6 +52,10 @@ def check_sampling(sampling: SamplingParams, eos_token_ids: Collection[int], lib
             f"stop_token_ids {sorted(others)} with min_tokens: TensorRT-LLM holds back the model's end token only; "
             "give one of the two"
         )
+
+
+def _default(field: msgspec.structs.FieldInfo) -> Any:
+    return field.default if field.default is not msgspec.NODEFAULT else field.default_factory()
 
 
 def sampling_arguments(

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from python_backends.core.errors import HandoffRefused, RefusalReason
@@ -104,7 +104,14 @@ def test_what_every_release_needs_must_be_there(missing: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "fields", [{"first_gen_tokens": []}, {"opaque_state": "text"}, {"ctx_request_id": "7"}, {"first_gen_tokens": ["x"]}]
+    "fields",
+    [
+        {"first_gen_tokens": []},
+        {"opaque_state": "text"},
+        {"ctx_request_id": "7"},
+        {"first_gen_tokens": ["x"]},
+        {"first_gen_tokens": b"\x07"},
+    ],
 )
 def test_wrong_types_are_refused(fields: dict[str, Any]) -> None:
     refusal(pack(context(**fields)))
@@ -115,11 +122,13 @@ def test_another_version_is_refused() -> None:
     assert "version 2" in str(refusal(packed))
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_nonsense_is_refused(packed: bytes) -> None:
     refusal(packed)
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.sampled_from([*BASIC, "draft_tokens", "other"]), st.none() | st.integers() | st.binary() | st.text()))
 def test_well_formed_nonsense_is_refused_or_harmless(fields: dict[str, Any]) -> None:
     try:
