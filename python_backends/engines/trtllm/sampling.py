@@ -18,7 +18,6 @@ from python_backends.core.errors import InvalidRequest
 from python_backends.core.types import SamplingParams
 from python_backends.engines.trtllm.library import Library
 
-
 _PASSED_ON = frozenset(  # any other field, also one that is new in SamplingParams, is refused when it is set
     {
         "max_tokens",

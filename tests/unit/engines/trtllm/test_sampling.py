@@ -68,7 +68,8 @@ def test_logprobs_0_asks_for_one(wanted: int | None, asked: int | None) -> None:
 
 @pytest.mark.parametrize("name", ["repetition_penalty", "presence_penalty", "frequency_penalty"])
 def test_penalties_pass_where_they_work_and_are_left_out_when_neutral(name: str) -> None:
-    penalised = SamplingParams(**{name: 1.5})
+    fields: dict[str, Any] = {name: 1.5}
+    penalised = SamplingParams(**fields)
     check_sampling(penalised, EOS, NEW)
     assert sampling_arguments(penalised, EOS, 0, 10, perf_metrics=False)[name] == 1.5
     with pytest.raises(InvalidRequest, match=rf"{name} has no effect in TensorRT-LLM 1\.2\.1"):
