@@ -9,6 +9,7 @@ import asyncio
 import logging
 import secrets
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from python_backends.core.block_hash import block_hashes, chain_root
@@ -18,10 +19,11 @@ from python_backends.core.messages import BlockEvents, Heartbeat, Outputs, Prefi
 from python_backends.core.types import LeaseEnd, RequestId, Role, WorkerId
 from router.admission import Admission
 from router.fleet import Fleet
+from router.lifecycle import State
 from router.mailroom import Mailroom
 from router.policy import Query, choose
 from router.prefix_index import PrefixIndex
-from router.seams import Calls, Observer
+from router.seams import Calls, Observer, Snapshot
 from router.tokenizer import Tokenizer
 from router.types import ClientRequest, RouteDecision, Wish
 
@@ -46,6 +48,18 @@ class House:
 
     def close(self) -> None:
         self._encoders.shutdown(wait=False, cancel_futures=True)
+
+    def snapshot(self, states: Mapping[State, int]) -> Snapshot:
+        """`states`: how many live requests are in each."""
+        return Snapshot(states, self.admission.requests, self.admission.queued_tokens, len(self.index), list(self.fleet))
+
+    @property
+    def trouble(self) -> str:
+        """Why requests can't be served now; empty when they can."""
+        if any(worker.role is not Role.PREFILL for worker in self.fleet.up()):
+            return ""
+        up = ", ".join(worker.id for worker in self.fleet.up()) or "none"
+        return f"no decode or aggregated worker is up (up: {up})"
 
     # --- for a request ---
 
@@ -87,8 +101,7 @@ class House:
                 self.observer.decided(decision.way)
                 return decision
             if time.monotonic() >= give_up:
-                up = ", ".join(worker.id for worker in workers) or "none"
-                raise Unavailable(f"no decode or aggregated worker is up (up: {up}); try again in a moment")
+                raise Unavailable(f"{self.trouble or 'no worker that is up can take the request'}; try again in a moment")
             await self.fleet.wait_for_change(give_up - time.monotonic())
 
     def _check_length(self, num_tokens: int) -> None:

@@ -54,7 +54,7 @@ class Run:
         self._attempts = 0
         self._avoid: set[WorkerId] = set()
         self._prompt_ids: list[int] = []
-        self._output_ids: list[int] = []
+        self._output_ids: list[int] = [*request.output_ids]
         self._cumulative_logprob = 0.0
         self._sampling = request.sampling
         self._account = Account(arrival)
@@ -70,6 +70,10 @@ class Run:
         self._lease_end = LeaseEnd.UNWANTED
 
     @property
+    def state(self) -> State:
+        return self._life.state
+
+    @property
     def ended(self) -> bool:
         return not self._life.live
 
@@ -82,6 +86,7 @@ class Run:
         self._sampling = self._check_tokens(self._request.sampling)
         self._place.queue(len(self._prompt_ids))
         self._text = Detokenizer(self._house.tokenizer, self._sampling.stop, self._sampling.min_tokens, self._prompt_ids)
+        self._text.push(self._output_ids)  # the client has this text
 
     async def route(self) -> RouteDecision:
         """Choose where this attempt goes. Raises Unavailable, or InvalidRequest when the prompt is too long for all."""
@@ -149,7 +154,7 @@ class Run:
         self._reply.fail(error)
         self._house.observer.ended(_outcome(error), None)
 
-    def interrupt(self, task: asyncio.Task[None], why: Cancelled | DeadlineExceeded) -> None:
+    def interrupt(self, task: asyncio.Task[None], why: BatonError) -> None:
         """End the request from outside, wherever it is."""
         self.interruption = why
         task.cancel()
@@ -171,7 +176,7 @@ class Run:
         if finish is not None or self._text.stopped:
             self._move(Event.STOP if finish is None else Event.FINISH)
             finish = FinishReason.STOP if self._text.stopped else finish
-        elif self._life.state is State.DECODING:
+        elif self.state is State.DECODING:
             self._move(Event.TOKENS)
         self._send(Piece(text, chunk.token_ids, logprobs, self._cumulative_logprob, len(self._prompt_ids), finish))
 
@@ -192,7 +197,7 @@ class Run:
     def _kv_ready(self, report: KVReport) -> None:
         self._account.kv_ready(report)
         self._lease_end = lease_end(report)
-        if self._life.state is State.HANDING_OFF:
+        if self.state is State.HANDING_OFF:
             self._move(Event.KV_READY)
 
     # --- workers ---
@@ -226,7 +231,12 @@ class Run:
         size = self._house.tokenizer.vocab_size
         if not self._prompt_ids:
             raise InvalidRequest("the prompt is empty: give text_input, messages or input_ids with at least one token")
-        named = {"input_ids": self._prompt_ids, "logit_bias": sampling.logit_bias, "stop_token_ids": sampling.stop_token_ids}
+        named = {
+            "input_ids": self._prompt_ids,
+            "output_ids": self._output_ids,
+            "logit_bias": sampling.logit_bias,
+            "stop_token_ids": sampling.stop_token_ids,
+        }
         for field, ids in named.items():
             outside = next((token for token in ids if not 0 <= token < size), None)
             if outside is not None:

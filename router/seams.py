@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 from python_backends.core.errors import BatonError
 from python_backends.core.messages import Work
 from python_backends.core.types import LeaseEnd, RequestId, WorkerId
+from router.fleet import WorkerView
+from router.lifecycle import State
 from router.types import Outcome, Piece, Proof, Way
-
-if TYPE_CHECKING:
-    from router.house import House
 
 
 class Calls(Protocol):
@@ -34,11 +35,22 @@ class Reply(Protocol):
     def fail(self, error: BatonError) -> None: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The house at one moment. `workers` are its own views: read them at once and keep none."""
+
+    states: Mapping[State, int]  # live requests
+    requests: int
+    queued_tokens: int
+    index_blocks: int
+    workers: Sequence[WorkerView]
+
+
 class Observer(Protocol):
     """Who counts. Called on the event loop; must not block."""
 
-    def refresh(self, house: House) -> None:
-        """Take in the state of the fleet; called a few times a second."""
+    def refresh(self, snapshot: Snapshot) -> None:
+        """Take in how things stand; called a few times a second."""
 
     def decided(self, way: Way) -> None: ...
 

@@ -9,15 +9,17 @@ import asyncio
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from functools import partial
 from typing import Any, Protocol
 
 from python_backends.core.config import Deployment
-from python_backends.core.errors import Cancelled, DeadlineExceeded, EngineFailure, Unavailable
+from python_backends.core.errors import BatonError, Cancelled, DeadlineExceeded, EngineFailure, Unavailable
 from python_backends.core.messages import Abort, ReleaseLease, Work
 from python_backends.core.types import LeaseEnd, RequestId, WorkerId
+from router.admission import SHUTTING_DOWN
 from router.channel import RouterChannel
 from router.house import House
 from router.run import Run
@@ -49,11 +51,14 @@ class RouterService:
         submit: Submit,
         control: ModelControl | None,
         observer: Observer,
+        stopping: Callable[[], bool] = lambda: False,
     ) -> None:
+        """`stopping`: whether the server has been told to stop; asked a few times a second."""
         self._deployment = deployment
         self._address = channel_address
         self._submit = submit
         self._control = control
+        self._stopping = stopping
         self._tasks: dict[Run, asyncio.Task[None]] = {}
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="router", daemon=True)
@@ -67,6 +72,10 @@ class RouterService:
         except BaseException:
             self._end_loop()
             raise
+
+    def attend(self, chore: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Run `chore` on the loop, beginning before this returns, until the service closes. Raises what making it raises."""
+        self._on_loop(self._adopt(chore)).result(_START_S)
 
     def accept(self, request: ClientRequest, reply: Reply) -> Run:
         """Serve a request; the reply hears of everything, errors too."""
@@ -112,7 +121,7 @@ class RouterService:
         finally:
             timer.cancel()
 
-    def _interrupt(self, run: Run, why: Cancelled | DeadlineExceeded) -> None:
+    def _interrupt(self, run: Run, why: BatonError) -> None:
         task = self._tasks.get(run)
         if task is not None:
             run.interrupt(task, why)
@@ -135,6 +144,9 @@ class RouterService:
 
     # --- opening and shutting, on the loop ---
 
+    async def _adopt(self, chore: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        self._chores.append(self._loop.create_task(chore()))
+
     async def _open(self) -> None:
         health = self._deployment.health
         self._channel = RouterChannel(self._address, self.house.name, health.heartbeat_s)
@@ -150,20 +162,27 @@ class RouterService:
             )
         ]
 
+    def _end_requests(self) -> None:
+        """Answer what runs with an error, and whoever comes from now on."""
+        self.house.admission.close()
+        for run in self._tasks:
+            self._interrupt(run, Unavailable(SHUTTING_DOWN))
+
     async def _shut(self) -> None:
-        for run, task in list(self._tasks.items()):
-            run.interruption = Unavailable("the server is shutting down; send the request again elsewhere or later")
-            task.cancel()
-        running = [*self._tasks.values()]
+        self._end_requests()
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
         for chore in self._chores:
             chore.cancel()
-        await asyncio.gather(*running, *self._chores, return_exceptions=True)
+        await asyncio.gather(*self._chores, return_exceptions=True)
         self._supervisor.close()
         self._channel.close()
 
     async def _refresh(self) -> None:
         while True:
-            self.house.observer.refresh(self.house)
+            if self._stopping():  # Triton would wait for the requests that run, and stop the workers under them
+                self._end_requests()
+            states = Counter(run.state for run in self._tasks)
+            self.house.observer.refresh(self.house.snapshot(states))
             await asyncio.sleep(self._deployment.health.heartbeat_s)
 
     def _on_loop(self, coroutine: Coroutine[Any, Any, None]) -> Future[None]:

@@ -39,6 +39,7 @@ class ClientRequest(msgspec.Struct, frozen=True):
     priority: int = 0
     timeout_s: float | None = None  # None: router.default_deadline_s
     client_id: str = ""  # only logged
+    output_ids: list[int] = []  # the answer's first tokens, which the client has had from a router that died since
 
 
 class RouteDecision(msgspec.Struct, frozen=True):

@@ -30,12 +30,30 @@ Environment: `BATON_CONFIG` (deployment file of a plain `tritonserver`; default 
 """
 _API = """# API
 
+## OpenAI
+
+The front end (port 9000 by default) serves `/v1/chat/completions`, `/v1/completions` and `/v1/models` as OpenAI describes
+them, with streaming, `n`, `stop`, `seed`, `logprobs`, `logit_bias`, penalties, `stream_options`, `response_format`
+(json_object, json_schema) and `tools`. The form of an answer and the arguments of tool calls are enforced token by token on
+the workers, also across a handoff or the death of a worker; a model whose chat template knows no tools is told of them in
+the system message. Further fields: `top_k`,
+`min_p`, `repetition_penalty`, `min_tokens`, `stop_token_ids`, `ignore_eos`, `priority`, and `baton`: an object with `route`
+(auto, remote, local, aggregated), `proof` (true returns the proof as `baton.proof`), `cache_salt` and `timeout_s`. A field it
+does not know is an error that names it. Errors have OpenAI's form; 429 (queue full) and 503 carry `Retry-After`, 504 means
+that the deadline passed. `/health` says whether requests can be served now, `/metrics` passes Triton's metrics on. Keys,
+tenants, origins and limits: `http.*` in [configuration.md](configuration.md).
+
+## Triton
+
 The model `router` is the one to call: gRPC or HTTP (`/v2/models/router/generate`, `/generate_stream`). Tensors travel as
 [1, n]; in JSON bodies they are plain values. Give one of `text_input`, `messages`, `input_ids`. This page is written by
 `python -m scripts.reference`.
 
 Errors: INVALID_ARG (400) names the field; UNAVAILABLE (503) may be sent again: the queue is full, a worker is lost or
 the deadline passed; CANCELLED; INTERNAL. The request parameter `timeout` (microseconds) is the deadline.
+
+A client that cancels or goes away frees everything its request held within a second. Triton tells of it for gRPC and
+`/generate_stream`; a request by `/generate` runs to its end or deadline.
 
 """
 
@@ -47,9 +65,9 @@ def render_configuration() -> str:
 def render_api() -> str:
     names = ", ".join(f"`{name}`" for name in SamplingParams.__struct_fields__)
     return (
-        f"{_API}## Inputs\n\n{_tensor_table(ROUTER_INPUTS)}\n"
+        f"{_API}### Inputs\n\n{_tensor_table(ROUTER_INPUTS)}\n"
         f"Keys of `sampling_parameters`: {names}; `stop_words`, `min_length` and `random_seed` are aliases.\n\n"
-        f"## Outputs\n\n{_tensor_table(ROUTER_OUTPUTS)}"
+        f"### Outputs\n\n{_tensor_table(ROUTER_OUTPUTS)}"
     )
 
 

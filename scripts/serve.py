@@ -64,6 +64,8 @@ def serve(server: TritonServer, console: Console) -> None:
 def _print_endpoints(server: TritonServer, console: Console) -> None:
     host = f"[{server.host}]" if ":" in server.host else server.host
     table = Table.grid(padding=(0, 2))
+    if server.deployment.http.enabled:
+        table.add_row("OpenAI", f"{host}:{server.openai_port}/v1")
     table.add_row("HTTP", f"{host}:{server.http_port}")
     table.add_row("gRPC", f"{host}:{server.grpc_port}")
     table.add_row("metrics", f"{host}:{server.metrics_port}/metrics")
@@ -82,6 +84,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     default = repository_root() / "configs" / "default.yaml"
     parser.add_argument("--config", type=Path, default=default, metavar="FILE", help="the deployment file")
     parser.add_argument("--address", default="127.0.0.1", help="where to listen; 0.0.0.0 is every interface")
+    parser.add_argument("--openai-port", type=int, default=9000, metavar="PORT", help="0 chooses a free one")
     parser.add_argument("--http-port", type=int, default=8000, metavar="PORT", help="0 chooses a free one")
     parser.add_argument("--grpc-port", type=int, default=8001, metavar="PORT", help="0 chooses a free one")
     parser.add_argument("--metrics-port", type=int, default=8002, metavar="PORT", help="0 chooses a free one")
@@ -104,6 +107,7 @@ def main(arguments: list[str] | None = None) -> int:
             http_port=options.http_port,
             grpc_port=options.grpc_port,
             metrics_port=options.metrics_port,
+            openai_port=options.openai_port,
         )
         serve(server, console)
     except BatonError as error:

@@ -64,6 +64,7 @@ class TritonServer:
         http_port: int = 0,
         grpc_port: int = 0,
         metrics_port: int = 0,
+        openai_port: int = 0,
         model_repository: Path | None = None,
         start_timeout_s: float | None = None,
     ) -> None:
@@ -74,8 +75,14 @@ class TritonServer:
         self.deployment = load_deployment(config)
         self.address = address
         self.models = ["router", *(worker.name for worker in self.deployment.workers)]
-        self.http_port, self.grpc_port, self.metrics_port = _choose_ports(
-            address, {"--http-port": http_port, "--grpc-port": grpc_port, "--metrics-port": metrics_port}
+        self.http_port, self.grpc_port, self.metrics_port, self.openai_port = _choose_ports(
+            address,
+            {
+                "--http-port": http_port,
+                "--grpc-port": grpc_port,
+                "--metrics-port": metrics_port,
+                "--openai-port": openai_port,
+            },
         )
         self.pid = 0
         self.end = ""
@@ -164,7 +171,8 @@ class TritonServer:
 
     def _launch(self) -> None:
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # keeps messages apart
-        arguments = [str(theirs.fileno()), str(_GRACE_S), str(self.run_dir), self.shm_prefix, *self._command()]
+        commands = [*self._command(), *(word for command in self._companions() for word in (guardian.SEPARATOR, *command))]
+        arguments = [str(theirs.fileno()), str(_GRACE_S), str(self.run_dir), self.shm_prefix, *commands]
         with theirs, self.log.path.open("wb") as log:
             self._guardian = subprocess.Popen(
                 [sys.executable, "-I", "-S", guardian.__file__, *arguments],
@@ -191,15 +199,27 @@ class TritonServer:
             *command,
             "--model-control-mode=explicit",  # lets the router restart a worker: unload, load
             "--load-model=*",
+            f"--model-load-thread-count={len(self.models)}",  # workers wait for the router: none may be queued behind another
             f"--backend-config=python,shm-region-prefix-name={self.shm_prefix}",
             f"--exit-timeout-secs={_EXIT_TIMEOUT_S}",
         ]
+
+    def _companions(self) -> list[list[str]]:
+        """The processes of the front end; the first one looks after the router."""
+        http = self.deployment.http
+        if not http.enabled:
+            return []
+        command = [sys.executable, "-m", "router.http", "--address", self.address, "--port", str(self.openai_port)]
+        command += ["--triton", f"{self.host}:{self.http_port}", "--metrics", f"{self.host}:{self.metrics_port}"]
+        first = [*command, "--keep-router"] if self.deployment.health.restart else command
+        return [first, *[command] * (http.processes - 1)]
 
     def _environment(self) -> dict[str, str]:
         environment = {**os.environ, "BATON_CONFIG": str(self._config), "BATON_RUN_DIR": str(self.run_dir)}
         # The stub finds its interpreter, hence the virtual environment, by PATH alone.
         _prepend(environment, "PATH", (Path(sys.executable).parent,))
         _prepend(environment, "LD_LIBRARY_PATH", self._binary.libraries)
+        _prepend(environment, "PYTHONPATH", (repository_root(),))
         return environment
 
     def _await_ready(self, on_loaded: Callable[[str], None] | None) -> None:
@@ -218,8 +238,11 @@ class TritonServer:
                 raise Unavailable(f"{waited}: {self.log.failure()}; {self._keep_log()}")
 
     def _is_ready(self) -> bool:
-        """The metrics service starts last."""
-        return self._answers(self.http_port, "/v2/health/ready") and self._answers(self.metrics_port, "/metrics")
+        """The metrics service is the last of Triton's."""
+        probes = {self.http_port: "/v2/health/ready", self.metrics_port: "/metrics"}
+        if self.deployment.http.enabled:
+            probes[self.openai_port] = "/health"
+        return all(self._answers(port, path) for port, path in probes.items())
 
     def _answers(self, port: int, path: str) -> bool:
         connection = http.client.HTTPConnection(self.host, port, timeout=1.0)
@@ -286,6 +309,10 @@ class ServerLog:
         if not reasons:
             reasons = [line for line in lines if line.strip()][-3:] or ["it said nothing"]
         return "; ".join(dict.fromkeys(reasons))
+
+    def last_words(self) -> str:
+        """The last lines, whatever they say."""
+        return "; ".join(_without_noise(self.path.read_text(errors="replace"))[-5:])
 
 
 def _without_noise(text: str) -> list[str]:

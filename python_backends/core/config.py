@@ -125,6 +125,25 @@ class SecurityConfig(Section, frozen=True):
     ] = ""
 
 
+class HttpConfig(Section, frozen=True):
+    """The OpenAI-compatible front end, a process (or several) beside the server."""
+
+    enabled: Annotated[bool, Meta(description="Start the OpenAI-compatible front end with the server.")] = True
+    processes: Annotated[Positive, Meta(description="Processes that share its port.")] = 1
+    model_name: Annotated[str, Meta(description="Name of the model in the API. Empty: the last part of `model.path`.")] = ""
+    api_keys_file: Annotated[
+        str, Meta(description="File with one accepted API key per line; others are refused. Empty: none is asked for.")
+    ] = ""
+    cors_origins: Annotated[
+        tuple[str, ...], Meta(description="Origins whose pages may call the API from a browser; `*` is all.")
+    ] = ()
+    tenant: Annotated[
+        Literal["none", "user", "api_key"],
+        Meta(description="What keeps prefix caches apart: nothing, the request's `user`, or its API key."),
+    ] = "none"
+    max_body_bytes: Annotated[Positive, Meta(description="Largest request body accepted, bytes.")] = 4_000_000
+
+
 class Deployment(Section, frozen=True, kw_only=True):
     """One deployment file."""
 
@@ -135,6 +154,12 @@ class Deployment(Section, frozen=True, kw_only=True):
     router: RouterConfig = RouterConfig()
     health: HealthConfig = HealthConfig()
     security: SecurityConfig = SecurityConfig()
+    http: HttpConfig = HttpConfig()
+
+    @property
+    def model_name(self) -> str:
+        """How clients of the API call the model."""
+        return self.http.model_name or Path(self.model.path).name
 
     def worker(self, name: str) -> WorkerConfig:
         for worker in self.workers:
@@ -183,6 +208,8 @@ def _checked(deployment: Deployment, path: Path) -> Deployment:
         raise ConfigError(f"{path}: workers: nobody can decode; add a worker with role decode or aggregated")
     if Role.DECODE not in roles and Role.PREFILL in roles:
         raise ConfigError(f"{path}: workers: prefill workers need a decode worker to hand over to; add one with role decode")
+    if deployment.http.tenant == "api_key" and not deployment.http.api_keys_file:
+        raise ConfigError(f"{path}: http.tenant: api_key needs http.api_keys_file; without keys use user or none")
     for worker in deployment.workers:
         parse_cpus(worker.cpus, f"{path}: workers: {worker.name}: cpus")
     try:

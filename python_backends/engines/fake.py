@@ -10,11 +10,13 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
 from python_backends.core.config import Deployment, WorkerConfig
 from python_backends.core.layout import KVLayout, fingerprint
+from python_backends.core.paths import resolve_model
 from python_backends.core.types import Epoch, TokenLogprob
 from python_backends.engines.paged.engine import PagedEngine
 from python_backends.engines.paged.runner import Sampled, Slice
@@ -22,6 +24,8 @@ from python_backends.kv.memory import PoolMemory
 
 _FIRST_TOKEN = 300  # below are special tokens and bytes in common vocabularies
 _NUM_TOKENS = 20_000
+_VOCAB_SIZE = 49_152  # of the demo model, whose tokenizer this engine borrows
+_EOS = 2  # never drawn, unless a grammar leaves nothing else
 _MAX_POSITIONS = 131_072
 _HEAD_DIM = 128  # 1 KiB of KV per token
 
@@ -34,10 +38,15 @@ class FakeRunner:
         self.layout = KVLayout(1, 1, _HEAD_DIM, deployment.engine.block_size, "float32")
         self.fingerprint = fingerprint(self.layout, "fake", "fake")
         self.max_positions = _MAX_POSITIONS
-        self.eos_token_ids: tuple[int, ...] = ()
+        self.eos_token_ids: tuple[int, ...] = (_EOS,)
+        self.vocab_size = _VOCAB_SIZE
+        self._model_path = deployment.model.path
 
     def start(self) -> None:
         """There is nothing to load."""
+
+    def tokenizer_path(self) -> Path:
+        return resolve_model(self._model_path) / "tokenizer.json"
 
     def attach(self, memory: PoolMemory) -> None:
         size = self.layout.block_size
@@ -62,7 +71,12 @@ class FakeRunner:
         sampling = piece.draw.sampling
         draw = f"{sampling.seed}/{len(piece.draw.output_ids)}" if sampling.temperature else "greedy"
         digest = hashlib.blake2b(seen.tobytes() + draw.encode(), digest_size=8).digest()
-        token_id = _FIRST_TOKEN + int.from_bytes(digest, "big") % _NUM_TOKENS
+        lot = int.from_bytes(digest, "big")
+        if piece.draw.allowed is None:
+            token_id = _FIRST_TOKEN + lot % _NUM_TOKENS
+        else:
+            choice = np.flatnonzero(piece.draw.allowed)
+            token_id = int(choice[lot % len(choice)])
         logprob = TokenLogprob(token_id, 0.0) if sampling.logprobs is not None else None
         return Sampled(token_id, logprob)
 

@@ -20,6 +20,8 @@ from python_backends.core.errors import ConfigError
 from python_backends.core.paths import repository_root
 
 _KEY_BYTES = 32
+STOPPING = "stopping"
+"""File in the run directory that scripts/guardian.py makes before it stops the server."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,15 @@ class Home:
     def channel_address(self) -> str:
         """Where the router of this server listens for its workers."""
         return f"ipc://{self.run_dir}/channel"
+
+    @property
+    def door_address(self) -> str:
+        """Where the router of this server listens for front ends."""
+        return f"ipc://{self.run_dir}/door"
+
+    def stopping(self) -> bool:
+        """Whether whoever started the server is stopping it. Triton itself does not tell its models."""
+        return (self.run_dir / STOPPING).exists()
 
 
 def find_home() -> Home:

@@ -57,11 +57,16 @@ class WorkerChannel:
         self._socket.setsockopt(zmq.RECONNECT_IVL, 20)
         self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 100)
         self._socket.connect(address)
+        self._answered = threading.Event()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="channel", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
+
+    def wait_for_router(self, timeout_s: float) -> bool:
+        """Whether a router has answered by then. From its answer on it knows this worker."""
+        return self._answered.wait(timeout_s)
 
     def send(self, message: FromWorker) -> None:
         """Queue a message; never blocks. A message that doesn't fit any more is dropped."""
@@ -121,6 +126,7 @@ class WorkerChannel:
                 self._lose_router(message.router)
             self._router = message.router
             self._router_heard = time.monotonic()
+            self._answered.set()
         self._listener.told(message)
 
     def _check_router(self, now: float) -> None:

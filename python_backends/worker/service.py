@@ -33,6 +33,8 @@ from python_backends.worker.channel import WorkerChannel
 
 log = logging.getLogger(__name__)
 
+_ROUTER_WAIT_S = 3.0  # the router may be loading, too
+
 
 def new_epoch() -> Epoch:
     """Unlike that of any other life of any worker: milliseconds since 1970 and 20 random bits, below 2**63."""
@@ -57,9 +59,14 @@ class Worker:
         )
 
     def start(self) -> None:
-        """Load the model and report for duty. Raises ConfigError."""
+        """Load the model and report for duty. Raises ConfigError.
+
+        Returns when the router knows of it, so that a server that is ready has all its workers; but it does not insist.
+        """
         self._engine.start(self._deliver)
         self._channel.start()
+        if not self._channel.wait_for_router(_ROUTER_WAIT_S):
+            log.warning("worker %s: no router has answered yet; going on without", self._config.name)
 
     def submit(self, sealed: bytes) -> int:
         """Hand work to the engine; returns how many pieces. Raises InvalidRequest for work that no router signed."""

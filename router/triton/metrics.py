@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-from router.house import House
+from router.lifecycle import LIVE
+from router.seams import Snapshot
 from router.types import Outcome, Proof, Way
 
 _COUNTERS = {
@@ -28,22 +28,31 @@ _GAUGES = {
     "baton_leases": "Published KV waiting to be fetched or released",
     "baton_prefix_events": "1 when the worker tells what its prefix cache holds; 0: prefixes are not routed to it",
     "baton_router_requests": "Requests in the router",
+    "baton_live_requests": "Requests in the router, by state of their life",
     "baton_router_queued_tokens": "Prompt tokens that wait for their first token",
     "baton_prefix_index_blocks": "Blocks in the router's prefix index",
 }
 
 
+_Key = tuple[str, tuple[tuple[str, str], ...]]  # name, labels
+
+
 class Metrics:
-    """Implements router.seams.Observer; `refresh` copies the workers' state into the gauges."""
+    """Implements router.seams.Observer on the event loop; `refresh` copies how things stand into the gauges."""
 
     def __init__(self) -> None:
         family = pb_utils.MetricFamily
         self._families = {name: family(name=name, description=text, kind=family.COUNTER) for name, text in _COUNTERS.items()}
         self._families |= {name: family(name=name, description=text, kind=family.GAUGE) for name, text in _GAUGES.items()}
-        self._metrics: dict[tuple[str, tuple[tuple[str, str], ...]], Any] = {}
-        self._lock = threading.Lock()
+        self._metrics: dict[_Key, Any] = {}
+        self._values: dict[_Key, int] = {}  # of gauges, as last set
         for outcome in Outcome:
             self._metric("baton_requests_total", outcome=outcome.value)
+
+    def close(self) -> None:
+        """Let go of the server's objects: Triton's stub crashes when they outlive the model."""
+        self._metrics.clear()
+        self._families.clear()
 
     def decided(self, way: Way) -> None:
         self._metric("baton_routes_total", way=way.value).increment(1)
@@ -65,26 +74,34 @@ class Metrics:
         for source in ("reused", "received", "recomputed", "computed"):
             self._metric("baton_prompt_tokens_total", source=source).increment(getattr(proof, f"kv_tokens_{source}"))
 
-    def refresh(self, house: House) -> None:
+    def refresh(self, snapshot: Snapshot) -> None:
         """Called on the event loop now and then."""
-        self._metric("baton_router_requests").set(house.admission.requests)
-        self._metric("baton_router_queued_tokens").set(house.admission.queued_tokens)
-        self._metric("baton_prefix_index_blocks").set(len(house.index))
-        for worker in house.fleet:
+        self._set("baton_router_requests", snapshot.requests)
+        self._set("baton_router_queued_tokens", snapshot.queued_tokens)
+        self._set("baton_prefix_index_blocks", snapshot.index_blocks)
+        for state in LIVE:
+            self._set("baton_live_requests", snapshot.states.get(state, 0), state=state.value)
+        for worker in snapshot.workers:
             load, labels = worker.heartbeat.load, {"worker": worker.id, "role": worker.role.value}
-            self._metric("baton_worker_up", **labels).set(int(worker.up))
-            self._metric("baton_worker_queued_tokens", **labels).set(load.queued_tokens)
-            self._metric("baton_leases", **labels).set(load.active_leases)
-            self._metric("baton_prefix_events", **labels).set(int(load.tells_blocks))
-            for state in ("queued", "running"):
-                self._metric("baton_worker_requests", **labels, state=state).set(getattr(load, f"{state}_requests"))
-            for state in ("free", "cached", "held"):
-                self._metric("baton_kv_blocks", **labels, state=state).set(getattr(load, f"{state}_blocks"))
+            self._set("baton_worker_up", int(worker.up), **labels)
+            self._set("baton_worker_queued_tokens", load.queued_tokens, **labels)
+            self._set("baton_leases", load.active_leases, **labels)
+            self._set("baton_prefix_events", int(load.tells_blocks), **labels)
+            for name in ("queued", "running"):
+                self._set("baton_worker_requests", getattr(load, f"{name}_requests"), **labels, state=name)
+            for name in ("free", "cached", "held"):
+                self._set("baton_kv_blocks", getattr(load, f"{name}_blocks"), **labels, state=name)
+
+    def _set(self, name: str, value: int, **labels: str) -> None:
+        """Only what has changed: each setting is a call to the server, and an idle router is to be idle."""
+        key = (name, tuple(labels.items()))
+        if self._values.get(key) != value:
+            self._values[key] = value
+            self._metric(name, **labels).set(value)
 
     def _metric(self, name: str, **labels: str) -> Any:
         key = (name, tuple(labels.items()))
-        with self._lock:
-            metric = self._metrics.get(key)
-            if metric is None:
-                metric = self._metrics[key] = self._families[name].Metric(labels=labels)
+        metric = self._metrics.get(key)
+        if metric is None:
+            metric = self._metrics[key] = self._families[name].Metric(labels=labels)
         return metric

@@ -6,13 +6,12 @@ import queue
 import threading
 from collections.abc import Callable
 
-import msgspec
 import triton_python_backend_utils as pb_utils
 
 from python_backends.core.errors import BatonError
-from python_backends.core.types import TokenLogprob
 from python_backends.triton.errors import triton_error
 from python_backends.triton.stream import ResponseStream
+from router.reply import Gathered
 from router.run import Run
 from router.triton.codec import TokenText, Wanted, encode_piece
 from router.types import Piece
@@ -27,25 +26,16 @@ class TritonReply:
         self._stream = stream
         self._wanted = wanted
         self._writer = writer
-        self._text = [wanted.prompt_text] if wanted.prompt_text else []
-        self._token_ids: list[int] = []
-        self._logprobs: list[TokenLogprob] = []
+        self._gathered = Gathered(stream=wanted.stream, prompt_text=wanted.prompt_text)
 
     @property
     def stream(self) -> ResponseStream:
         return self._stream
 
     def send(self, piece: Piece) -> None:
-        """Streaming: as soon as there is text to see. Otherwise: all at once at the end."""
-        self._text.append(piece.text)
-        self._token_ids += piece.token_ids
-        self._logprobs += piece.logprobs
-        final = piece.finish_reason is not None
-        if not final and not (self._wanted.stream and piece.text):
-            return
-        whole = msgspec.structs.replace(piece, text="".join(self._text), token_ids=self._token_ids, logprobs=self._logprobs)
-        self._text, self._token_ids, self._logprobs = [], [], []
-        self._writer.put(self._stream, whole, self._wanted)
+        whole = self._gathered.add(piece)
+        if whole is not None:
+            self._writer.put(self._stream, whole, self._wanted)
 
     def fail(self, error: BatonError) -> None:
         self._writer.put(self._stream, error, self._wanted)

@@ -12,6 +12,7 @@ from python_backends.core.paths import resolve_model
 from python_backends.triton.home import find_home
 from python_backends.triton.logs import log_to_triton
 from python_backends.triton.stream import ResponseStream
+from router.door.door import Door
 from router.service import RouterService
 from router.tokenizer import Tokenizer
 from router.triton.bls import BlsSubmitter, TritonModelControl
@@ -33,10 +34,18 @@ class RouterModel:
         except BatonError as error:
             raise pb_utils.TritonModelException(f"Baton router: {error}") from None
         self._default_max_tokens = home.deployment.router.default_max_tokens
+        self._metrics = Metrics()
         self._service = RouterService(
-            home.deployment, home.channel_address, tokenizer, BlsSubmitter(home.key), TritonModelControl(), Metrics()
+            home.deployment,
+            home.channel_address,
+            tokenizer,
+            BlsSubmitter(home.key),
+            TritonModelControl(),
+            self._metrics,
+            home.stopping,
         )
         self._service.start()
+        self._service.attend(lambda: Door(self._service, home.door_address).attend())
         self._writer = Writer(tokenizer.token_text)
         self._watch = CancelWatch(self._service.cancel)
 
@@ -58,3 +67,4 @@ class RouterModel:
         self._watch.close()
         self._service.close()
         self._writer.close()
+        self._metrics.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -12,6 +13,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from llguidance import LLMatcher
 
 from python_backends.core.config import (
     Deployment,
@@ -27,7 +29,7 @@ from python_backends.core.messages import PrefillDone, RequestFailed, TokenChunk
 from python_backends.core.types import Epoch, FinishReason, GenerateRequest, RequestId, Role
 from python_backends.engines.base import create_engine
 from tests.engines.bench import KEY, EngineBench, make_request
-from tests.engines.tiny_model import VOCAB, write_tiny_llama
+from tests.engines.tiny_model import VOCAB, byte_tokenizer, write_tiny_llama
 from tests.engines.trtllm.playing import RELEASES, playing, trtllm_config
 
 BLOCK = 16
@@ -424,6 +426,22 @@ def test_abort_during_a_transfer_gives_back_when_it_ends(make_ours: Make) -> Non
     assert decode.last("d") is None
 
 
+def test_abort_before_a_transfer_has_begun_gives_back_at_once(make_ours: Make) -> None:
+    """Two transfers hang for long; those that wait for their turn behind them are not waited for."""
+    hanging = TransferConfig(timeout_s=3.0, faults={"hang": 1.0})
+    prefill, decode = make_ours(Role.PREFILL), make_ours(Role.DECODE, transfer=hanging)
+    prompts = [[5 + i, *PROMPT] for i in range(6)]
+    for i, ids in enumerate(prompts):
+        done = prefill.prefill(make_request(f"p{i}", ids))
+        decode.engine.decode(_handed(done, f"d{i}", ids), done.ticket)
+    decode.wait_load(lambda: decode.engine.load().queued_requests == 6)
+    held = decode.engine.load().held_blocks
+    for i in range(6):
+        decode.engine.abort(RequestId(f"d{i}"))
+    decode.wait_load(lambda: decode.engine.load().held_blocks == held * 2 // 6, timeout_s=1.0)
+    decode.assert_nothing_held()
+
+
 def test_a_passed_deadline_ends_the_request(make: Make) -> None:
     engine = make(Role.AGGREGATED, step_us=20_000)
     engine.engine.decode(make_request("x", PROMPT, max_tokens=1900, timeout_s=0.2), None)
@@ -454,6 +472,39 @@ def test_close_answers_what_runs(make: Make) -> None:
     failed = engine.last("x")
     assert isinstance(failed, RequestFailed)
     assert failed.retryable
+
+
+# --- grammars -----------------------------------------------------------------------------------------------------------
+
+DIGITS = LLMatcher.grammar_from_regex("[0-9]{3}-[0-9]{3}")
+
+
+def test_a_grammar_is_kept_across_the_handoff(make_ours: Make) -> None:
+    """Output is a sentence of it, whoever computes it, and ends where it ends."""
+    sampling: dict[str, Any] = {"grammar": DIGITS, "max_tokens": 30, "temperature": 1.0, "seed": 5}
+    prefill, decode, alone = make_ours(Role.PREFILL), make_ours(Role.DECODE), make_ours(Role.AGGREGATED)
+    whole, _ = alone.decode(make_request("alone", PROMPT, **sampling))
+    assert re.fullmatch("[0-9]{3}-[0-9]{3}", byte_tokenizer().decode(whole))
+    last = alone.last("alone")
+    assert isinstance(last, TokenChunk)
+    assert last.finish_reason is FinishReason.STOP
+    done = prefill.prefill(make_request("p", PROMPT, **sampling))
+    rest, report = decode.decode(_handed(done, "d", PROMPT, **sampling), done.ticket)
+    assert [done.token_id, *rest] == whole
+    assert report.received_tokens == len(PROMPT)
+    continued, _ = decode.decode(make_request("c", PROMPT, whole[:3], **sampling))
+    assert whole[:3] + continued == whole
+
+
+def test_a_grammar_that_can_not_be_read_is_refused(make: Make) -> None:
+    engine = make(Role.AGGREGATED)
+    engine.engine.decode(make_request("x", PROMPT, grammar="start: ("), None)
+    engine.wait(lambda: engine.last("x") is not None)
+    failed = engine.last("x")
+    assert isinstance(failed, RequestFailed)
+    assert failed.code is TritonCode.INVALID_ARG
+    assert "grammar" in failed.message
+    engine.assert_nothing_held()
 
 
 # --- fairness and events -----------------------------------------------------------------------------------------------

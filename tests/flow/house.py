@@ -38,9 +38,9 @@ from python_backends.core.messages import Work, seal_work
 from python_backends.core.types import FinishReason, Role, SamplingParams, WorkerId
 from python_backends.worker.service import Worker
 from router.fleet import WorkerView
-from router.house import House
 from router.lifecycle import State
 from router.run import Run
+from router.seams import Snapshot
 from router.service import RouterService
 from router.tokenizer import Tokenizer
 from router.types import ClientRequest, Outcome, Piece, Proof, Way, Wish
@@ -178,7 +178,7 @@ class Answer:
 
     @property
     def state(self) -> State | None:
-        return self.run._life.state if self.run is not None else None
+        return self.run.state if self.run is not None else None
 
 
 class Counts:
@@ -190,7 +190,7 @@ class Counts:
         self.warm_ups: list[str] = []
         self.retries = 0
 
-    def refresh(self, house: House) -> None:
+    def refresh(self, snapshot: Snapshot) -> None:
         """Nothing to show."""
 
     def decided(self, way: Way) -> None:

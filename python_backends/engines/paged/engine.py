@@ -18,7 +18,7 @@ from functools import partial
 
 from python_backends.core.block_hash import chain_root, content_hash
 from python_backends.core.config import Deployment, WorkerConfig
-from python_backends.core.errors import BatonError, ConfigError, HandoffRefused, RefusalReason, TritonCode
+from python_backends.core.errors import BatonError, ConfigError, EngineFailure, HandoffRefused, RefusalReason, TritonCode
 from python_backends.core.handoff import TICKET_VERSION, KVHandoff, seal, unseal
 from python_backends.core.messages import KVReady, Output, PrefillDone, RequestFailed, TokenChunk
 from python_backends.core.types import (
@@ -32,6 +32,7 @@ from python_backends.core.types import (
     WorkerLoad,
 )
 from python_backends.engines.base import CacheChange, EngineInfo, OnOutputs
+from python_backends.engines.paged.guide import Guide, Guides
 from python_backends.engines.paged.runner import Draw, ModelRunner, Sampled, Slice
 from python_backends.engines.paged.scheduler import Scheduler
 from python_backends.engines.paged.sequence import Sequence
@@ -74,6 +75,7 @@ class PagedEngine:
         self._load = WorkerLoad()
         self._thread: threading.Thread | None = None
         self._fetchers = ThreadPoolExecutor(_FETCH_THREADS, thread_name_prefix="fetch")
+        self._guide_makers = ThreadPoolExecutor(1, thread_name_prefix="grammar")
         self._memory: PoolMemory | None = None
 
     # --- the Engine contract -------------------------------------------------------------------------------------------
@@ -100,15 +102,16 @@ class PagedEngine:
             fingerprint=self._runner.fingerprint,
             max_context=min(max_context, num_blocks * layout.block_size),
         )
+        self._guides = Guides(self._runner.tokenizer_path, self._runner.vocab_size, self._runner.eos_token_ids)
         self._snapshot()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
     def prefill(self, request: GenerateRequest) -> None:
-        self._inbox.put(partial(self._arrive, request, None, prefill_only=True))
+        self._take_in(request, None, prefill_only=True)
 
     def decode(self, request: GenerateRequest, ticket: bytes | None) -> None:
-        self._inbox.put(partial(self._arrive, request, ticket, prefill_only=False))
+        self._take_in(request, ticket, prefill_only=False)
 
     def abort(self, request_id: RequestId) -> None:
         self._inbox.put(partial(self._abort, request_id))
@@ -127,6 +130,7 @@ class PagedEngine:
             self._inbox.put(self._stop)
             self._thread.join(timeout=30)
             self._thread = None
+        self._guide_makers.shutdown(wait=True, cancel_futures=True)
         self._fetchers.shutdown(wait=True, cancel_futures=True)
         self._transport.close()
         self._runner.close()
@@ -200,7 +204,8 @@ class PagedEngine:
         stops: tuple[int, ...] = ()
         if len(output_ids) < sampling.min_tokens:
             stops = sampling.stop_token_ids if sampling.ignore_eos else (*self._runner.eos_token_ids, *sampling.stop_token_ids)
-        return Draw(sampling, sequence.request.prompt_ids, output_ids, stops)
+        allowed = None if sequence.guide is None else sequence.guide.allowed()
+        return Draw(sampling, sequence.request.prompt_ids, output_ids, stops, allowed)
 
     def _advance(self, sequence: Sequence, count: int, sampled: Sampled | None) -> None:
         self._scheduler.computed(sequence, count)
@@ -248,9 +253,33 @@ class PagedEngine:
 
     # --- arrivals and endings ------------------------------------------------------------------------------------------
 
-    def _arrive(self, request: GenerateRequest, ticket: bytes | None, *, prefill_only: bool) -> None:
+    def _take_in(self, request: GenerateRequest, ticket: bytes | None, *, prefill_only: bool) -> None:
+        """On the caller's thread. Reading a grammar may take long: requests that have one come in by way of a thread for it."""
+        arrive = partial(self._arrive, request, ticket, prefill_only=prefill_only)
+        if request.sampling.grammar is None:
+            self._inbox.put(partial(arrive, None))
+        else:
+            self._guide_makers.submit(self._make_guide, request, arrive)
+
+    def _make_guide(self, request: GenerateRequest, arrive: Callable[[Guide | BatonError], None]) -> None:
+        made: Guide | BatonError
+        try:
+            made = self._guides.make(request.sampling.grammar or "", request.output_ids)
+        except BatonError as error:
+            made = error
+        except Exception as error:  # a request must never be lost because a library has a bug
+            log.exception("grammar failed")
+            made = EngineFailure(f"worker {self._worker}: grammar: {error}")
+        self._inbox.put(partial(arrive, made))
+
+    def _arrive(
+        self, request: GenerateRequest, ticket: bytes | None, guide: Guide | BatonError | None, *, prefill_only: bool
+    ) -> None:
         if request.request_id in self._aborted:
             del self._aborted[request.request_id]
+            return
+        if isinstance(guide, BatonError):
+            self._outputs.append(RequestFailed(request.request_id, guide.code, str(guide), guide.retryable))
             return
         refusal = self._refusal(request)
         if refusal is not None:
@@ -259,6 +288,7 @@ class PagedEngine:
         self._arrivals += 1
         root = chain_root(self.info.fingerprint, request.salt)
         sequence = Sequence(request, prefill_only, self._arrivals, self.info.layout.block_size, root)
+        sequence.guide = guide
         if ticket is not None:
             self._read_ticket(sequence, ticket)
         self._scheduler.add(sequence)
@@ -283,7 +313,10 @@ class PagedEngine:
                 if len(self._aborted) > _REMEMBERED_ABORTS:
                     self._aborted.popitem(last=False)
         elif request_id in self._scheduler.fetching:
-            sequence.doomed = True
+            if sequence.transfer is not None and sequence.transfer.cancel():  # it had not begun
+                self._scheduler.drop_fetching(sequence)
+            else:
+                sequence.doomed = True
         else:
             self._scheduler.remove(sequence)
 
@@ -415,7 +448,7 @@ class PagedEngine:
             self._inbox.put(partial(self._end_fetch, sequence, 0, 0.0, None))
             return
         targets = [sequence.blocks[i] for i in wanted]
-        self._fetchers.submit(self._fetch, sequence, handoff, list(wanted), targets)
+        sequence.transfer = self._fetchers.submit(self._fetch, sequence, handoff, list(wanted), targets)
 
     def _fetch(self, sequence: Sequence, handoff: KVHandoff, wanted: list[int], targets: list[int]) -> None:
         """On a transfer thread: move and verify the bytes, then tell the engine's thread."""

@@ -8,7 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from python_backends.core.layout import KVLayout
 from python_backends.core.types import SamplingParams, TokenLogprob
@@ -23,6 +27,7 @@ class Draw:
     prompt_ids: Sequence[int]
     output_ids: Sequence[int]
     banned_ids: Sequence[int]  # must not be drawn now (stops before min_tokens)
+    allowed: npt.NDArray[np.bool_] | None = None  # [vocab_size]: what a grammar allows now; at least one token
 
 
 @dataclass(slots=True)
@@ -53,6 +58,10 @@ class ModelRunner(Protocol):
     fingerprint: str
     max_positions: int  # tokens of context the model was made for
     eos_token_ids: tuple[int, ...]
+    vocab_size: int  # length of a row of logits
+
+    def tokenizer_path(self) -> Path:
+        """The model's tokenizer.json; asked for when the first grammar comes. Raises ConfigError when there is none."""
 
     def start(self) -> None:
         """Load weights. Raises ConfigError that says what is wrong with the model directory."""

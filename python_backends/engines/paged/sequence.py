@@ -9,11 +9,13 @@ Whoever advances `num_computed` (a step, a verified transfer, a prefix hit) has 
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from python_backends.core.block_hash import block_hash, block_hashes
 from python_backends.core.handoff import KVHandoff
 from python_backends.core.types import BlockHash, FinishReason, GenerateRequest, RequestId
+from python_backends.engines.paged.guide import Guide
 
 
 @dataclass(slots=True, eq=False)
@@ -27,6 +29,7 @@ class Sequence:
     lease_id: str | None = None  # of that ticket; reported in KVReady
     was_handed: bool = False  # a ticket came with the request, good or bad: what is computed here is a recompute
     refusal: str = "none"  # KVReport.digest
+    guide: Guide | None = None
 
     token_ids: list[int] = field(init=False)
     num_given: int = field(init=False)  # tokens that came with the request
@@ -34,6 +37,7 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     num_computed: int = 0
     num_published: int = 0
+    transfer: Future[None] | None = None  # that fetches the handed KV
     doomed: bool = False  # aborted while a transfer writes into its blocks: freed when the transfer ends
 
     started: float = 0.0  # monotonic, s: first step
@@ -72,6 +76,8 @@ class Sequence:
 
     def append(self, token_id: int) -> None:
         self.token_ids.append(token_id)
+        if self.guide is not None:
+            self.guide.take(token_id)
         if len(self.token_ids) % self.block_size == 0:
             parent = self.hashes[-1] if self.hashes else self.root
             self.hashes.append(block_hash(parent, self.token_ids[-self.block_size :]))

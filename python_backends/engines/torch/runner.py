@@ -10,6 +10,7 @@ import msgspec
 import torch
 
 from python_backends.core.config import ModelConfig, WorkerConfig
+from python_backends.core.errors import ConfigError
 from python_backends.core.layout import KVLayout, fingerprint
 from python_backends.core.paths import cache_dir
 from python_backends.engines.paged.runner import Sampled, Slice
@@ -28,6 +29,7 @@ class TorchRunner:
     fingerprint: str
     max_positions: int
     eos_token_ids: tuple[int, ...]
+    vocab_size: int
 
     def __init__(self, model: ModelConfig, worker: WorkerConfig, block_size: int, model_path: Path) -> None:
         """`model_path` is the model directory; `model.path` is not looked at."""
@@ -57,9 +59,16 @@ class TorchRunner:
         self.fingerprint = fingerprint(self.layout, config_digest, weights.digest)
         self.max_positions = architecture.max_positions
         self.eos_token_ids = architecture.eos_token_ids
+        self.vocab_size = architecture.vocab_size
         self._architecture = architecture
         self._model = Model(architecture, weights.tensors)
         self._sampler = Sampler(architecture.vocab_size)
+
+    def tokenizer_path(self) -> Path:
+        path = self._model_path / "tokenizer.json"
+        if not path.exists():
+            raise ConfigError(f"{path} is missing; grammars need it")
+        return path
 
     def attach(self, memory: PoolMemory) -> None:
         """Compute in this pool from now on; its blocks must be of `layout`."""

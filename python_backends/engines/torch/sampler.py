@@ -244,7 +244,7 @@ _Part = tuple[int, npt.ArrayLike, npt.ArrayLike]  # row, token ids, one amount f
 
 
 def _edited(scores: torch.Tensor, draws: list[Draw]) -> torch.Tensor:
-    """Bias, penalties and bans applied, in this order, to a copy; `scores` itself when no row has any."""
+    """Bias, penalties, bans and grammars applied, in this order, to a copy; `scores` itself when no row has any."""
     edits: list[tuple[Callable[[torch.Tensor, torch.Tensor], torch.Tensor], list[_Part]]] = [
         (torch.add, [_bias(i, d) for i, d in enumerate(draws) if d.sampling.logit_bias]),
         (_repel, [_repetition(i, d) for i, d in enumerate(draws) if d.sampling.repetition_penalty != 1]),
@@ -258,6 +258,19 @@ def _edited(scores: torch.Tensor, draws: list[Draw]) -> torch.Tensor:
             result = scores.clone(memory_format=torch.contiguous_format) if result is scores else result
             flat = result.view(-1)
             flat[cells] = change(flat[cells], amounts)
+    return _guided(result, draws, is_copy=result is not scores)
+
+
+def _guided(scores: torch.Tensor, draws: list[Draw], *, is_copy: bool) -> torch.Tensor:
+    """-inf for what grammars forbid. Where nothing that is allowed was left, the grammar wins over bias and bans."""
+    rows = [i for i, draw in enumerate(draws) if draw.allowed is not None]
+    if not rows:
+        return scores
+    result = scores if is_copy else scores.clone(memory_format=torch.contiguous_format)
+    for row in rows:
+        allowed = torch.from_numpy(draws[row].allowed).to(scores.device)
+        guided = torch.where(allowed, result[row], -torch.inf)
+        result[row] = guided if bool(torch.isfinite(guided).any()) else torch.where(allowed, 0.0, -torch.inf)
     return result
 
 
