@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import logging
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, aclosing
 from functools import wraps
 from typing import Any, NoReturn, TypeVar
 
@@ -227,9 +227,11 @@ class Api:
             if not body.stream:
                 pieces = await unless_gone(_all(answers), request.receive)
                 return _json(form.whole(pieces))
-            first = await unless_gone(_first(answers), request.receive)
+            progress = _merged(answers) if len(answers) > 1 else _single(answers[0])
+            first = await unless_gone(_next(progress), request.receive)
             with_usage = body.stream_options is not None and body.stream_options.include_usage
-            return EventStream(_events(answers, first, form, held.pop_all(), with_usage=with_usage))
+            tallies = [Tally() for _ in answers]
+            return EventStream(_events(first, progress, tallies, form, held.pop_all(), with_usage=with_usage))
 
 
 async def _all(answers: Sequence[Answer]) -> list[Piece]:
@@ -237,17 +239,27 @@ async def _all(answers: Sequence[Answer]) -> list[Piece]:
 
 
 _Progress = tuple[int, list[Piece]]
+"""What has come of one answer: its index and the pieces."""
 
 
-async def _first(answers: Sequence[Answer]) -> _Progress:
-    """What comes first: (index of the answer, its pieces)."""
-    if len(answers) == 1:
-        return 0, await answers[0].pieces()
-    return await anext(_merged(answers))
+async def _next(progress: AsyncGenerator[_Progress, None]) -> _Progress:
+    return await anext(progress)
+
+
+async def _single(answer: Answer) -> AsyncGenerator[_Progress, None]:
+    """The pieces of one answer as they come, to the last. Raises its error."""
+    while True:
+        pieces = await answer.pieces()
+        yield 0, pieces
+        if pieces[-1].finish_reason is not None:
+            return
 
 
 async def _merged(answers: Sequence[Answer]) -> AsyncGenerator[_Progress, None]:
-    """The pieces of all answers as they come, to the end of the last. Raises the first error of any."""
+    """The pieces of all answers as they come, to the end of the last. Raises the first error of any.
+
+    One for the whole stream: what it has taken from an answer and not yielded is lost when it is closed.
+    """
     waiting = {asyncio.ensure_future(answer.pieces()): index for index, answer in enumerate(answers)}
     try:
         while waiting:
@@ -264,19 +276,25 @@ async def _merged(answers: Sequence[Answer]) -> AsyncGenerator[_Progress, None]:
 
 
 async def _events(
-    answers: Sequence[Answer], first: _Progress, form: Form, held: ExitStack, *, with_usage: bool
+    first: _Progress,
+    rest: AsyncGenerator[_Progress, None],
+    tallies: Sequence[Tally],
+    form: Form,
+    held: ExitStack,
+    *,
+    with_usage: bool,
 ) -> AsyncGenerator[bytes, None]:
-    """Everything a stream consists of. `held` closes the answers, however this ends."""
-    tallies = [Tally() for _ in answers]
+    """Everything a stream consists of. `held` closes the answers, however this ends. `tallies`: one per answer."""
     with held:
         try:
-            openings = [form.opening(index) for index in range(len(answers))]
+            openings = [form.opening(index) for index in range(len(tallies))]
             yield b"".join(_event(opening) for opening in openings if opening is not None)
-            async for index, pieces in _following(answers, first):
-                for piece in pieces:
-                    tallies[index].add(piece)
-                chunks = [form.chunk(index, piece) for piece in pieces]
-                yield b"".join(_event(chunk) for chunk in chunks if chunk is not None)
+            async with aclosing(_following(first, rest)) as progress:
+                async for index, pieces in progress:
+                    for piece in pieces:
+                        tallies[index].add(piece)
+                    chunks = [form.chunk(index, piece) for piece in pieces]
+                    yield b"".join(_event(chunk) for chunk in chunks if chunk is not None)
         except BatonError as error:
             yield b"data: " + api_error(error).body + b"\n\n"
             return
@@ -285,17 +303,11 @@ async def _events(
         yield _DONE
 
 
-async def _following(answers: Sequence[Answer], first: _Progress) -> AsyncGenerator[_Progress, None]:
-    yield first
-    if len(answers) > 1:
-        async for progress in _merged(answers):
+async def _following(first: _Progress, rest: AsyncGenerator[_Progress, None]) -> AsyncGenerator[_Progress, None]:
+    async with aclosing(rest):
+        yield first
+        async for progress in rest:
             yield progress
-        return
-    last = first[1][-1]
-    while last.finish_reason is None:
-        pieces = await answers[0].pieces()
-        last = pieces[-1]
-        yield 0, pieces
 
 
 def _event(value: dict[str, Any]) -> bytes:
