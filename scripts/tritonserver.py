@@ -22,8 +22,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from types import TracebackType
 
-from python_backends.core import trtllm
-from python_backends.core.config import Deployment, load_deployment
+from python_backends.core.config import load_deployment
 from python_backends.core.errors import ConfigError, Unavailable
 from python_backends.core.paths import repository_root
 from scripts import guardian
@@ -89,7 +88,7 @@ class TritonServer:
         self._config = config.absolute()
         self._binary = find_tritonserver()
         self._model_repository = model_repository or repository_root() / "model_repository"
-        self._start_timeout_s = start_timeout_s or _load_timeout_s(self.deployment)
+        self._start_timeout_s = start_timeout_s or self.deployment.load_timeout_s + _START_TIMEOUT_S
         self._guardian: subprocess.Popen[bytes] | None = None
         run_id = secrets.token_hex(4)
         self.run_dir = _run_base() / run_id
@@ -272,12 +271,6 @@ class TritonServer:
             self._channel.sendall(word.encode())
         except OSError:  # the guardian is gone already; waiting for it tells
             return
-
-
-def _load_timeout_s(deployment: Deployment) -> float:
-    if any(worker.engine == trtllm.ENGINE for worker in deployment.workers):
-        return deployment.engine.trtllm.load_timeout_s + _START_TIMEOUT_S
-    return _START_TIMEOUT_S
 
 
 class ServerLog:

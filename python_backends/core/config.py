@@ -17,6 +17,7 @@ from msgspec import Meta
 
 from python_backends.core.errors import ConfigError
 from python_backends.core.section import Fraction, NonNegative, Positive, PositiveSeconds, Section
+from python_backends.core.trtllm import ENGINE as TRTLLM
 from python_backends.core.trtllm import TrtllmConfig, check_trtllm
 from python_backends.core.types import Role, WorkerId
 
@@ -160,6 +161,12 @@ class Deployment(Section, frozen=True, kw_only=True):
     def model_name(self) -> str:
         """How clients of the API call the model."""
         return self.http.model_name or Path(self.model.path).name
+
+    @property
+    def load_timeout_s(self) -> float:
+        """How long the workers' engines may say that they are still loading; 0 when none has such a limit."""
+        uses_trtllm = any(worker.engine == TRTLLM for worker in self.workers)
+        return self.engine.trtllm.load_timeout_s if uses_trtllm else 0.0
 
     def worker(self, name: str) -> WorkerConfig:
         for worker in self.workers:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -59,6 +59,10 @@ class KvCacheConfig(Section, frozen=True):
     max_tokens: Annotated[
         NonNegative, Meta(description="Tokens in the KV cache. 0: by memory fraction. Needed when workers share a GPU.")
     ] = 0
+    dtype: Annotated[
+        Literal["auto", "fp8"],
+        Meta(description="Type of the KV: auto is the checkpoint's own. The same for prefill and decode."),
+    ] = "auto"
     tokens_per_block: Annotated[
         NonNegative, Meta(description="Must equal engine.block_size, by which the router hashes prefixes. 0: that value.")
     ] = 0
@@ -92,7 +96,10 @@ class CudaGraphConfig(Section, frozen=True):
 class LlmConfig(Section, frozen=True):
     """Arguments of `tensorrt_llm.LLM` for the workers of one role."""
 
-    tensor_parallel_size: Annotated[Positive, Meta(description="GPUs that one worker spans; as many as its `gpus`.")] = 1
+    tensor_parallel_size: Annotated[Positive, Meta(description="GPUs that share each layer of one worker.")] = 1
+    pipeline_parallel_size: Annotated[
+        Positive, Meta(description="Groups of GPUs that share the layers. Times tensor_parallel_size: as many as `gpus`.")
+    ] = 1
     max_batch_size: Annotated[NonNegative, Meta(description="Requests computed at once. 0: engine.max_batch.")] = 0
     max_num_tokens: Annotated[NonNegative, Meta(description="Tokens per iteration. 0: TensorRT-LLM's default.")] = 0
     enable_chunked_prefill: Annotated[
@@ -103,7 +110,15 @@ class LlmConfig(Section, frozen=True):
     ] = None
     stream_interval: Annotated[Positive, Meta(description="Tokens per delivery of a stream; more saves host CPU.")] = 1
     cuda_graph_config: CudaGraphConfig | None = None
+    speculative_config: Annotated[
+        dict[str, Any] | None,
+        Meta(description="Speculative decoding, passed on as it is: `decoding_type` and the keys of that method."),
+    ] = None
     kv_cache_config: KvCacheConfig = KvCacheConfig()
+
+    @property
+    def num_gpus(self) -> int:
+        return self.tensor_parallel_size * self.pipeline_parallel_size
 
 
 class TrtllmConfig(Section, frozen=True):
@@ -159,15 +174,16 @@ def _gpu_problems(deployment: Deployment, workers: Sequence[WorkerConfig]) -> Pr
             yield f"workers: {worker.name}: gpus is for engine trtllm; engine {worker.engine} takes device: cuda:N"
     for worker in workers:
         where, gpus = f"workers: {worker.name}", worker.gpus.split(",") if worker.gpus else []
-        size = deployment.engine.trtllm.of(worker.role).tensor_parallel_size
+        llm = deployment.engine.trtllm.of(worker.role)
         if not gpus:
             yield f'{where}: gpus is missing; name the GPUs that this worker may use, such as gpus: "0"'
         if len(set(gpus)) < len(gpus):
             yield f"{where}: gpus {worker.gpus!r} names a GPU twice"
-        if len(gpus) != size:
+        if len(gpus) != llm.num_gpus:
+            stages = f" and pipeline_parallel_size {llm.pipeline_parallel_size}" if llm.pipeline_parallel_size > 1 else ""
             yield (
                 f"{where}: gpus {worker.gpus!r} are {len(gpus)}, but engine.trtllm.{worker.role.value}.tensor_parallel_size "
-                f"is {size}; give as many GPUs"
+                f"is {llm.tensor_parallel_size}{stages}; give {llm.num_gpus}"
             )
         for gpu in gpus:
             users[gpu].append(worker)
@@ -205,6 +221,8 @@ def _llm_problems(deployment: Deployment, role: Role, where: str) -> Problems:
             f"{where}.max_num_tokens is {llm.max_num_tokens}, below model.max_context {longest}, and enable_chunked_prefill "
             "is false: longer prompts could not be computed; raise it or enable chunked prefill"
         )
+    if llm.speculative_config is not None and not llm.speculative_config.get("decoding_type"):
+        yield f"{where}.speculative_config: decoding_type is missing; it names the method, such as MTP or Eagle"
     if cache.max_tokens and cache.max_tokens < longest:
         yield (
             f"{where}.kv_cache_config.max_tokens is {cache.max_tokens}, below model.max_context {longest}: one long request "
@@ -224,6 +242,7 @@ def _deployment_problems(deployment: Deployment, workers: Sequence[WorkerConfig]
         yield f"workers: prefill and decode workers have engines {', '.join(sorted(engines))}; KV moves within one engine only"
     if any(worker.role is Role.PREFILL for worker in workers):
         yield from _transceiver_problems(deployment)
+        yield from _unlike_kv(deployment)
 
 
 def _transceiver_problems(deployment: Deployment) -> Problems:
@@ -258,6 +277,15 @@ def _transceiver_problems(deployment: Deployment) -> Problems:
         yield (
             f"engine.trtllm.first_output_s is {first_ms / 1000:g}: KV is dropped after {timeout_ms / 1000:g} s "
             "(kv_transfer_timeout_ms or transfer.lease_s), so waiting longer is in vain; lower it"
+        )
+
+
+def _unlike_kv(deployment: Deployment) -> Problems:
+    theirs, ours = (deployment.engine.trtllm.of(role).kv_cache_config.dtype for role in (Role.PREFILL, Role.DECODE))
+    if theirs != ours:
+        yield (
+            f"engine.trtllm.decode.kv_cache_config.dtype is {ours}, but that of prefill is {theirs}: KV of one type can't be "
+            "read as the other; give both the same"
         )
 
 

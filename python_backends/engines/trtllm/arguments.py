@@ -21,6 +21,7 @@ def llm_arguments(deployment: Deployment, worker: WorkerConfig, model_dir: Path)
         "backend": "pytorch",
         "dtype": deployment.model.dtype,
         "tensor_parallel_size": config.tensor_parallel_size,
+        "pipeline_parallel_size": config.pipeline_parallel_size,
         "max_batch_size": max_batch(deployment, worker),
         "max_seq_len": deployment.model.max_context,
         "enable_chunked_prefill": config.enable_chunked_prefill,
@@ -33,6 +34,8 @@ def llm_arguments(deployment: Deployment, worker: WorkerConfig, model_dir: Path)
         arguments["max_num_tokens"] = config.max_num_tokens
     if config.cuda_graph_config is not None:
         arguments["cuda_graph_config"] = msgspec.to_builtins(config.cuda_graph_config)
+    if config.speculative_config is not None:
+        arguments["speculative_config"] = dict(config.speculative_config)
     if worker.role is not Role.AGGREGATED and deployment.engine.trtllm.cache_transceiver_config.backend:
         arguments["cache_transceiver_config"] = _transceiver(deployment)
     return arguments
@@ -50,6 +53,7 @@ def _kv_cache(config: KvCacheConfig, block_size: int) -> dict[str, Any]:
     )
     return {
         **size,
+        **({"dtype": config.dtype} if config.dtype != "auto" else {}),
         "tokens_per_block": block_size,
         "enable_block_reuse": config.enable_block_reuse,
         "enable_partial_reuse": config.enable_partial_reuse,

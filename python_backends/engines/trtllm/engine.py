@@ -31,7 +31,7 @@ from python_backends.core.errors import ConfigError, TritonCode
 from python_backends.core.messages import Output
 from python_backends.core.paths import resolve_model
 from python_backends.core.trtllm import check_trtllm, kv_timeout_ms
-from python_backends.core.types import Epoch, GenerateRequest, LeaseEnd, RequestId, WorkerLoad
+from python_backends.core.types import Epoch, GenerateRequest, LeaseEnd, RequestId, Role, WorkerLoad
 from python_backends.engines.base import CacheChange, EngineInfo, OnOutputs
 from python_backends.engines.trtllm.arguments import llm_arguments, max_batch
 from python_backends.engines.trtllm.block_events import BlockEvents
@@ -86,12 +86,18 @@ class TrtllmEngine:
     def start(self, on_outputs: OnOutputs) -> None:
         self._on_outputs = on_outputs
         config = self._deployment.engine.trtllm
-        prepare(os.environ, self._worker.gpus, config.of(self._worker.role).tensor_parallel_size, config.environment)
+        llm = config.of(self._worker.role)
+        prepare(os.environ, self._worker.gpus, llm.num_gpus, config.environment)
         library = load_library()
         log.info("worker %s: TensorRT-LLM %s, GPUs %s", self._worker.name, library.version, self._worker.gpus)
         model = self._deployment.model
         directory = read_model_dir(
-            self._model_path, model.dtype, self._deployment.engine.block_size, model.max_context, library.version
+            self._model_path,
+            dtype=model.dtype,
+            kv_dtype=llm.kv_cache_config.dtype,
+            block_size=self._deployment.engine.block_size,
+            max_context=model.max_context,
+            library_version=library.version,
         )
         self.info = EngineInfo(directory.layout, directory.fingerprint, model.max_context, warm_up=self._hands_over)
         self._loop = asyncio.new_event_loop()
@@ -159,7 +165,7 @@ class TrtllmEngine:
 
     async def _open(self, directory: ModelDir, library: Any) -> None:
         """On the loop. Blocks it while the model loads: nobody else is there yet."""
-        self._llm = library.llm(**llm_arguments(self._deployment, self._worker, self._model_path))
+        self._llm = library.llm(**library.typed(llm_arguments(self._deployment, self._worker, self._model_path)))
         loaded = Loaded(self._llm, library, self.info, directory.eos_token_ids)
         await self._first_request(loaded)
         self._events = BlockEvents(self.info.layout.block_size, partial(chain_root, self.info.fingerprint))
@@ -325,7 +331,24 @@ def _await_shut(future: Future[None]) -> None:
 def create(deployment: Deployment, worker: WorkerConfig, epoch: Epoch, key: bytes) -> TrtllmEngine:
     """Raises ConfigError when deployment or model directory are wrong; nothing is loaded yet."""
     check_trtllm(deployment)
-    config = deployment.engine.trtllm
-    if config.prefill.tensor_parallel_size != config.decode.tensor_parallel_size:
-        log.warning("prefill and decode workers have different tensor_parallel_size: compare their texts before trusting them")
+    _warn(deployment)
     return TrtllmEngine(deployment, worker, epoch, key, resolve_model(deployment.model.path))
+
+
+def _warn(deployment: Deployment) -> None:
+    """Of what is allowed and known to go wrong."""
+    prefill, decode = deployment.engine.trtllm.prefill, deployment.engine.trtllm.decode
+    if not any(worker.role is Role.PREFILL for worker in deployment.workers):
+        return
+    for name in ("tensor_parallel_size", "pipeline_parallel_size"):
+        theirs, ours = getattr(prefill, name), getattr(decode, name)
+        if theirs != ours:
+            log.warning(
+                "%s is %d for prefill and %d for decode: wrong text was reported for unequal sizes (TensorRT-LLM #6507); "
+                "compare texts with scripts/verify-gpu before trusting it",
+                name,
+                theirs,
+                ours,
+            )
+    if prefill.speculative_config != decode.speculative_config:
+        log.warning("speculative_config differs between prefill and decode: KV of draft layers may be missing on one side")

@@ -47,6 +47,18 @@ class Library:
         """Earlier releases take repetition, presence and frequency penalties and ignore them (TensorRT-LLM PR 16485)."""
         return self.release >= (1, 3, _PENALTIES_SINCE_RC)
 
+    def typed(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Arguments as LLM takes them: up to 1.2 it wants an object where YAML has a speculative_config.
+
+        By the function that reads the YAML of NVIDIA's own Triton model. Raises ValueError for a method it doesn't know.
+        """
+        if "speculative_config" not in arguments:
+            return arguments
+        from tensorrt_llm.llmapi.llm_utils import update_llm_args_with_extra_dict
+
+        typed: dict[str, Any] = update_llm_args_with_extra_dict({}, arguments)
+        return typed
+
     @property
     def params_fields(self) -> frozenset[str]:
         return frozenset(field.name for field in dataclasses.fields(self.disaggregated_params))

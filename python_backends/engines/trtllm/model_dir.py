@@ -46,8 +46,10 @@ class ModelDir:
     fingerprint: str
 
 
-def read_model_dir(directory: Path, dtype: str, block_size: int, max_context: int, library_version: str) -> ModelDir:
-    """Raises ConfigError naming the file and key that are missing or don't fit."""
+def read_model_dir(
+    directory: Path, *, dtype: str, kv_dtype: str, block_size: int, max_context: int, library_version: str
+) -> ModelDir:
+    """`kv_dtype`: of kv_cache_config. Raises ConfigError naming the file and key that are missing or don't fit."""
     path = directory / "config.json"
     config = _decode(path, _Config)
     if config.max_position_embeddings is not None and max_context > config.max_position_embeddings:
@@ -63,7 +65,7 @@ def read_model_dir(directory: Path, dtype: str, block_size: int, max_context: in
         dtype=dtype,
     )
     configs = "".join(_digest(directory / name) for name in _CONFIGS if (directory / name).exists())
-    name = fingerprint(layout, f"TensorRT-LLM {library_version} {configs}", weights_digest(directory))
+    name = fingerprint(layout, f"TensorRT-LLM {library_version} KV {kv_dtype} {configs}", weights_digest(directory))
     return ModelDir(layout, _eos_token_ids(directory, config), name)
 
 

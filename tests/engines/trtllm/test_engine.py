@@ -4,18 +4,22 @@ counters: `knobs.state` is what really is held, `engine.load()` what the engine 
 from __future__ import annotations
 
 import random
+import re
 import time
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
 from python_backends.core.block_hash import block_hashes, chain_root
+from python_backends.core.config import Deployment, EngineConfig, ModelConfig, WorkerConfig
 from python_backends.core.errors import ConfigError, RefusalReason, TritonCode
 from python_backends.core.messages import PrefillDone, RequestFailed, TokenChunk
-from python_backends.core.trtllm import CacheTransceiverConfig, KvCacheConfig, LlmConfig
-from python_backends.core.types import FinishReason, LeaseEnd, RequestId, Role, TokenLogprob
-from tests.engines.bench import make_request
+from python_backends.core.trtllm import CacheTransceiverConfig, KvCacheConfig, LlmConfig, TrtllmConfig
+from python_backends.core.types import Epoch, FinishReason, LeaseEnd, RequestId, Role, TokenLogprob
+from python_backends.engines.base import create_engine
+from tests.engines.bench import KEY, make_request
 from tests.engines.trtllm.bench import BLOCK, MAX_CONTEXT, Trtllm, TrtllmBench
 
 PROMPT = [random.Random(1).randrange(3, 300) for _ in range(75)]
@@ -527,6 +531,50 @@ def test_stream_interval_changes_the_pieces_and_not_the_text(engines12: Trtllm) 
     assert tokens == _reference(engines12, PROMPT, max_tokens=20)
     chunks = [output for output in coarse.outputs["x"] if isinstance(output, TokenChunk)]
     assert len(chunks) < 10
+
+
+SPECULATIVE = {"decoding_type": "MTP", "num_nextn_predict_layers": 3}
+
+
+def _speculating(**fields: Any) -> LlmConfig:
+    return LlmConfig(speculative_config=SPECULATIVE, kv_cache_config=KvCacheConfig(max_tokens=8192), **fields)
+
+
+def test_speculative_decoding_changes_the_pieces_and_not_the_text(engines: Trtllm) -> None:
+    """Drafts travel with the handoff, and a step brings as many tokens as were accepted."""
+    prefill = engines.make(Role.PREFILL, prefill=_speculating())
+    decode = engines.make(Role.DECODE, decode=_speculating())
+    done = prefill.prefill(make_request("p", PROMPT, max_tokens=40))
+    tokens, report = decode.decode(decode.handed(done, "d", PROMPT, max_tokens=40), done.ticket)
+    assert [done.token_id, *tokens] == _reference(engines, PROMPT, max_tokens=40)
+    assert (report.received_tokens, report.recomputed_tokens) == (len(PROMPT), 0)
+    chunks = [output for output in decode.outputs["d"] if isinstance(output, TokenChunk)]
+    assert len(chunks) < 30
+    for bench in (prefill, decode):
+        bench.knobs.wait_state(leaked_blocks=0, active_requests=0)
+
+
+@pytest.mark.parametrize(
+    ("prefill", "warning"),
+    [
+        (LlmConfig(tensor_parallel_size=2), "tensor_parallel_size is 2 for prefill and 1 for decode.*#6507"),
+        (LlmConfig(pipeline_parallel_size=2), "pipeline_parallel_size is 2 for prefill and 1 for decode"),
+        (LlmConfig(speculative_config=SPECULATIVE), "speculative_config differs"),
+    ],
+)
+def test_what_is_allowed_and_known_to_go_wrong_is_warned_of(
+    tiny: Path, caplog: pytest.LogCaptureFixture, prefill: LlmConfig, warning: str
+) -> None:
+    workers = (
+        WorkerConfig(Role.PREFILL, "prefill", "trtllm", gpus="0,1" if prefill.num_gpus == 2 else "0"),
+        WorkerConfig(Role.DECODE, "decode", "trtllm", gpus="2"),
+    )
+    trtllm = TrtllmConfig(prefill=prefill, cache_transceiver_config=CacheTransceiverConfig(backend="UCX"))
+    deployment = Deployment(
+        model=ModelConfig(path=str(tiny), max_context=MAX_CONTEXT), workers=workers, engine=EngineConfig(trtllm=trtllm)
+    )
+    create_engine(deployment, workers[1], Epoch(1), KEY)
+    assert re.search(warning, caplog.text)
 
 
 # --- events ------------------------------------------------------------------------------------------------------------

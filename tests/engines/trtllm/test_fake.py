@@ -89,6 +89,7 @@ async def stays_silent(result: Any, seconds: float = 0.3) -> bool:
         {"cache_transceiver_config": {"backend": "ucx"}},
         {"cache_transceiver_config": {"backend": "UCX", "kv_transfer_timeout_ms": 0}},
         {"cache_transceiver_config": {"backend": "UCX", "surprise": 1}},
+        {"speculative_config": {"decoding_type": "MTP", "surprise": 1}},
     ],
 )
 def test_unknown_keys_and_wrong_values_raise(api: Api, arguments: dict[str, Any]) -> None:

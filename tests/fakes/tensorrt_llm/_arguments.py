@@ -19,6 +19,7 @@ class KvCacheConfig:
     free_gpu_memory_fraction: float | None = 0.9
     event_buffer_max_size: int = 0
     tokens_per_block: int = 32
+    dtype: str = "auto"
 
 
 @dataclass(kw_only=True)
@@ -36,11 +37,34 @@ class CudaGraphConfig:
 
 
 @dataclass(kw_only=True)
+class DecodingConfig:
+    """Of speculative decoding. Each method has a class of its own in the real one; here the keys that they have in common."""
+
+    decoding_type: str
+    max_draft_len: int | None = None
+    num_nextn_predict_layers: int | None = None  # of MTP
+    max_matching_ngram_size: int | None = None  # of NGram
+    speculative_model_dir: str | None = None
+
+    @property
+    def drafts(self) -> int:
+        """Tokens that may be accepted at once beside the one that is computed."""
+        return self.max_draft_len or self.num_nextn_predict_layers or 1
+
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any]) -> DecodingConfig:
+        if given.get("decoding_type") not in ("MTP", "Eagle", "NGram", "DraftTarget"):
+            raise ValueError(f"Invalid decoding type: {given.get('decoding_type')}")
+        return _build(cls, given, "speculative_config", set())
+
+
+@dataclass(kw_only=True)
 class LlmArgs:
     model: str
     backend: str = "pytorch"
     dtype: str = "auto"
     tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
     disable_overlap_scheduler: bool = False
     enable_chunked_prefill: bool = False
     max_batch_size: int = 2048
@@ -51,6 +75,7 @@ class LlmArgs:
     cuda_graph_config: CudaGraphConfig | None = field(default_factory=CudaGraphConfig)
     kv_cache_config: KvCacheConfig = field(default_factory=KvCacheConfig)
     cache_transceiver_config: CacheTransceiverConfig | None = None
+    speculative_config: DecodingConfig | None = None
 
 
 def parse(arguments: Mapping[str, Any]) -> LlmArgs:
@@ -63,6 +88,7 @@ def parse(arguments: Mapping[str, Any]) -> LlmArgs:
     ):
         if isinstance(given.get(name), Mapping):
             given[name] = _build(kind, given[name], name, _absent(name))
+    given["speculative_config"] = _speculative(given.get("speculative_config"))
     args = _build(LlmArgs, given, "LLM", set())
     if args.backend != "pytorch":
         raise ValueError(f"backend {args.backend!r} is not played here")
@@ -72,6 +98,16 @@ def parse(arguments: Mapping[str, Any]) -> LlmArgs:
     if transceiver is not None and transceiver.kv_transfer_timeout_ms is not None and transceiver.kv_transfer_timeout_ms <= 0:
         raise ValueError("cache_transceiver_config.kv_transfer_timeout_ms: Input should be greater than 0")
     return args
+
+
+def _speculative(given: Any) -> DecodingConfig | None:
+    """Up to 1.2 the method is the object's class, and no key."""
+    if isinstance(given, Mapping):
+        if release() < (1, 3):
+            raise ValueError("speculative_config.decoding_type: Extra inputs are not permitted")
+        return DecodingConfig.from_dict(given)
+    assert given is None or isinstance(given, DecodingConfig)
+    return given
 
 
 def _build(kind: type[T], given: Mapping[str, Any], where: str, absent: set[str]) -> T:

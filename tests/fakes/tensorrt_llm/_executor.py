@@ -209,6 +209,8 @@ class Executor:
             return None
         if self._server is None:
             return RequestError("kv_cache_transceiver is disabled, please set cache_transceiver_config: backend")
+        if request.kind == "generation_only" and self._args.speculative_config and request.params.draft_tokens is None:
+            return RequestError("the draft tokens of the context are missing")
         overlap = not self._args.disable_overlap_scheduler
         if request.kind == "context_only" and overlap and _knobs.release() < (1, 3):
             return RequestError("Context only requests are not supported in pytorch backend when overlap is enabled")
@@ -248,11 +250,20 @@ class Executor:
         self.pool.store(request.prompt, request.blocks, request.salt)
         request.state = "decoding"
         self._sample(request)
+        self._deliver(request, self._finish(request))
 
     def _decode(self, request: Request) -> None:
-        self.pool.write(request.blocks, request.computed, request.output[-1:])
-        request.computed += 1
-        self._sample(request)
+        """One token, and as many more as drafts are accepted: some."""
+        speculative = self._args.speculative_config
+        accepted = request.output[-1] % (speculative.drafts + 1) if speculative else 0
+        for _ in range(1 + accepted):
+            self.pool.write(request.blocks, request.computed, request.output[-1:])
+            request.computed += 1
+            self._sample(request)
+            finish = self._finish(request)
+            if finish[0] is not None:
+                break
+        self._deliver(request, finish)
 
     def _take_over(self, request: Request) -> None:
         """The KV has come. The first response holds the context's token and nothing else."""
@@ -278,7 +289,6 @@ class Executor:
         if request.sampling.logprobs:
             likeliest = [token, *(300 + (token + i) % _NUM_TOKENS for i in range(1, request.sampling.logprobs))]
             request.logprobs.append({t: Logprob(-0.5 * (rank + 1), rank + 1) for rank, t in enumerate(likeliest)})
-        self._deliver(request, self._finish(request))
 
     def _next_token(self, request: Request) -> int:
         sampling = request.sampling
@@ -330,6 +340,8 @@ class Executor:
             ctx_request_id=request.id,
             opaque_state=self._server.opaque_state,
         )
+        if self._args.speculative_config:
+            params.draft_tokens = request.output[:1] * self._args.speculative_config.drafts
         if _knobs.release() >= (1, 3):
             params.disagg_request_id = request.params.disagg_request_id
             params.ctx_dp_rank = 0

@@ -55,7 +55,11 @@ def test_the_good_one_is_good_and_needs_no_library(tmp_path: Path) -> None:
         ({"workers.0.gpus": None}, r'prefill: gpus is missing; name the GPUs .* gpus: "0"'),
         ({"workers.0.gpus": "0,0", "engine.trtllm.prefill.tensor_parallel_size": 2}, "'0,0' names a GPU twice"),
         ({"workers.0.gpus": "2,3"}, r"'2,3' are 2, but engine.trtllm.prefill.tensor_parallel_size is 1"),
-        ({"engine.trtllm.decode.tensor_parallel_size": 4}, "decode.tensor_parallel_size is 4; give as many GPUs"),
+        ({"engine.trtllm.decode.tensor_parallel_size": 4}, "decode.tensor_parallel_size is 4; give 4"),
+        (
+            {"engine.trtllm.decode.pipeline_parallel_size": 2, "workers.1.gpus": "1,2,3"},
+            "'1,2,3' are 3, but .*tensor_parallel_size is 1 and pipeline_parallel_size 2; give 2",
+        ),
         ({"workers.1.gpus": "0"}, r"prefill and decode share GPU 0; set engine.trtllm.prefill.kv_cache_config.max_tokens"),
         ({"workers.0.gpus": "zero"}, "gpus"),
         ({"workers.0.engine": "torch", "workers.1.engine": "torch"}, "gpus is for engine trtllm; engine torch takes device"),
@@ -71,6 +75,14 @@ def test_the_good_one_is_good_and_needs_no_library(tmp_path: Path) -> None:
             {"engine.trtllm.decode.kv_cache_config.tokens_per_block": 64},
             "decode.kv_cache_config.tokens_per_block is 64, but engine.block_size is 32; they must be equal",
         ),
+        # KV that the other side can't read
+        (
+            {"engine.trtllm.decode.kv_cache_config.dtype": "fp8"},
+            "decode.kv_cache_config.dtype is fp8, but that of prefill is auto: .*; give both the same",
+        ),
+        ({"engine.trtllm.prefill.kv_cache_config.dtype": "int3"}, r"int3.*kv_cache_config.dtype"),
+        # speculative decoding
+        ({"engine.trtllm.decode.speculative_config": {"max_draft_len": 3}}, "speculative_config: decoding_type is missing"),
         # prompts that could not be computed
         (
             {"engine.trtllm.prefill.enable_chunked_prefill": False, "engine.trtllm.prefill.max_num_tokens": 4096},
@@ -107,7 +119,7 @@ def test_the_good_one_is_good_and_needs_no_library(tmp_path: Path) -> None:
         ({"transfer.faults": {"drop": 0.5}}, "transfer.faults spoil Baton's own transports"),
         # unknown keys and wrong types, by their path
         ({"engine.trtllm.prefill.max_batchsize": 8}, r"max_batchsize.*engine.trtllm.prefill"),
-        ({"engine.trtllm.prefill.kv_cache_config.dtype": "fp8"}, r"dtype.*kv_cache_config"),
+        ({"engine.trtllm.prefill.kv_cache_config.secondary_offload": 1}, r"secondary_offload.*kv_cache_config"),
         ({"engine.trtllm.cache_transceiver_config.transceiver_runtime": "PYTHON"}, "transceiver_runtime"),
         ({"engine.trtllm.prefill.kv_cache_config.free_gpu_memory_fraction": 1.5}, "free_gpu_memory_fraction"),
         ({"engine.trtllm.prefill.stream_interval": 0}, "stream_interval"),
@@ -128,6 +140,16 @@ def test_a_wrong_one_is_refused_with_the_fix(tmp_path: Path, changes: dict[str, 
         {"engine.trtllm.environment.UCX_TLS": "^ib,gdr_copy"},
         {"engine.trtllm.environment.UCX_TLS": "cuda_copy,cuda_ipc,sm"},
         {"workers.0.gpus": "0,2", "engine.trtllm.prefill.tensor_parallel_size": 2},
+        {
+            "workers.0.gpus": "0,2,3,4",
+            "engine.trtllm.prefill.tensor_parallel_size": 2,
+            "engine.trtllm.prefill.pipeline_parallel_size": 2,
+        },
+        {f"engine.trtllm.{role}.kv_cache_config.dtype": "fp8" for role in ("prefill", "decode")},
+        {
+            f"engine.trtllm.{role}.speculative_config": {"decoding_type": "MTP", "num_nextn_predict_layers": 1}
+            for role in ("prefill", "decode")
+        },
         {"engine.trtllm.prefill.max_num_tokens": 1024},
         {
             "workers.1.gpus": "0",

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -43,7 +44,21 @@ def test_fields_by_release(version: str, tmp_path: Path) -> None:
     assert ("disagg_request_id" in fields) is (version == "1.3.0")
 
 
-def test_tensorrt_llm_is_imported_in_one_function_only() -> None:
+@pytest.mark.parametrize("version", ["1.1.0", "1.2.1", "1.3.0"])
+def test_a_speculative_config_becomes_what_the_release_takes(version: str, tmp_path: Path) -> None:
+    plain = {"model": "m", "max_batch_size": 4}
+    given = {**plain, "speculative_config": {"decoding_type": "MTP", "num_nextn_predict_layers": 2}}
+    with playing(version, tmp_path):
+        loaded = load_library()
+        assert loaded.typed(plain) == plain
+        parse = importlib.import_module("tensorrt_llm._arguments").parse
+        args = parse(loaded.typed(given))
+        assert (args.speculative_config.decoding_type, args.speculative_config.drafts) == ("MTP", 2)
+        with pytest.raises(ValueError, match="Guessing"):
+            parse(loaded.typed({**plain, "speculative_config": {"decoding_type": "Guessing"}}))
+
+
+def test_tensorrt_llm_is_imported_in_two_functions_only() -> None:
     """At import time of the engine the environment of the worker is not set yet."""
     found = []
     for path in [*(repository_root() / "python_backends").rglob("*.py"), *(repository_root() / "router").rglob("*.py")]:
@@ -56,7 +71,7 @@ def test_tensorrt_llm_is_imported_in_one_function_only() -> None:
                 while not isinstance(node, ast.FunctionDef | ast.Module):
                     node = parents[node]
                 found.append((path.name, getattr(node, "name", "the module")))
-    assert set(found) == {("library.py", "load_library")}
+    assert set(found) == {("library.py", "load_library"), ("library.py", "typed")}
 
 
 def test_importing_the_engine_loads_neither_torch_nor_tensorrt_llm() -> None:

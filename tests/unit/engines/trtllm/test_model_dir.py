@@ -31,8 +31,12 @@ def directory(tmp_path: Path) -> Path:
     return path
 
 
-def read(directory: Path, dtype: str = "bfloat16", block_size: int = 32, version: str = "1.2.1") -> ModelDir:
-    return read_model_dir(directory, dtype, block_size, 4096, version)
+def read(
+    directory: Path, dtype: str = "bfloat16", block_size: int = 32, version: str = "1.2.1", kv_dtype: str = "auto"
+) -> ModelDir:
+    return read_model_dir(
+        directory, dtype=dtype, kv_dtype=kv_dtype, block_size=block_size, max_context=4096, library_version=version
+    )
 
 
 def test_the_shape_of_its_kv(directory: Path) -> None:
@@ -68,10 +72,10 @@ def test_other_files_have_another_fingerprint(directory: Path, change: Any) -> N
     assert read(directory).fingerprint != before
 
 
-def test_dtype_block_size_and_release_are_part_of_it(directory: Path) -> None:
+def test_dtypes_block_size_and_release_are_part_of_it(directory: Path) -> None:
     prints = {read(directory, *args).fingerprint for args in [("bfloat16", 32), ("float16", 32), ("bfloat16", 64)]}
-    prints |= {read(directory, version="1.3.0").fingerprint}
-    assert len(prints) == 4
+    prints |= {read(directory, version="1.3.0").fingerprint, read(directory, kv_dtype="fp8").fingerprint}
+    assert len(prints) == 5
 
 
 def test_bytes_can_not_move_between_files_unseen(directory: Path) -> None:
@@ -94,7 +98,7 @@ def test_end_tokens(directory: Path, config: Any, generation: Any, expected: tup
 
 def test_what_is_wrong_is_named(directory: Path) -> None:
     with pytest.raises(ConfigError, match=r"max_context is 8192, but .*config\.json has max_position_embeddings 4096; lower"):
-        read_model_dir(directory, "bfloat16", 32, 8192, "1.2.1")
+        read_model_dir(directory, dtype="bfloat16", kv_dtype="auto", block_size=32, max_context=8192, library_version="1.2.1")
     (directory / "config.json").write_text(json.dumps({"num_hidden_layers": 4}))
     with pytest.raises(ConfigError, match=r"config\.json: .*num_attention_heads"):
         read(directory)
