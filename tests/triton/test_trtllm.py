@@ -9,13 +9,17 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from openai import BadRequestError, OpenAI
+from rich.console import Console
 
 from scripts.client import Client
+from scripts.demo import run_demo
 from scripts.tritonserver import TritonServer
 from scripts.verify_gpu import Failed, Result, Verification, machine, verify
 from tests.engines.trtllm.playing import Knobs
@@ -208,6 +212,109 @@ def _wait_until_back(served: Served, client: Asking, role: str, old: int) -> Non
     answer = client.ask(text_input=f"back {role} {old} {PROMPT}", max_tokens=4, route="remote", return_proof=True)
     proof = json.loads(answer.last("proof"))
     assert (proof["route"], proof["kv_tokens_recomputed"]) == ("remote", 0)
+
+
+# --- the OpenAI API ----------------------------------------------------------------------------------------------------
+
+MODEL = "smollm2-135m-instruct"
+CHAT: list[Any] = [{"role": "user", "content": f"Continue: {PROMPT}"}]
+
+
+@pytest.fixture
+def openai(served: Served) -> Iterator[OpenAI]:
+    address = f"http://{served.server.host}:{served.server.openai_port}/v1"
+    with OpenAI(base_url=address, api_key="none", max_retries=0, timeout=60) as client:
+        yield client
+
+
+def test_chat_completions_are_handed_over(served: Served, openai: OpenAI) -> None:
+    asked: dict[str, Any] = {"model": MODEL, "messages": CHAT, "temperature": 0, "max_tokens": 16}
+    alone = openai.chat.completions.create(**asked, extra_body={"baton": {"route": "aggregated"}})
+    before = served.knobs["decode"].state["generation_requests"]
+    whole = openai.chat.completions.create(**asked, extra_body={"baton": {"route": "remote", "proof": True}})
+    assert whole.choices[0].message.content == alone.choices[0].message.content
+    assert whole.choices[0].finish_reason == "length"
+    assert whole.usage is not None
+    assert whole.usage.completion_tokens == 16
+    proof = whole.model_extra["baton"]["proof"] if whole.model_extra else {}
+    assert (proof["route"], proof["transport"], proof["digest"]) == ("remote", "UCX", "unchecked")
+    assert (proof["kv_tokens_received"], proof["kv_tokens_recomputed"]) == (whole.usage.prompt_tokens, 0)
+    assert served.knobs["decode"].state["generation_requests"] == before + 1
+    chunks = list(
+        openai.chat.completions.create(
+            **asked, stream=True, stream_options={"include_usage": True}, extra_body={"baton": {"route": "remote"}}
+        )
+    )
+    assert (
+        "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == alone.choices[0].message.content
+    )
+    assert len(chunks) > 8, "it was not streamed"
+    assert chunks[-1].usage.total_tokens == whole.usage.total_tokens
+    served.assert_clean()
+
+
+def test_completions_with_choices_stop_and_logprobs(served: Served, openai: OpenAI) -> None:
+    asked: dict[str, Any] = {"model": MODEL, "prompt": PROMPT, "temperature": 0, "max_tokens": 8}
+    remote = {"baton": {"route": "remote", "proof": True}}
+    answer = openai.completions.create(**asked, n=2, extra_body=remote)
+    texts = [choice.text for choice in answer.choices]
+    assert texts[0] == texts[1]
+    stopped = openai.completions.create(**asked, stop=texts[0][10:14], extra_body=remote)
+    assert (stopped.choices[0].text, stopped.choices[0].finish_reason) == (texts[0][:10], "stop")
+    logged = openai.completions.create(**asked, logprobs=2, extra_body=remote)
+    assert logged.choices[0].text == texts[0]
+    assert logged.choices[0].logprobs is not None
+    assert logged.choices[0].logprobs.token_logprobs == [-0.5] * 8
+    proof = logged.model_extra["baton"]["proof"] if logged.model_extra else {}
+    assert proof["digest"] == "unsupported", "of 1.2, which can't hand over the first token's"
+    served.assert_clean()
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"tools": [{"type": "function", "function": {"name": "now", "parameters": {"type": "object"}}}]}, "tools"),
+        ({"presence_penalty": 1.0}, "presence_penalty"),
+        ({"logit_bias": {"5": 1}}, "logit_bias"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_openai_clients_can_not_have_is_a_400_that_names_it(
+    served: Served, openai: OpenAI, fields: dict[str, Any], named: str, stream: bool
+) -> None:
+    with pytest.raises(BadRequestError, match=named):
+        openai.chat.completions.create(model=MODEL, messages=CHAT, max_tokens=8, stream=stream, **fields)
+    served.assert_clean()
+
+
+def test_openai_clients_that_go_away_leave_nothing(served: Served, openai: OpenAI) -> None:
+    for i in range(20):
+        stream = openai.chat.completions.create(
+            model=MODEL,
+            messages=[{"role": "user", "content": f"{i} {PROMPT}"}],
+            max_tokens=2000,
+            stream=True,
+            extra_body={"baton": {"route": "remote"}},
+        )
+        for _ in range(i % 4):
+            next(stream)
+        stream.close()
+    _wait_for(lambda: metrics(served.server)["baton_router_requests"] == 0, 10)
+    served.assert_clean()
+
+
+# --- the scripts -------------------------------------------------------------------------------------------------------
+
+
+def test_the_demo_shows_a_handoff_and_does_not_call_it_verified(served: Served) -> None:
+    shown = StringIO()
+    with Client(f"{served.server.host}:{served.server.grpc_port}") as client:
+        verdict = run_demo(client, Console(file=shown, width=120), "What is the capital of France?")
+    assert verdict.ok, verdict.text
+    assert re.fullmatch(r"handoff OK: \d+ tokens, [\d.]+ ms by UCX, 0 recomputed, digest unchecked", verdict.text)
+    assert "aggregated worker: same text" in shown.getvalue()
+    served.assert_clean()
 
 
 def test_the_command_that_verifies_a_gpu_machine_works(served: Served) -> None:

@@ -36,12 +36,15 @@ _PASSED_ON = frozenset(  # any other field, also one that is new in SamplingPara
     }
 )
 
+_AS_CLIENTS_SAY = {"grammar": "grammar (response_format, tools, guided_decoding_guide)"}
+
 
 def check_sampling(sampling: SamplingParams, eos_token_ids: Collection[int], library: Library) -> None:
     """Raises InvalidRequest that names what TensorRT-LLM can't do."""
     for field in msgspec.structs.fields(sampling):
         if field.name not in _PASSED_ON and getattr(sampling, field.name) != _default(field):
-            raise InvalidRequest(f"{field.name} is not supported by engine trtllm; leave it out")
+            name = _AS_CLIENTS_SAY.get(field.name, field.name)
+            raise InvalidRequest(f"{name} is not supported by engine trtllm; leave it out")
     for name, neutral in (("repetition_penalty", 1.0), ("presence_penalty", 0.0), ("frequency_penalty", 0.0)):
         if getattr(sampling, name) != neutral and not library.applies_penalties:
             raise InvalidRequest(f"{name} has no effect in TensorRT-LLM {library.version}, so it is refused; leave it out")

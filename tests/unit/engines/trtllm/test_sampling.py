@@ -77,9 +77,16 @@ def test_penalties_pass_where_they_work_and_are_left_out_when_neutral(name: str)
     assert name not in arguments()
 
 
-@pytest.mark.parametrize("fields", [{"min_p": 0.1}, {"logit_bias": {4: 1.0}}])
-def test_what_is_not_passed_on_is_refused_by_name(fields: dict[str, Any]) -> None:
-    with pytest.raises(InvalidRequest, match=f"{next(iter(fields))} is not supported by engine trtllm"):
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"min_p": 0.1}, "min_p"),
+        ({"logit_bias": {4: 1.0}}, "logit_bias"),
+        ({"grammar": "start: /a+/"}, r"grammar \(response_format, tools, guided_decoding_guide\)"),
+    ],
+)
+def test_what_is_not_passed_on_is_refused_by_name(fields: dict[str, Any], named: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"{named} is not supported by engine trtllm"):
         check_sampling(SamplingParams(**fields), EOS, NEW)
 
 
