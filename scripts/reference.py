@@ -23,7 +23,8 @@ One YAML file describes a deployment (`configs/`); `scripts/serve --config FILE`
 or a value out of bounds is an error at start that names the key. This page is written by `python -m scripts.reference`.
 
 Environment: `BATON_CONFIG` (deployment file of a plain `tritonserver`; default `configs/default.yaml`), `BATON_RUN_DIR`
-(directory for the key and the channel's socket), `BATON_CACHE` (converted weights; default `~/.cache/baton`).
+(directory for the key and the channel's socket), `BATON_CACHE` (converted weights; default `~/.cache/baton`), `BATON_PYTHON`
+(a Python that has what Baton needs: the scripts run in it and make no .venv).
 
 | key | type | default | meaning |
 |---|---|---|---|

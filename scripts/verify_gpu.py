@@ -1,7 +1,8 @@
 """Verifies a TensorRT-LLM deployment on the machine it is meant for: what no test without a GPU can see.
 
-Starts the deployment, asks it what clients ask, cancels, kills its workers, and prints what held and what did not. The
-exit status is 0 when everything held. --json writes the same for machines: attach it to a report.
+Runs the engine conformance suite over the TensorRT-LLM that is installed, then starts the deployment, asks it what clients
+ask, compares tokens with those of one worker alone, puts it under load, cancels, kills its workers, and prints what held and
+what did not: a report to attach to an issue. The exit status is 0 when everything held.
 """
 
 from __future__ import annotations
@@ -10,277 +11,29 @@ import argparse
 import json
 import os
 import platform
-import random
-import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
-import urllib.request
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
-import psutil
+import yaml
 from rich.console import Console
 
-from python_backends.core.errors import BatonError, InvalidRequest
+from python_backends.core.config import load_deployment
+from python_backends.core.errors import BatonError
 from python_backends.core.paths import repository_root
-from python_backends.core.trtllm import ENGINE, kv_timeout_ms
-from python_backends.core.types import Role
+from python_backends.core.trtllm import ENGINE
 from scripts.client import Client
+from scripts.conformance import run_conformance
 from scripts.terminal import print_error
 from scripts.tritonserver import TritonServer
-
-_WORDS = ("the", "river", "city", "king", "of", "and", "old", "green", "runs", "between", "mountains", "because", "seven")
-_SAME_TOKENS = 32  # compared of each answer
-_AT_ONCE = 32
-_BURST, _BURSTS = 100, 3
-_SETTLE_S = 3.0  # beyond the time after which TensorRT-LLM drops KV
-_WARM_UP_S = 180.0
-_IN_FLIGHT_TOKENS = 200
+from scripts.verification import Result, verify
 
 
-@dataclass(frozen=True, slots=True)
-class Result:
-    """ok None: nothing to hold, only told."""
-
-    name: str
-    ok: bool | None
-    detail: str
-    seconds: float = 0.0
-
-
-class Failed(Exception):
-    """A check did not hold; the message says what was seen."""
-
-
-class Verification:
-    """Checks against one running server, in the order of `checks`. Each returns what it saw or raises Failed."""
-
-    def __init__(self, server: TritonServer, client: Client) -> None:
-        self._server = server
-        self._client = client
-        self._deployment = server.deployment
-        self._rng = random.Random(0)
-
-    def checks(self) -> list[tuple[str, Callable[[], str]]]:
-        """What can be asked of this deployment: without prefill workers nothing is handed over."""
-        checks: list[tuple[str, Callable[[], str]]] = [("refused by name", self.refused_by_name)]
-        if self._names(Role.PREFILL):
-            checks = [
-                ("first handoffs", self.first_handoffs),
-                ("first token", self.first_token),
-                ("same text by every way", self.same_text),
-                ("prefix cache", self.prefix_cache),
-                ("log-probabilities", self.log_probabilities),
-                *checks,
-                (f"{_AT_ONCE} at once", self.many_at_once),
-                ("cancelled bursts", self.cancelled_bursts),
-                ("prefill worker killed", lambda: self.killed(Role.PREFILL)),
-                ("decode worker killed", lambda: self.killed(Role.DECODE)),
-            ]
-        return [*checks, ("nothing held", self.nothing_held)]
-
-    # --- the checks ---
-
-    def first_handoffs(self) -> str:
-        pairs = len(self._names(Role.PREFILL)) * len(self._names(Role.DECODE))
-        warmed = self._wait(lambda: self._metric("baton_warm_ups_total", verdict="unchecked") >= pairs, _WARM_UP_S)
-        _require(warmed, f"of {pairs} pairs of workers not all could hand over: see the log")
-        return f"{pairs} pairs"
-
-    def first_token(self) -> str:
-        answer = self._ask(self._prompt(100), route="remote", max_tokens=16)
-        proof = answer.proof
-        _require(proof["kv_tokens_received"] > 0, f"no KV was received: {proof['why']}")
-        _require(proof["kv_tokens_recomputed"] == 0, f"recomputed: {proof['digest']}")
-        return f"TTFT {proof['ttft_ms']:.0f} ms, handoff {proof['handoff_ms']:.0f} ms, by {proof['transport']}"
-
-    def same_text(self) -> str:
-        """Greedy, by handoff and computed in the decode worker. Rounding in another batch may part them late."""
-        lengths = [20, 200, min(2000, self._deployment.model.max_context // 8)]
-        parted = []
-        for words in lengths:
-            prompt = self._prompt(words)
-            remote = self._ask(prompt, route="remote", max_tokens=_SAME_TOKENS)
-            local = self._ask(prompt, route="local", max_tokens=_SAME_TOKENS)
-            if remote.text != local.text:
-                same = next((i for i, (a, b) in enumerate(zip(remote.text, local.text, strict=False)) if a != b), 0)
-                parted.append(f"{words} words: the texts part after {same} of {len(local.text)} characters")
-        _require(not parted, "; ".join(parted))
-        return f"prompts of {', '.join(map(str, lengths))} words, {_SAME_TOKENS} tokens each"
-
-    def prefix_cache(self) -> str:
-        workers = len(self._deployment.workers)
-        told = self._wait(lambda: self._metric("baton_prefix_events") == workers, 10)
-        _require(told, "a worker tells no events of its prefix cache: the router routes to it blindly")
-        prompt = self._prompt(300)
-        self._ask(prompt, route="remote", max_tokens=2)
-        time.sleep(1.0)  # the events are on their way
-        reused = self._ask(prompt, route="remote", max_tokens=2).proof["prefill_tokens_reused"]
-        _require(reused > 0, "the same prompt again reused nothing")
-        return f"{reused} tokens reused"
-
-    def log_probabilities(self) -> str:
-        answer = self._ask(self._prompt(50), route="remote", max_tokens=8, return_log_probs=True)
-        return f"served, digest {answer.proof['digest']}"
-
-    def refused_by_name(self) -> str:
-        try:
-            self._ask("x", max_tokens=2, sampling_parameters='{"logit_bias": {"5": 1}}')
-        except InvalidRequest as error:
-            _require("logit_bias" in str(error), f"the error does not name it: {error}")
-            return str(error)
-        raise Failed("logit_bias was accepted")
-
-    def many_at_once(self) -> str:
-        prompts = [self._prompt(self._rng.randrange(20, 400)) for _ in range(_AT_ONCE)]
-        with ThreadPoolExecutor(_AT_ONCE) as threads:
-            answers = list(threads.map(lambda prompt: self._ask(prompt, route="remote", max_tokens=64), prompts))
-        recomputed = [answer.proof["digest"] for answer in answers if answer.proof["kv_tokens_recomputed"]]
-        _require(not recomputed, f"{len(recomputed)} of {_AT_ONCE} were recomputed: {', '.join(set(recomputed))}")
-        ttft = sorted(answer.proof["ttft_ms"] for answer in answers)
-        return f"TTFT median {ttft[len(ttft) // 2]:.0f} ms, longest {ttft[-1]:.0f} ms, none recomputed"
-
-    def cancelled_bursts(self) -> str:
-        """Gone before, during and after the handoff. This is what fills TensorRT-LLM's pool for ever when done badly."""
-        for _ in range(_BURSTS):
-            with ThreadPoolExecutor(_BURST) as threads:
-                list(threads.map(self._ask_and_leave, [self._prompt(self._rng.randrange(50, 400)) for _ in range(_BURST)]))
-        detail = self.nothing_held()
-        after = self._ask(self._prompt(100), route="remote", max_tokens=8)
-        _require(after.proof["kv_tokens_recomputed"] == 0, f"afterwards KV no longer moves: {after.proof['digest']}")
-        return f"{_BURST * _BURSTS} requests; {detail}, and KV still moves"
-
-    def killed(self, role: Role) -> str:
-        """SIGKILL with requests in flight: none fails, and the worker comes back."""
-        name = self._names(role)[0]
-        victim = self._process(name)
-        with ThreadPoolExecutor(8) as threads:
-            asked = [threads.submit(self._ask, self._prompt(200), max_tokens=_IN_FLIGHT_TOKENS) for _ in range(8)]
-            time.sleep(0.5)
-            victim.send_signal(signal.SIGKILL)
-            began = time.monotonic()
-            attempts = [future.result().proof["attempts"] for future in asked]
-        back = self._wait(lambda: self._is_back(name, victim.pid), self._deployment.engine.trtllm.load_timeout_s)
-        _require(back, f"worker {name} did not come back")
-        seconds = time.monotonic() - began
-        pairs_warm = self._wait(lambda: self._moves_kv(), _WARM_UP_S)
-        _require(pairs_warm, "it came back, but KV no longer moves")
-        return f"8 requests whole in up to {max(attempts)} attempts; back after {seconds:.0f} s"
-
-    def nothing_held(self) -> str:
-        """Within the time after which TensorRT-LLM drops KV that nobody fetched."""
-        limit = kv_timeout_ms(self._deployment) / 1000 + _SETTLE_S
-        began = time.monotonic()
-        empty = self._wait(lambda: not self._held(), limit)
-        _require(empty, f"after {limit:.0f} s: {self._held()}")
-        return f"all given back after {time.monotonic() - began:.1f} s"
-
-    # --- asking ---
-
-    def _ask(self, prompt: str, **fields: object) -> Answer:
-        chunks = list(self._client.stream(prompt, temperature=0.0, **fields))  # type: ignore[arg-type]
-        return Answer("".join(chunk.text for chunk in chunks), chunks[-1].proof or {})
-
-    def _ask_and_leave(self, prompt: str) -> None:
-        """After no, one or a few pieces."""
-        stay = self._rng.choice([0.0, 0.02, 0.1, 0.5])
-        with self._client.stream(prompt, route="remote", max_tokens=2000) as stream:
-            if stay < 0.1:
-                time.sleep(stay)
-            else:
-                for count, _ in enumerate(stream):
-                    if count >= stay * 20:
-                        break
-
-    def _moves_kv(self) -> bool:
-        proof = self._ask(self._prompt(60), route="remote", max_tokens=4).proof
-        return bool(proof["route"] == "remote" and proof["kv_tokens_received"] and not proof["kv_tokens_recomputed"])
-
-    def _prompt(self, words: int) -> str:
-        return " ".join(self._rng.choices(_WORDS, k=words))
-
-    # --- looking ---
-
-    def _names(self, role: Role) -> list[str]:
-        return [worker.name for worker in self._deployment.workers if worker.role is role]
-
-    def _process(self, name: str) -> psutil.Process:
-        for process in psutil.Process(self._server.pid).children(recursive=True):
-            with suppress(psutil.Error):  # processes come and go while one looks
-                alive = process.status() != psutil.STATUS_ZOMBIE
-                if alive and re.search(rf"/{name}/1/model\.py", " ".join(process.cmdline())):
-                    return process
-        raise Failed(f"worker {name} has no process")
-
-    def _is_back(self, name: str, old: int) -> bool:
-        try:
-            return self._process(name).pid != old and self._metric("baton_worker_up") == len(self._deployment.workers)
-        except Failed:
-            return False
-
-    def _metric(self, name: str, **labels: str) -> float:
-        """Sum over the other labels."""
-        wanted = [f'{label}="{value}"' for label, value in labels.items()]
-        values = self._metrics()
-        return sum(v for key, v in values.items() if key.partition("{")[0] == name and all(w in key for w in wanted))
-
-    def _held(self) -> str:
-        values = self._metrics()
-        held = {key: v for key, v in values.items() if v and ('state="held"' in key or key.startswith("baton_leases"))}
-        requests = values.get("baton_router_requests", 0)
-        return ", ".join(
-            [*(f"{key} is {v:.0f}" for key, v in held.items()), *([f"{requests:.0f} requests"] if requests else [])]
-        )
-
-    def _metrics(self) -> dict[str, float]:
-        with urllib.request.urlopen(f"http://{self._server.host}:{self._server.metrics_port}/metrics", timeout=10) as response:
-            text = response.read().decode()
-        return {match[1]: float(match[2]) for match in re.finditer(r"^(baton\S+) (\S+)$", text, re.MULTILINE)}
-
-    @staticmethod
-    def _wait(condition: Callable[[], bool], within_s: float) -> bool:
-        end = time.monotonic() + within_s
-        while not condition():
-            if time.monotonic() > end:
-                return False
-            time.sleep(0.2)
-        return True
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    text: str
-    proof: Mapping[str, Any]
-
-
-def _require(ok: bool, otherwise: str) -> None:
-    if not ok:
-        raise Failed(otherwise)
-
-
-def verify(server: TritonServer, client: Client, told: Callable[[Result], None]) -> list[Result]:
-    """Run all checks against a server that is up; one that fails does not keep the next from running."""
-    results = []
-    for name, check in Verification(server, client).checks():
-        began = time.monotonic()
-        try:
-            ok, detail = True, check()
-        except (Failed, BatonError, psutil.Error, OSError) as error:
-            ok, detail = False, str(error) or type(error).__name__
-        results.append(Result(name, ok, detail, time.monotonic() - began))
-        told(results[-1])
-    return results
-
-
-def machine() -> list[Result]:
+def machine(config: Path) -> list[Result]:
     """What the results depend on, told and not judged."""
     commands = {
         "GPUs": ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"],
@@ -289,6 +42,8 @@ def machine() -> list[Result]:
     }
     shm = shutil.disk_usage("/dev/shm").total / 2**30
     told = {
+        "deployment": f"{config.name}: {json.dumps(yaml.safe_load(config.read_text()))}",
+        "Baton": _output(["git", "-C", str(repository_root()), "describe", "--always", "--dirty"]),
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}, /dev/shm {shm:.1f} GiB",
         "TensorRT-LLM": _version("tensorrt_llm"),
         **{name: _output(command) for name, command in commands.items()},
@@ -313,41 +68,75 @@ def _output(command: list[str]) -> str:
     return " | ".join(line.strip() for line in done.stdout.splitlines() if line.strip())[:500] or f"exit {done.returncode}"
 
 
-def _print(console: Console, result: Result) -> None:
-    mark = {True: "[green]ok[/green]    ", False: "[red]FAILED[/red]", None: "      "}[result.ok]
-    console.print(mark, f"{result.name:<24}", end=" ")
-    console.print(result.detail, markup=False, highlight=False, soft_wrap=True)
+class Report:
+    """Results as they come: on the console, and in the end in a file."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self.results: list[Result] = []
+
+    def add(self, result: Result) -> None:
+        self.results.append(result)
+        mark = {True: "[green]ok[/green]    ", False: "[red]FAILED[/red]", None: "      "}[result.ok]
+        self._console.print(mark, end=" ", highlight=False)
+        self._console.print(f"{result.name:<24} {result.detail}", markup=False, highlight=False, soft_wrap=True)
+
+    @property
+    def failed(self) -> list[str]:
+        return [result.name.strip() for result in self.results if result.ok is False]
+
+    def write(self, file: Path, deployment: str) -> None:
+        told = {"deployment": deployment, "results": [asdict(result) for result in self.results]}
+        file.write_text(json.dumps(told, indent=2) + "\n")
 
 
-def main() -> int:
+def _serve_and_verify(config: Path, report: Report, console: Console) -> None:
+    server = TritonServer(config)
+    try:
+        began = time.monotonic()
+        server.start(lambda model: console.print(f"       {model} is loaded", highlight=False))
+        report.add(Result("start", True, "all models are ready", time.monotonic() - began))
+        with Client(f"{server.host}:{server.grpc_port}") as client:
+            verify(server, client, report.add)
+    finally:
+        server.stop()
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/verify-gpu", description=__doc__)
     default = repository_root() / "configs" / "trtllm-1p1d.yaml"
     parser.add_argument("--config", type=Path, default=default, metavar="FILE", help="the deployment file")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the results")
-    options = parser.parse_args()
+    parser.add_argument(
+        "--small-model",
+        type=Path,
+        metavar="DIR",
+        help="a Hugging Face directory for the conformance suite, which loads it up to four times at once, on the first GPU of "
+        "each role; default: the deployment's model",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the results, for machines")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parse(arguments)
     console = Console()
-    results = machine()
-    for result in results:
-        _print(console, result)
+    report = Report(console)
+    deployment = ""
     try:
-        server = TritonServer(options.config)
-        if not all(worker.engine == ENGINE for worker in server.deployment.workers):
+        if not all(worker.engine == ENGINE for worker in load_deployment(options.config).workers):
             console.print("not all workers of this deployment have engine trtllm", style="yellow")
-        try:
-            began = time.monotonic()
-            server.start(lambda model: console.print(f"       {model} is loaded", highlight=False))
-            results.append(Result("start", True, "all models are ready", time.monotonic() - began))
-            _print(console, results[-1])
-            with Client(f"{server.host}:{server.grpc_port}") as client:
-                results += verify(server, client, lambda result: _print(console, result))
-        finally:
-            server.stop()
+        deployment = options.config.read_text()
+        for result in machine(options.config):
+            report.add(result)
+        for result in run_conformance(options.config, options.small_model):
+            report.add(result)
+        _serve_and_verify(options.config, report, console)
     except BatonError as error:
-        results.append(Result("start", False, str(error)))
+        report.add(Result("start", False, str(error)))
         print_error(Console(stderr=True), error)
     if options.json:
-        options.json.write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n")
-    failed = [result.name for result in results if result.ok is False]
+        report.write(options.json, deployment)
+    failed = report.failed
     console.print(f"verify FAILED: {', '.join(failed)}" if failed else "verify OK: everything held", highlight=False)
     return 1 if failed else 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
 import time
@@ -26,9 +27,11 @@ from python_backends.core.config import (
 from python_backends.core.errors import ConfigError, RefusalReason, TritonCode
 from python_backends.core.handoff import KVHandoff, seal, unseal
 from python_backends.core.messages import PrefillDone, RequestFailed, TokenChunk
+from python_backends.core.trtllm import TrtllmConfig
 from python_backends.core.types import Epoch, FinishReason, GenerateRequest, RequestId, Role
 from python_backends.engines.base import create_engine
 from tests.engines.bench import KEY, EngineBench, make_request
+from tests.engines.installed import Lender, gpu_of, installed_deployment
 from tests.engines.tiny_model import VOCAB, byte_tokenizer, write_tiny_llama
 from tests.engines.trtllm.playing import RELEASES, playing, trtllm_config
 
@@ -44,14 +47,23 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_llama(tmp_path_factory.mktemp("tiny"))
 
 
-OURS = ["fake", "torch"]
-TRTLLM = [f"trtllm-{release}" for release in RELEASES]
+INSTALLED = installed_deployment()
+OURS = [] if INSTALLED else ["fake", "torch"]
+TRTLLM = ["installed"] if INSTALLED else [f"trtllm-{release}" for release in RELEASES]
+_tests = itertools.count(1)
+
+
+@pytest.fixture(scope="session")
+def lender() -> Iterator[Lender]:
+    made = Lender()
+    yield made
+    made.close()
 
 
 @pytest.fixture(params=[*OURS, *TRTLLM])
-def make(request: pytest.FixtureRequest, tiny: Path, tmp_path: Path) -> Iterator[Make]:
+def make(request: pytest.FixtureRequest, tiny: Path, tmp_path: Path, lender: Lender) -> Iterator[Make]:
     """Makes engines of one kind: make(Role.PREFILL, kv_pool_mib=..., transfer=..., ...)."""
-    yield from _make(request.param, tiny, tmp_path)
+    yield from _lend(lender) if request.param == "installed" else _make(request.param, tiny, tmp_path)
 
 
 @pytest.fixture(params=OURS)
@@ -92,8 +104,7 @@ def _make(kind: str, tiny: Path, tmp_path: Path) -> Iterator[Make]:
                     max_batch=64,
                     max_queue=max_queue,
                     fake=FakeConfig(prefill_us_per_token=5, step_us=step_us),
-                    # as many tokens as the engine `fake` has
-                    trtllm=trtllm_config(kv_pool_mib * 1024, first_output_s=min(5.0, transfer.lease_s)),
+                    trtllm=_as_large_as_the_fake(kv_pool_mib, transfer),
                 ),
                 transfer=transfer,
             )
@@ -105,6 +116,47 @@ def _make(kind: str, tiny: Path, tmp_path: Path) -> Iterator[Make]:
         for bench in benches:
             bench.engine.close()
             bench.engine.close()
+
+
+def _as_large_as_the_fake(kv_pool_mib: int, transfer: TransferConfig, **changes: Any) -> TrtllmConfig:
+    return trtllm_config(kv_pool_mib * 1024, first_output_s=min(5.0, transfer.lease_s), **changes)
+
+
+def _lend(lender: Lender) -> Iterator[Make]:
+    """`step_us` has no meaning: a real engine is as fast as it is."""
+    assert INSTALLED is not None
+    base, test = INSTALLED, next(_tests)
+
+    def make_bench(
+        role: Role,
+        kv_pool_mib: int = 8,
+        transfer: TransferConfig | None = None,
+        model: Path | None = None,
+        step_us: int = 0,
+        max_queue: int = 1024,
+    ) -> EngineBench:
+        if model is not None:
+            pytest.skip("needs a second model")
+        transfer = transfer or TransferConfig()
+        kept = {
+            name: getattr(base.engine.trtllm, name) for name in ("cache_transceiver_config", "environment", "load_timeout_s")
+        }
+        deployment = msgspec.structs.replace(
+            base,
+            model=msgspec.structs.replace(base.model, max_context=min(2048, kv_pool_mib * 1024)),
+            engine=EngineConfig(
+                block_size=BLOCK,
+                max_batch=64,
+                max_queue=max_queue,
+                trtllm=_as_large_as_the_fake(kv_pool_mib, transfer, **kept),
+            ),
+            transfer=transfer,
+        )
+        worker = WorkerConfig(role, role.value, "trtllm", gpus=gpu_of(base, role))
+        return EngineBench(lender.lend(deployment, worker, test))
+
+    yield make_bench
+    lender.take_back()
 
 
 def _has_ended(bench: EngineBench, request_id: str) -> bool:
@@ -520,7 +572,7 @@ def test_a_long_prompt_does_not_block_a_short_one(make_ours: Make) -> None:
 
 def test_events_tell_the_prefix_cache(make: Make) -> None:
     engine = make(Role.AGGREGATED)
-    engine.decode(make_request("x", PROMPT))
+    engine.decode(make_request("x", [*reversed(PROMPT)]))
     engine.engine.resync()
     engine.wait(lambda: sum(change.reset for change in engine.changes) == 2)
     told: set[bytes] = set()
