@@ -28,7 +28,6 @@ from python_backends.core.paths import repository_root
 from python_backends.core.trtllm import ENGINE
 from scripts.client import Client
 from scripts.conformance import run_conformance
-from scripts.terminal import print_error
 from scripts.tritonserver import TritonServer
 from scripts.verification import Result, verify
 
@@ -128,12 +127,12 @@ def main(arguments: list[str] | None = None) -> int:
         deployment = options.config.read_text()
         for result in machine(options.config):
             report.add(result)
+        console.print("       the conformance suite: it loads models some ten times, which takes minutes", highlight=False)
         for result in run_conformance(options.config, options.small_model):
             report.add(result)
         _serve_and_verify(options.config, report, console)
     except BatonError as error:
         report.add(Result("start", False, str(error)))
-        print_error(Console(stderr=True), error)
     if options.json:
         report.write(options.json, deployment)
     failed = report.failed
