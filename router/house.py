@@ -19,11 +19,12 @@ from python_backends.core.messages import BlockEvents, Heartbeat, Outputs, Prefi
 from python_backends.core.types import LeaseEnd, RequestId, Role, WorkerId
 from router.admission import Admission
 from router.fleet import Fleet
+from router.journal import Journal
 from router.lifecycle import State
 from router.mailroom import Mailroom
 from router.policy import Query, choose
 from router.prefix_index import PrefixIndex
-from router.seams import Calls, Observer, Snapshot
+from router.seams import Calls, Destination, Observer, Snapshot
 from router.tokenizer import Tokenizer
 from router.types import ClientRequest, RouteDecision, Wish
 
@@ -42,9 +43,11 @@ class House:
         self.fleet = Fleet()
         self.index = PrefixIndex()
         self.mailroom = Mailroom()
+        self.journal = Journal()
         self.admission = Admission(self.config.max_requests, self.config.max_queued_tokens)
         self._encoders = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
         self._requests = 0
+        self._orphans: dict[WorkerId, set[RequestId]] = {}  # what lost workers may still compute, should they come back
 
     def close(self) -> None:
         self._encoders.shutdown(wait=False, cancel_futures=True)
@@ -52,6 +55,11 @@ class House:
     def snapshot(self, states: Mapping[State, int]) -> Snapshot:
         """`states`: how many live requests are in each."""
         return Snapshot(states, self.admission.requests, self.admission.queued_tokens, len(self.index), list(self.fleet))
+
+    def destination(self, worker: WorkerId) -> Destination | None:
+        """Where a worker is, up or not; None when it was never heard of."""
+        known = self.fleet.get(worker)
+        return None if known is None else Destination(worker, known.heartbeat.model, known.heartbeat.server)
 
     @property
     def trouble(self) -> str:
@@ -134,6 +142,8 @@ class House:
         self.fleet.hear(heartbeat, now)
         if told and not heartbeat.load.tells_blocks:
             log.warning("worker %s does not tell what its prefix cache holds: prefixes are not routed to it", heartbeat.worker)
+        for request_id in self._orphans.pop(heartbeat.worker, ()):  # of a life that was only cut off or held up
+            self.calls.abort(heartbeat.worker, request_id)
         return self.index.is_behind(heartbeat.worker, heartbeat.epoch, heartbeat.events_sequence)
 
     def hear_outputs(self, outputs: Outputs) -> None:
@@ -151,7 +161,7 @@ class House:
         """A worker is dead, wedged or restarted. Returns whether it was up."""
         was_up = self.fleet.lose(worker)
         self.index.forget(worker)
-        self.mailroom.lose(worker, why)
+        self._orphans.setdefault(worker, set()).update(self.mailroom.lose(worker, why))
         return was_up
 
 

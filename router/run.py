@@ -31,6 +31,7 @@ from router.admission import Place
 from router.detokenizer import Detokenizer
 from router.fleet import Charge
 from router.house import House
+from router.journal import Entry
 from router.lifecycle import Event, Held, Lifecycle, State
 from router.mailroom import Box
 from router.seams import Reply
@@ -58,6 +59,7 @@ class Run:
         self._cumulative_logprob = 0.0
         self._sampling = request.sampling
         self._account = Account(arrival)
+        self._entry = Entry(self._id, request, arrival)
         self.deadline = arrival + (request.timeout_s or house.config.default_deadline_s)
         self.interruption: BatonError = Cancelled("the request was cancelled")
         # held, and given back when the lifecycle says so
@@ -81,9 +83,11 @@ class Run:
 
     async def enter(self) -> None:
         """Take a place, tokenise, validate. Raises InvalidRequest or QueueFull."""
+        self._house.journal.begin(self._entry)
         self._place = self._house.admission.enter()
         self._prompt_ids = await self._house.tokenize(self._request)
         self._sampling = self._check_tokens(self._request.sampling)
+        self._entry.tokenized(self._prompt_ids)
         self._place.queue(len(self._prompt_ids))
         self._text = Detokenizer(self._house.tokenizer, self._sampling.stop, self._sampling.min_tokens, self._prompt_ids)
         self._text.push(self._output_ids)  # the client has this text
@@ -99,6 +103,7 @@ class Run:
             await asyncio.sleep(_RETRY_PAUSE_S * 2**self._attempts)
             decision = await self._house.decide(tokens, self._request.salt, wish, self._avoid)
         self._account.routed(decision, self._attempts)
+        self._entry.routed(decision)
         fleet = self._house.fleet
         self._decode_charge = fleet.charge(decision.decode, 0 if decision.prefill else decision.prefill_tokens)
         self._prefill_charge = fleet.charge(decision.prefill, decision.prefill_tokens) if decision.prefill else None
@@ -140,6 +145,7 @@ class Run:
 
     def retry(self, error: BatonError) -> None:
         """After a failed attempt: another one. Raises the error when the attempts are used up."""
+        self._entry.failed_attempt(str(error))
         if self._attempts >= self._house.config.max_attempts:
             raise error
         log.warning("request %s: attempt %d failed (%s); trying again", self._id, self._attempts, error)
@@ -152,7 +158,7 @@ class Run:
             return
         self._move(Event.CANCEL if isinstance(error, Cancelled) else Event.FAIL)
         self._reply.fail(error)
-        self._house.observer.ended(_outcome(error), None)
+        self._house.observer.ended(self._house.journal.end(self._entry, _outcome(error), str(error)))
 
     def interrupt(self, task: asyncio.Task[None], why: BatonError) -> None:
         """End the request from outside, wherever it is."""
@@ -166,6 +172,9 @@ class Run:
         self._first_token()
         self._output_ids += chunk.token_ids
         self._account.tokens(len(self._output_ids), chunk.report)
+        gap_s = self._entry.tokens(len(chunk.token_ids))
+        if gap_s:
+            self._house.observer.tokens(len(chunk.token_ids), gap_s)
         logprobs = chunk.logprobs or []
         self._cumulative_logprob += sum(entry.logprob for entry in logprobs)
         # The token that stopped the engine is not text.
@@ -190,9 +199,9 @@ class Run:
         if piece.finish_reason is None:
             self._reply.send(piece)
             return
-        proof = self._account.proof()
+        proof = msgspec.structs.replace(self._account.proof(), request_id=self._id, trace_id=self._entry.trace_id)
         self._reply.send(msgspec.structs.replace(piece, proof=proof))
-        self._house.observer.ended(Outcome.OK, proof)
+        self._house.observer.ended(self._house.journal.end(self._entry, Outcome.OK, proof=proof))
 
     def _kv_ready(self, report: KVReport) -> None:
         self._account.kv_ready(report)
@@ -249,6 +258,7 @@ class Run:
         """Advance the lifecycle and give back what the new state does not hold."""
         for held in self._life.on(event):
             self._give_back(held)
+        self._entry.state = self.state
 
     def _give_back(self, held: Held) -> None:
         calls = self._house.calls

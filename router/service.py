@@ -10,20 +10,23 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
 from python_backends.core.config import Deployment
+from python_backends.core.curve import CurveKeys
 from python_backends.core.errors import BatonError, Cancelled, DeadlineExceeded, EngineFailure, Unavailable
 from python_backends.core.messages import Abort, ReleaseLease, Work
 from python_backends.core.types import LeaseEnd, RequestId, WorkerId
 from router.admission import SHUTTING_DOWN
 from router.channel import RouterChannel
+from router.discovery import Discovery, Source
 from router.house import House
 from router.run import Run
-from router.seams import Observer, Reply
+from router.seams import Destination, Observer, Reply
 from router.serve import serve
 from router.supervisor import ModelControl, Supervisor
 from router.tokenizer import Tokenizer
@@ -39,14 +42,24 @@ _STOP_S = 5.0
 class Submit(Protocol):
     """Hands work to a worker by a short call, from any thread; `failed` is told if that didn't work, on any thread."""
 
-    def __call__(self, worker: WorkerId, work: Work, failed: Callable[[str], None]) -> None: ...
+    def __call__(self, worker: Destination, work: Work, failed: Callable[[str], None]) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Channels:
+    """Where the channels of workers are. `place`: what only one living router can have. `own`: of this server's workers."""
+
+    place: str
+    keys: CurveKeys
+    own: Sequence[str]
+    sources: Sequence[Source] = ()
 
 
 class RouterService:
     def __init__(
         self,
         deployment: Deployment,
-        channel_address: str,
+        channels: Channels,
         tokenizer: Tokenizer,
         submit: Submit,
         control: ModelControl | None,
@@ -55,7 +68,7 @@ class RouterService:
     ) -> None:
         """`stopping`: whether the server has been told to stop; asked a few times a second."""
         self._deployment = deployment
-        self._address = channel_address
+        self._channels = channels
         self._submit = submit
         self._control = control
         self._stopping = stopping
@@ -65,13 +78,9 @@ class RouterService:
         self.house = House(deployment, tokenizer, calls=self, observer=observer)
 
     def start(self) -> None:
-        """Listens for workers when it returns. Raises zmq.ZMQError when the address can't be bound."""
+        """Looks for workers when it returns."""
         self._thread.start()
-        try:
-            self._on_loop(self._open()).result(_START_S)
-        except BaseException:
-            self._end_loop()
-            raise
+        self._on_loop(self._open()).result(_START_S)
 
     def attend(self, chore: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Run `chore` on the loop, beginning before this returns, until the service closes. Raises what making it raises."""
@@ -134,7 +143,11 @@ class RouterService:
         def failed(why: str) -> None:
             self._loop.call_soon_threadsafe(self.house.mailroom.fail, [request_id], why)
 
-        self._submit(worker, work, failed)
+        destination = self.house.destination(worker)
+        if destination is None:
+            failed(f"worker {worker} has left")
+        else:
+            self._submit(destination, work, failed)
 
     def abort(self, worker: WorkerId, request_id: RequestId) -> None:
         self._channel.send(worker, Abort([request_id]))
@@ -149,12 +162,14 @@ class RouterService:
 
     async def _open(self) -> None:
         health = self._deployment.health
-        self._channel = RouterChannel(self._address, self.house.name, health.heartbeat_s)
         self._supervisor = Supervisor(self.house, health, self._control)
+        channels = self._channels
+        self._channel = RouterChannel(self.house, self._supervisor, channels.place, channels.keys, health.heartbeat_s)
+        discovery = Discovery(channels.own, channels.sources, self._channel.connect)
         self._chores = [
             self._loop.create_task(chore)
             for chore in (
-                self._channel.listen(self.house, self._supervisor),
+                discovery.watch(),
                 self._channel.beat(),
                 self._supervisor.watch(),
                 WarmUp(self.house).watch(),

@@ -64,7 +64,8 @@ def serve(server: TritonServer, console: Console) -> None:
 def _print_endpoints(server: TritonServer, console: Console) -> None:
     host = f"[{server.host}]" if ":" in server.host else server.host
     table = Table.grid(padding=(0, 2))
-    if server.deployment.http.enabled:
+    if server.deployment.has_front_end:
+        table.add_row("page", f"http://{host}:{server.openai_port}/")
         table.add_row("OpenAI", f"{host}:{server.openai_port}/v1")
     table.add_row("HTTP", f"{host}:{server.http_port}")
     table.add_row("gRPC", f"{host}:{server.grpc_port}")
@@ -72,6 +73,8 @@ def _print_endpoints(server: TritonServer, console: Console) -> None:
     table.add_row("models", ", ".join(server.models))
     console.print("[green]Ready.[/green] Ctrl-C stops it.")
     console.print(table, highlight=False, markup=False)
+    if "router" not in server.models:
+        return
     url = f"{host}:{server.http_port}/v2/models/router/generate_stream"
     console.print("Try:")
     console.print(f"curl -sN {url} -d '{json.dumps(_EXAMPLE)}'", markup=False, highlight=False, soft_wrap=True)
@@ -86,7 +89,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--address", default="127.0.0.1", help="where to listen; 0.0.0.0 is every interface")
     parser.add_argument("--openai-port", type=int, default=9000, metavar="PORT", help="0 chooses a free one")
     parser.add_argument("--http-port", type=int, default=8000, metavar="PORT", help="0 chooses a free one")
-    parser.add_argument("--grpc-port", type=int, default=8001, metavar="PORT", help="0 chooses a free one")
+    parser.add_argument(
+        "--grpc-port", type=int, default=8001, metavar="PORT", help="0 chooses a free one; with cluster.listen its grpc_port"
+    )
     parser.add_argument("--metrics-port", type=int, default=8002, metavar="PORT", help="0 chooses a free one")
     return parser.parse_args(arguments)
 

@@ -73,7 +73,11 @@ class TritonServer:
         """
         self.deployment = load_deployment(config)
         self.address = address
-        self.models = ["router", *(worker.name for worker in self.deployment.workers)]
+        cluster = self.deployment.cluster
+        self.models = [*(["router"] if cluster.router else []), *(worker.name for worker in self.deployment.workers)]
+        if cluster.listen and grpc_port not in (0, cluster.grpc_port):
+            raise ConfigError(f"--grpc-port {grpc_port}: routers of other hosts are told cluster.grpc_port {cluster.grpc_port}")
+        grpc_port = cluster.grpc_port if cluster.listen else grpc_port
         self.http_port, self.grpc_port, self.metrics_port, self.openai_port = _choose_ports(
             address,
             {
@@ -156,9 +160,9 @@ class TritonServer:
         """Lay out the run directory: one link per model of the deployment, and the Python backend with its stub."""
         models = self.run_dir / "models"
         models.mkdir()
-        sources = {"router": "router", **{worker.name: worker.role.value for worker in self.deployment.workers}}
-        for name, source in sources.items():
-            directory = self._model_repository / source
+        roles = {worker.name: worker.role.value for worker in self.deployment.workers}
+        for name in self.models:
+            directory = self._model_repository / roles.get(name, name)
             if not directory.is_dir():
                 raise ConfigError(f"{directory} is missing; the model {name} needs it")
             (models / name).symlink_to(directory.absolute())
@@ -201,20 +205,26 @@ class TritonServer:
             f"--model-load-thread-count={len(self.models)}",  # workers wait for the router: none may be queued behind another
             f"--backend-config=python,shm-region-prefix-name={self.shm_prefix}",
             f"--exit-timeout-secs={_EXIT_TIMEOUT_S}",
+            *(f"--{service}-header-forward-pattern=trace(parent|state)" for service in ("http", "grpc")),
         ]
 
     def _companions(self) -> list[list[str]]:
         """The processes of the front end; the first one looks after the router."""
-        http = self.deployment.http
-        if not http.enabled:
+        if not self.deployment.has_front_end:
             return []
+        http = self.deployment.http
         command = [sys.executable, "-m", "router.http", "--address", self.address, "--port", str(self.openai_port)]
         command += ["--triton", f"{self.host}:{self.http_port}", "--metrics", f"{self.host}:{self.metrics_port}"]
         first = [*command, "--keep-router"] if self.deployment.health.restart else command
         return [first, *[command] * (http.processes - 1)]
 
     def _environment(self) -> dict[str, str]:
-        environment = {**os.environ, "BATON_CONFIG": str(self._config), "BATON_RUN_DIR": str(self.run_dir)}
+        environment = {
+            **os.environ,
+            "BATON_CONFIG": str(self._config),
+            "BATON_RUN_DIR": str(self.run_dir),
+            "BATON_TRITON": f"[{self.host}]:{self.http_port}" if ":" in self.host else f"{self.host}:{self.http_port}",
+        }
         # The stub finds its interpreter, hence the virtual environment, by PATH alone.
         _prepend(environment, "PATH", (Path(sys.executable).parent,))
         _prepend(environment, "LD_LIBRARY_PATH", self._binary.libraries)
@@ -239,7 +249,7 @@ class TritonServer:
     def _is_ready(self) -> bool:
         """The metrics service is the last of Triton's."""
         probes = {self.http_port: "/v2/health/ready", self.metrics_port: "/metrics"}
-        if self.deployment.http.enabled:
+        if self.deployment.has_front_end:
             probes[self.openai_port] = "/health"
         return all(self._answers(port, path) for port, path in probes.items())
 

@@ -129,9 +129,12 @@ class BlockEvents(msgspec.Struct, frozen=True, tag=True):
 
 class Heartbeat(msgspec.Struct, frozen=True, tag=True):
     worker: WorkerId
+    model: str  # its Triton model
+    server: str  # HOST:PORT of its Triton's gRPC; empty: the router's own server
     role: Role
     epoch: Epoch
     pid: int
+    host: str  # core.host.host_id: where `pid` means something
     load: WorkerLoad
     layout: KVLayout
     fingerprint: str
@@ -153,7 +156,12 @@ FromWorker = Outputs | BlockEvents | Heartbeat | Leaving
 
 
 class RouterHeartbeat(msgspec.Struct, frozen=True, tag=True):
-    router: str
+    """Said first on every connection, then again and again."""
+
+    router: str  # another one in every life of a router; its request ids begin with it
+    pid: int
+    host: str  # core.host.host_id
+    place: str  # what only one living router can have: one with the same place has replaced this one
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):

@@ -199,7 +199,12 @@ def _gpu_problems(deployment: Deployment, workers: Sequence[WorkerConfig]) -> Pr
 
 def _worker_problems(deployment: Deployment, workers: Sequence[WorkerConfig]) -> Problems:
     for worker in workers:
-        unused = {"device": worker.device != "cpu", "cpus": worker.cpus, "threads": worker.threads}
+        unused = {
+            "device": worker.device != "cpu",
+            "cpus": worker.cpus,
+            "threads": worker.threads,
+            "weights": worker.weights,
+        }
         for key in (*filter(unused.get, unused), *(["kv_pool_mib"] if worker.kv_pool_mib else [])):
             yield f"workers: {worker.name}: {key} has no meaning with engine trtllm; its GPUs are named by gpus"
     for role in sorted({worker.role for worker in workers}):
@@ -233,6 +238,10 @@ def _llm_problems(deployment: Deployment, role: Role, where: str) -> Problems:
 def _deployment_problems(deployment: Deployment, workers: Sequence[WorkerConfig]) -> Problems:
     if not deployment.model.max_context:
         yield "model.max_context is 0; engine trtllm allocates by it: give the longest prompt and output together, in tokens"
+    if deployment.model.weights != "auto":
+        yield "model.weights is for the CPU; with engine trtllm a quantised checkpoint says itself what it is: leave it out"
+    if deployment.model.kv_dtype != "auto":
+        yield "model.kv_dtype is for the CPU; engine trtllm has kv_cache_config.dtype: leave it out"
     if deployment.transfer.faults:
         yield "transfer.faults spoil Baton's own transports; engine trtllm moves KV itself: leave them out"
     yield from _environment_problems(deployment.engine.trtllm.environment)
@@ -240,7 +249,9 @@ def _deployment_problems(deployment: Deployment, workers: Sequence[WorkerConfig]
     engines = {worker.engine for worker in handing}
     if Counter(worker.role for worker in handing)[Role.PREFILL] and len(engines) > 1:
         yield f"workers: prefill and decode workers have engines {', '.join(sorted(engines))}; KV moves within one engine only"
-    if any(worker.role is Role.PREFILL for worker in workers):
+    cluster = deployment.cluster
+    elsewhere = bool(cluster.listen or cluster.pools or cluster.registry)  # there may be prefill workers on other servers
+    if any(worker.role is Role.PREFILL or (elsewhere and worker.role is Role.DECODE) for worker in workers):
         yield from _transceiver_problems(deployment)
         yield from _unlike_kv(deployment)
 

@@ -20,6 +20,7 @@ from python_backends.core.types import SamplingParams
 from router.door.client import Answer, DoorClient
 from router.http.errors import ApiError, api_error
 from router.http.forms import ChatForm, CompletionForm, Form, Tally
+from router.http.origin import origin_of
 from router.http.requests import (
     ChatCompletion,
     Completion,
@@ -40,17 +41,17 @@ log = logging.getLogger(__name__)
 _LONG_PROMPT_BYTES = 4_000  # from here on a prompt is tokenised off the event loop
 _DONE = b"data: [DONE]\n\n"
 
-_Result = TypeVar("_Result")
-Handler = Callable[["Api", Request], Coroutine[Any, Any, Response | EventStream]]
+_Owner = TypeVar("_Owner")
+Handler = Callable[[_Owner, Request], Coroutine[Any, Any, Response | EventStream]]
 
 
-def answered(handler: Handler) -> Handler:
-    """Errors become OpenAI's error bodies; a bug becomes a 500 and a line in the log."""
+def answered(handler: Handler[_Owner]) -> Handler[_Owner]:
+    """Of a method: errors become OpenAI's error bodies; a bug becomes a 500 and a line in the log."""
 
     @wraps(handler)
-    async def guarded(api: Api, request: Request) -> Response | EventStream:
+    async def guarded(owner: _Owner, request: Request) -> Response | EventStream:
         try:
-            return await handler(api, request)
+            return await handler(owner, request)
         except ApiError as error:
             failure = error
         except BatonError as error:
@@ -82,18 +83,18 @@ class Api:
 
     @answered
     async def models(self, request: Request) -> Response:
-        self._authorize(request)
+        self.authorize(request)
         return _json({"object": "list", "data": [self._model_card()]})
 
     @answered
     async def model(self, request: Request) -> Response:
-        self._authorize(request)
+        self.authorize(request)
         self._check_model(request.path_params["model"])
         return _json(self._model_card())
 
     @answered
     async def chat(self, request: Request) -> Response | EventStream:
-        key = self._authorize(request)
+        key = self.authorize(request)
         body = parse(await self._body(request), ChatCompletion)
         self._check_model(body.model)
         messages = plain_messages(body.messages)
@@ -105,7 +106,8 @@ class Api:
         output_grammar = toolbox.grammar() if toolbox.in_use else format_grammar(body)
         max_tokens = body.max_completion_tokens or body.max_tokens or self._router.default_max_tokens
         sampling = sampling_of(body, max_tokens, (body.top_logprobs or 0) if body.logprobs else None, output_grammar)
-        prompt_ids = await self._chat_prompt(messages, toolbox)
+        with origin_of(request).tokenizing():
+            prompt_ids = await self._chat_prompt(messages, toolbox)
         form = ChatForm(
             self._model,
             self._tokenizer.token_text,
@@ -118,14 +120,15 @@ class Api:
 
     @answered
     async def completions(self, request: Request) -> Response | EventStream:
-        key = self._authorize(request)
+        key = self.authorize(request)
         body = parse(await self._body(request), Completion)
         self._check_model(body.model)
         _check_legacy(body)
         prompts = _prompts(body.prompt)
         max_tokens = body.max_tokens or self._router.default_max_tokens
         sampling = sampling_of(body, max_tokens, body.logprobs, format_grammar(body))
-        all_ids = [await self._prompt_ids(prompt) for prompt in prompts]
+        with origin_of(request).tokenizing():
+            all_ids = [await self._prompt_ids(prompt) for prompt in prompts]
         echoes = [self._echo(prompt) if body.echo else "" for prompt in prompts for _ in range(body.choices)]
         form = CompletionForm(
             self._model,
@@ -139,7 +142,7 @@ class Api:
 
     # --- before the router is asked ---
 
-    def _authorize(self, request: Request) -> str:
+    def authorize(self, request: Request) -> str:
         """The request's API key. Raises ApiError."""
         kind, _, key = request.headers.get("authorization", "").partition(" ")
         if self._api_keys and (kind.lower() != "bearer" or hashlib.sha256(key.encode()).digest() not in self._api_keys):
@@ -217,11 +220,12 @@ class Api:
                 salt=self._salt(body, key),
                 priority=body.priority or 0,
                 timeout_s=body.baton.timeout_s,
-                client_id=request.headers.get("x-request-id", form.id),
             )
             for prompt in prompts
             for index in range(body.choices)
         ]
+        origin = origin_of(request)
+        asks = [origin.mark(ask, form.id, number) for number, ask in enumerate(asks)]
         with ExitStack() as held:
             answers = [held.enter_context(self._door.ask(ask, stream=bool(body.stream))) for ask in asks]
             if not body.stream:

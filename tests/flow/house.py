@@ -33,15 +33,17 @@ from python_backends.core.config import (
     TransferConfig,
     WorkerConfig,
 )
+from python_backends.core.curve import CurveKeys
 from python_backends.core.errors import BatonError, Unavailable
 from python_backends.core.messages import Work, seal_work
 from python_backends.core.types import FinishReason, Role, SamplingParams, WorkerId
 from python_backends.worker.service import Worker
 from router.fleet import WorkerView
+from router.journal import Record
 from router.lifecycle import State
 from router.run import Run
-from router.seams import Snapshot
-from router.service import RouterService
+from router.seams import Destination, Snapshot
+from router.service import Channels, RouterService
 from router.tokenizer import Tokenizer
 from router.types import ClientRequest, Outcome, Piece, Proof, Way, Wish
 
@@ -202,8 +204,12 @@ class Counts:
     def warmed(self, verdict: str) -> None:
         self.warm_ups.append(verdict)
 
-    def ended(self, outcome: Outcome, proof: Proof | None) -> None:
-        self.outcomes.append(outcome)
+    def tokens(self, count: int, gap_s: float) -> None:
+        """Only the journal keeps times."""
+
+    def ended(self, record: Record) -> None:
+        assert record.outcome is not None
+        self.outcomes.append(record.outcome)
 
 
 class InProcess:
@@ -308,7 +314,6 @@ class FlowHouse:
         self._restarts = restart
         self._workers_up = workers_up
         self._directory = Path(tempfile.mkdtemp(prefix="baton"))
-        self.address = f"ipc://{self._directory}/c"
         self.service = self._router()
 
     def __enter__(self) -> FlowHouse:
@@ -335,7 +340,13 @@ class FlowHouse:
     def _router(self) -> RouterService:
         tokenizer = cast(Tokenizer, NumberTokenizer())
         control = self if self._restarts else None
-        return RouterService(self.config, self.address, tokenizer, self._submit, control, self.counts)
+        own = [self.address(worker.name) for worker in self.config.workers]
+        channels = Channels(str(self._directory), CurveKeys.derive(KEY), own)
+        return RouterService(self.config, channels, tokenizer, self._submit, control, self.counts)
+
+    def address(self, worker: str) -> str:
+        """Of its channel."""
+        return f"ipc://{self._directory}/{worker}"
 
     # --- workers ---
 
@@ -343,7 +354,7 @@ class FlowHouse:
         """Returns when the router knows of them."""
         before = {view.id: view.epoch for view in self.service.house.fleet.up()}
         make = OwnProcess if self._own_processes else InProcess
-        made = {name: make(self.config, self.config.worker(name), self.address) for name in names}
+        made = {name: make(self.config, self.config.worker(name), self.address(name)) for name in names}
         self.workers.update(made)
         for worker in made.values():
             worker.ready()
@@ -365,13 +376,14 @@ class FlowHouse:
         """Sudden death: no last words."""
         self.signal(name, signal.SIGKILL)
 
-    def _submit(self, worker: WorkerId, work: Work, failed: Callable[[str], None]) -> None:
-        self.workers[worker].hand_over(work, failed)
+    def _submit(self, worker: Destination, work: Work, failed: Callable[[str], None]) -> None:
+        self.workers[worker.model].hand_over(work, failed)
 
-    def restart(self, worker: WorkerId) -> None:
+    def restart(self, worker: Destination) -> None:
         """See router.supervisor.ModelControl."""
-        self.workers[worker].close()
-        made = self.workers[worker] = OwnProcess(self.config, self.config.worker(worker), self.address)
+        name = worker.model
+        self.workers[name].close()
+        made = self.workers[name] = OwnProcess(self.config, self.config.worker(name), self.address(name))
         try:
             made.ready()
         except (AssertionError, EOFError) as error:

@@ -22,6 +22,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import msgspec
 
@@ -30,6 +31,7 @@ from python_backends.core.config import Deployment, WorkerConfig
 from python_backends.core.errors import ConfigError, TritonCode
 from python_backends.core.messages import Output
 from python_backends.core.paths import resolve_model
+from python_backends.core.place import place_of
 from python_backends.core.trtllm import check_trtllm, kv_timeout_ms
 from python_backends.core.types import Epoch, GenerateRequest, LeaseEnd, RequestId, Role, WorkerLoad
 from python_backends.engines.base import CacheChange, EngineInfo, OnOutputs
@@ -207,10 +209,10 @@ class TrtllmEngine:
 
     def _issuer(self) -> Issuer:
         """A ticket is good for the lease without the time of a transfer, or half of it: KV must not go in mid-fetch."""
-        transfer = self._deployment.transfer
+        transfer, place = self._deployment.transfer, place_of(self._deployment, self._worker)
         return Issuer(
-            worker=self._worker.id,
-            number=[worker.name for worker in self._deployment.workers].index(self._worker.name),
+            worker=place.worker,
+            number=[worker.name for worker in self._deployment.workers].index(self._worker.name) + crc32(place.server.encode()),
             epoch=self._epoch,
             key=self._key,
             backend=self._deployment.engine.trtllm.cache_transceiver_config.backend,

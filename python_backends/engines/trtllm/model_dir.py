@@ -17,7 +17,8 @@ from python_backends.core.errors import ConfigError
 from python_backends.core.layout import KVLayout, fingerprint
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
-_CONFIGS = ("config.json", "hf_quant_config.json")  # the latter says of which type weights and KV are
+_QUANTISATION = "hf_quant_config.json"  # of which type weights and KV are
+_CONFIGS = ("config.json", _QUANTISATION)
 _READ_BYTES = 8 << 20
 
 _T = TypeVar("_T")
@@ -37,6 +38,14 @@ class _Generation(msgspec.Struct):
     eos_token_id: int | list[int] | None = None
 
 
+class _Quantised(msgspec.Struct):
+    kv_cache_quant_algo: str | None = None
+
+
+class _Quantisation(msgspec.Struct):
+    quantization: _Quantised = msgspec.field(default_factory=_Quantised)
+
+
 @dataclass(frozen=True, slots=True)
 class ModelDir:
     """`layout.tp` is 1 whatever the workers' parallelism: TensorRT-LLM converts between sizes when it moves KV."""
@@ -49,7 +58,10 @@ class ModelDir:
 def read_model_dir(
     directory: Path, *, dtype: str, kv_dtype: str, block_size: int, max_context: int, library_version: str
 ) -> ModelDir:
-    """`kv_dtype`: of kv_cache_config. Raises ConfigError naming the file and key that are missing or don't fit."""
+    """`kv_dtype`: of kv_cache_config; auto is the checkpoint's own, which is `dtype` unless it says otherwise.
+
+    Raises ConfigError naming the file and key that are missing or don't fit.
+    """
     path = directory / "config.json"
     config = _decode(path, _Config)
     if config.max_position_embeddings is not None and max_context > config.max_position_embeddings:
@@ -62,10 +74,10 @@ def read_model_dir(
         num_kv_heads=config.num_key_value_heads or config.num_attention_heads,
         head_dim=config.head_dim or config.hidden_size // config.num_attention_heads,
         block_size=block_size,
-        dtype=dtype,
+        dtype=(_kv_dtype(directory) or dtype) if kv_dtype == "auto" else kv_dtype,
     )
     configs = "".join(_digest(directory / name) for name in _CONFIGS if (directory / name).exists())
-    name = fingerprint(layout, f"TensorRT-LLM {library_version} KV {kv_dtype} {configs}", weights_digest(directory))
+    name = fingerprint(layout, f"TensorRT-LLM {library_version} {dtype} {configs}", weights_digest(directory))
     return ModelDir(layout, _eos_token_ids(directory, config), name)
 
 
@@ -78,6 +90,13 @@ def weights_digest(directory: Path) -> str:
     for path in files:
         digest.update(f"{path.name}\0{path.stat().st_size}\0{_digest(path)}\0".encode())
     return digest.hexdigest()
+
+
+def _kv_dtype(directory: Path) -> str | None:
+    """What a quantised checkpoint says of the KV."""
+    path = directory / _QUANTISATION
+    algorithm = _decode(path, _Quantisation).quantization.kv_cache_quant_algo if path.exists() else None
+    return "fp8" if algorithm == "FP8" else None
 
 
 def _eos_token_ids(directory: Path, config: _Config) -> tuple[int, ...]:

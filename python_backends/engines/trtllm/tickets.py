@@ -24,7 +24,7 @@ class Issuer:
     """Who makes tickets. `backend`, the transceiver's, is the ticket's locator and must be the same on both sides."""
 
     worker: WorkerId
-    number: int  # of the worker in the deployment
+    number: int  # of the worker: another one for each of a server, and likely for those of others
     epoch: Epoch
     key: bytes
     backend: str

@@ -68,6 +68,9 @@ def test_the_good_one_is_good_and_needs_no_library(tmp_path: Path) -> None:
         ({"workers.0.cpus": "0-3"}, "prefill: cpus has no meaning"),
         ({"workers.0.threads": 4}, "prefill: threads has no meaning"),
         ({"workers.0.kv_pool_mib": 64}, "prefill: kv_pool_mib has no meaning"),
+        ({f"workers.{i}.weights": "int8" for i in (0, 1)}, "prefill: weights has no meaning"),
+        ({"model.weights": "int8"}, "model.weights is for the CPU; .* leave it out"),
+        ({"model.kv_dtype": "int8"}, "model.kv_dtype is for the CPU; engine trtllm has kv_cache_config.dtype"),
         # the model
         ({"model.max_context": None}, "model.max_context is 0; engine trtllm allocates by it"),
         # blocks
@@ -96,6 +99,15 @@ def test_the_good_one_is_good_and_needs_no_library(tmp_path: Path) -> None:
         ({"engine.trtllm.prefill.disable_overlap_scheduler": False}, "prefill.disable_overlap_scheduler: .* need true"),
         # the transceiver
         ({"engine.trtllm.cache_transceiver_config.backend": None}, "backend is missing: without it no KV moves; say UCX"),
+        (  # prefill workers may be on other servers
+            {
+                "workers": [{"role": "decode", "engine": "trtllm", "gpus": "0"}],
+                "cluster": {"listen": "10.0.0.1"},
+                "security": {"key_file": "/etc/baton/key"},
+                "engine.trtllm.cache_transceiver_config.backend": None,
+            },
+            "backend is missing: without it no KV moves",
+        ),
         ({"engine.trtllm.cache_transceiver_config.backend": "ucx"}, "backend is 'ucx'; write UCX"),
         ({"engine.trtllm.cache_transceiver_config.backend": "DEFAULT"}, "backend is DEFAULT, which means another library"),
         ({"engine.trtllm.cache_transceiver_config.backend": "MPI"}, "backend is MPI, which needs one MPI world"),

@@ -25,7 +25,7 @@ EXAMPLES = sorted((repository_root() / "configs").glob("trtllm-*.yaml"))
 
 WORKERS = {role: WorkerConfig(role, role.value, "trtllm", gpus="0") for role in Role}
 DEPLOYMENT = Deployment(
-    model=ModelConfig("/models/llama", "bfloat16", 8192),
+    model=ModelConfig("/models/llama", "bfloat16", max_context=8192),
     workers=tuple(WORKERS.values()),
     engine=EngineConfig(
         block_size=32, max_batch=48, trtllm=TrtllmConfig(cache_transceiver_config=CacheTransceiverConfig(backend="UCX"))

@@ -43,9 +43,19 @@ def test_the_shape_of_its_kv(directory: Path) -> None:
     layout = read(directory).layout
     assert (layout.num_layers, layout.num_kv_heads, layout.head_dim) == (4, 2, 64)
     assert (layout.block_size, layout.dtype, layout.tp) == (32, "bfloat16", 1)
+    assert read(directory, kv_dtype="fp8").layout.dtype == "fp8"
     (directory / "config.json").write_text(json.dumps({**CONFIG, "head_dim": 128, "num_key_value_heads": None}))
     layout = read(directory).layout
     assert (layout.num_kv_heads, layout.head_dim) == (8, 128)
+
+
+def test_a_quantised_checkpoint_says_of_what_type_its_kv_is(directory: Path) -> None:
+    whole = read(directory).layout.block_bytes
+    (directory / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}}')
+    assert read(directory).layout.dtype == "fp8"
+    assert read(directory).layout.block_bytes == whole / 2
+    (directory / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": null}}')
+    assert read(directory).layout.dtype == "bfloat16"
 
 
 def test_the_fingerprint_is_a_stable_name_of_the_files(directory: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import json
 from typing import Any, cast
 
+from starlette.datastructures import Headers
 from starlette.requests import Request
 
 from python_backends.core.config import Deployment, WorkerConfig
@@ -13,6 +14,7 @@ from python_backends.core.types import FinishReason, Role
 from router.door.client import Answer, DoorClient
 from router.door.messages import Ask, AskId
 from router.http.api import Api
+from router.http.origin import Origin
 from router.http.stream import EventStream
 from router.tokenizer import Tokenizer
 from router.types import ClientRequest, Piece
@@ -57,7 +59,8 @@ async def _stream(body: dict[str, Any]) -> list[dict[str, Any]]:
     async def send(message: Any) -> None:
         sent.append(message.get("body", b""))
 
-    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
+    scope: dict[str, Any] = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
+    scope["state"] = {"origin": Origin(Headers())}
     answer = await api.completions(Request(scope, receive))
     assert isinstance(answer, EventStream)
     await answer(scope, receive, send)
