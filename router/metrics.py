@@ -97,6 +97,10 @@ FAMILIES: tuple[Family, ...] = (
     _gauge("baton_kv_block_bytes", "Bytes of one KV block", *_WORKER),
     _gauge("baton_leases", "Published KV waiting to be fetched or released", *_WORKER),
     _gauge("baton_prefix_index_blocks", "Blocks in the router's prefix index"),
+    _gauge(
+        "baton_prefix_events", "1 when the worker tells what its prefix cache holds; 0: no prefix is routed there", *_WORKER
+    ),
+    _counter("baton_warm_ups_total", "First handoffs between two workers, by verdict; only engines that need them", "verdict"),
     _counter("baton_store_blocks_total", "KV blocks of a store tier, by what happened to them", *_WORKER, "tier", "event"),
     _gauge("baton_store_used_bytes", "Bytes in the store tier, as the worker sees it", *_WORKER, "tier"),
     _gauge("baton_store_up", "1 when the worker reaches the store tier", *_WORKER, "tier"),
@@ -206,6 +210,9 @@ class Meter:
     def retried(self) -> None:
         self.count("baton_retries_total")
 
+    def warmed(self, verdict: str) -> None:
+        self.count("baton_warm_ups_total", verdict=verdict.partition(" ")[0])
+
     def tokens(self, count: int, gap_s: float) -> None:
         self._itl.observe(gap_s / count, count)
 
@@ -260,6 +267,7 @@ class Meter:
         self._set("baton_worker_up", worker.up, **labels)
         self._set("baton_worker_queued_tokens", load.queued_tokens, **labels)
         self._set("baton_leases", load.active_leases, **labels)
+        self._set("baton_prefix_events", load.tells_blocks, **labels)
         self._set("baton_kv_block_bytes", worker.heartbeat.layout.block_bytes, **labels)
         for state in ("queued", "running"):
             self._set("baton_worker_requests", getattr(load, f"{state}_requests"), **labels, state=state)

@@ -20,11 +20,12 @@ from python_backends.core.errors import (
     EngineFailure,
     InvalidRequest,
     QueueFull,
+    RefusalReason,
     TritonCode,
     WorkerLost,
 )
 from python_backends.core.messages import DecodeWork, KVReady, Output, PrefillDone, PrefillWork, RequestFailed, TokenChunk
-from python_backends.core.types import FinishReason, GenerateRequest, KVReport, RequestId, SamplingParams, WorkerId
+from python_backends.core.types import FinishReason, GenerateRequest, KVReport, LeaseEnd, RequestId, SamplingParams, WorkerId
 from router.account import Account
 from router.admission import Place
 from router.detokenizer import Detokenizer
@@ -68,6 +69,7 @@ class Run:
         self._prefill_leg: tuple[WorkerId, RequestId] | None = None
         self._decode_leg: tuple[WorkerId, RequestId] | None = None
         self._lease: tuple[WorkerId, str] | None = None
+        self._lease_end = LeaseEnd.UNWANTED
 
     @property
     def state(self) -> State:
@@ -119,8 +121,8 @@ class Run:
         assert isinstance(done, PrefillDone)
         if self._prefill_charge is not None:
             self._prefill_charge.undo()
-        if done.lease_id is not None:
-            self._lease = (worker, done.lease_id)
+        self._lease = (worker, done.lease_id) if done.lease_id is not None else None
+        self._lease_end = LeaseEnd.UNWANTED
         self._account.prefilled(done)
         self._take(TokenChunk(done.request_id, [done.token_id], [done.logprob] if done.logprob else None, done.finish_reason))
         return done.ticket
@@ -203,6 +205,7 @@ class Run:
 
     def _kv_ready(self, report: KVReport) -> None:
         self._account.kv_ready(report)
+        self._lease_end = lease_end(report)
         if self.state is State.HANDING_OFF:
             self._move(Event.KV_READY)
 
@@ -268,9 +271,16 @@ class Run:
         elif held is Held.PREFILL and self._prefill_leg is not None:
             calls.abort(*self._prefill_leg)
         elif held is Held.LEASE and self._lease is not None:
-            calls.release(*self._lease)
+            calls.release(*self._lease, self._lease_end)
         elif held is Held.DECODE and self._decode_leg is not None:
             calls.abort(*self._decode_leg)
+
+
+def lease_end(report: KVReport) -> LeaseEnd:
+    """What a decode worker's report means for the lease of the KV it was handed."""
+    if report.received_tokens + report.reused_tokens:
+        return LeaseEnd.FETCHED
+    return LeaseEnd.LOST if report.digest == RefusalReason.TRANSFER_TIMEOUT.value else LeaseEnd.UNWANTED
 
 
 def _outcome(error: BatonError) -> Outcome:

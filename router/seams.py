@@ -8,7 +8,7 @@ from typing import Protocol
 
 from python_backends.core.errors import BatonError
 from python_backends.core.messages import Work
-from python_backends.core.types import RequestId, WorkerId
+from python_backends.core.types import LeaseEnd, RequestId, WorkerId
 from router.fleet import WorkerView
 from router.journal import Record
 from router.lifecycle import State
@@ -34,7 +34,7 @@ class Calls(Protocol):
 
     def abort(self, worker: WorkerId, request_id: RequestId) -> None: ...
 
-    def release(self, worker: WorkerId, lease_id: str) -> None: ...
+    def release(self, worker: WorkerId, lease_id: str, end: LeaseEnd) -> None: ...
 
 
 class Reply(Protocol):
@@ -65,6 +65,9 @@ class Observer(Protocol):
     def decided(self, way: Way) -> None: ...
 
     def retried(self) -> None: ...
+
+    def warmed(self, verdict: str) -> None:
+        """A first handoff between two workers was tried: what became of the KV (KVReport.digest), or why nothing did."""
 
     def tokens(self, count: int, gap_s: float) -> None:
         """A running request has so many more tokens, so long after those before."""

@@ -94,7 +94,7 @@ class Proof(msgspec.Struct, frozen=True):
     kv_bytes: int
     transfer_ms: float
     transport: str
-    digest: str  # verified | none (nothing moved) | why it was refused
+    digest: str  # verified | unchecked (moved by the engine itself) | none (nothing moved) | why it was refused
     ttft_ms: float
     queue_ms: float
     prefill_ms: float

@@ -66,6 +66,7 @@ class Chunk:
     time: float  # of arrival here, monotonic seconds
     finish_reason: str = ""
     proof: dict[str, Any] | None = None
+    token_ids: tuple[int, ...] = ()  # with return_output_ids
 
 
 class Client:
@@ -204,12 +205,14 @@ def decode_response(response: Any) -> Chunk:
     """`response`: a ModelInferResponse of the router."""
     result = InferResult(response)
     proof = _text(result, "proof")
+    ids = result.as_numpy("output_ids")
     return Chunk(
         text=_text(result, "text_output"),
         num_tokens=int(result.as_numpy("num_output_tokens").item()),
         time=time.monotonic(),
         finish_reason=_text(result, "finish_reason"),
         proof=json.loads(proof) if proof else None,
+        token_ids=tuple(ids.reshape(-1).tolist()) if ids is not None else (),
     )
 
 

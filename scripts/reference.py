@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, get_args, get_type_hints
 
 import msgspec
 from msgspec import Meta
 
-from python_backends.core.config import Deployment, Section, WorkerConfig
+from python_backends.core.config import Deployment, WorkerConfig
 from python_backends.core.paths import repository_root
+from python_backends.core.section import Section
 from python_backends.core.tensors import ROUTER_INPUTS, ROUTER_OUTPUTS, TensorSpec
 from python_backends.core.types import SamplingParams
 from router.metrics import FAMILIES, Family, Kind
@@ -23,7 +25,8 @@ or a value out of bounds is an error at start that names the key. This page is w
 
 Environment: `BATON_CONFIG` (deployment file of a plain `tritonserver`; default `configs/default.yaml`), `BATON_RUN_DIR`
 (directory for the key and the channel's socket), `BATON_TRITON` (host:port of the server's HTTP service, by which the router
-restarts workers; without it streams stand still meanwhile), `BATON_CACHE` (converted weights; default `~/.cache/baton`).
+restarts workers; without it streams stand still meanwhile), `BATON_CACHE` (converted weights; default `~/.cache/baton`),
+`BATON_PYTHON` (a Python that has what Baton needs: the scripts run in it and make no .venv).
 
 | key | type | default | meaning |
 |---|---|---|---|
@@ -40,7 +43,8 @@ the system message. Further fields: `top_k`,
 `min_p`, `repetition_penalty`, `min_tokens`, `stop_token_ids`, `ignore_eos`, `priority`, and `baton`: an object with `route`
 (auto, remote, local, aggregated), `proof` (true returns the proof as `baton.proof`), `cache_salt` and `timeout_s`. A field it
 does not know is an error that names it. Errors have OpenAI's form; 429 (queue full) and 503 carry `Retry-After`, 504 means
-that the deadline passed. `/health` says whether requests can be served now, `/metrics` passes Triton's metrics on. Keys,
+that the deadline passed. What the engine trtllm can't do is refused by name: [tensorrt-llm.md](tensorrt-llm.md).
+`/health` says whether requests can be served now, `/metrics` passes Triton's metrics on. Keys,
 tenants, origins and limits: `http.*` in [configuration.md](configuration.md). The headers `traceparent` and `x-request-id`
 are taken and returned; the page at `/` and the endpoints under `/baton` are told of in [observability.md](observability.md).
 
@@ -165,11 +169,18 @@ def _metric_row(family: Family) -> str:
 
 def _rows(section: type[Section], prefix: str) -> Iterator[str]:
     hints = get_type_hints(section, include_extras=True)
+    alike = Counter(_section_of(hint) for hint in hints.values())
+    done: set[type[Section]] = set()
     for field in msgspec.structs.fields(section):
         hint = hints[field.name]
         inner = _section_of(hint)
+        if inner in done:
+            continue
         if inner is not None:
-            yield from _rows(inner, f"{prefix}{field.name}{'[]' if inner is WorkerConfig else ''}.")
+            done.add(inner)
+            names = [name for name, other in hints.items() if _section_of(other) is inner]
+            name = field.name if alike[inner] == 1 else f"{{{','.join(names)}}}"
+            yield from _rows(inner, f"{prefix}{name}{'[]' if inner is WorkerConfig else ''}.")
         else:
             yield f"| `{prefix}{field.name}` | {_type_name(hint)} | {_default(field)} | {_meaning(hint)} |"
 
@@ -183,6 +194,8 @@ def _section_of(hint: Any) -> type[Section] | None:
 def _type_name(hint: Any) -> str:
     bare = get_args(hint)[0] if hasattr(hint, "__metadata__") else hint
     values = [value for value in get_args(bare) if isinstance(value, str)]
+    if type(None) in get_args(bare):
+        return " or ".join("null" if inner is type(None) else _type_name(inner) for inner in get_args(bare))
     return ", ".join(values) if values else getattr(bare, "__name__", str(bare))
 
 

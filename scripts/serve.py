@@ -16,7 +16,6 @@ from python_backends.core.errors import BatonError, Unavailable
 from python_backends.core.paths import DEMO_MODEL, repository_root
 from scripts.terminal import print_error
 from scripts.tritonserver import TritonServer
-from scripts.weights import prepare_demo_model
 
 _LOG_POLL_S = 0.2
 _EXAMPLE = {"text_input": "The capital of France is", "max_tokens": 32, "stream": True}
@@ -25,6 +24,8 @@ _EXAMPLE = {"text_input": "The capital of France is", "max_tokens": 32, "stream"
 def start_with_progress(server: TritonServer, console: Console) -> None:
     """Start `server`, its weights first if they are the demo model's, and say what is going on. Raises as they do."""
     if server.deployment.model.path == DEMO_MODEL:
+        from scripts.weights import prepare_demo_model  # what it needs is not in a container that serves other models
+
         prepare_demo_model(console)
     waiting = list(server.models)
 

@@ -31,6 +31,7 @@ from scripts.guardian import remove_traces
 _EXIT_TIMEOUT_S = 5  # given to requests in flight when the server stops
 _GRACE_S = _EXIT_TIMEOUT_S + 1.5  # then everything is killed
 _STOP_TIMEOUT_S = _GRACE_S + 8.0  # longer than the guardian can take
+_START_TIMEOUT_S = 300.0
 _POLL_S = 0.05
 _LOG_CHUNK = 1 << 20
 # Below the kernel's range for outgoing connections (32768 up), so that none of those takes a port we have chosen.
@@ -64,9 +65,12 @@ class TritonServer:
         metrics_port: int = 0,
         openai_port: int = 0,
         model_repository: Path | None = None,
-        start_timeout_s: float = 300.0,
+        start_timeout_s: float | None = None,
     ) -> None:
-        """Raises ConfigError when the deployment file is wrong, a port is taken, or there is no usable tritonserver."""
+        """Raises ConfigError when the deployment file is wrong, a port is taken, or there is no usable tritonserver.
+
+        start_timeout_s: by default as long as the engines of the deployment may take to load.
+        """
         self.deployment = load_deployment(config)
         self.address = address
         cluster = self.deployment.cluster
@@ -88,7 +92,7 @@ class TritonServer:
         self._config = config.absolute()
         self._binary = find_tritonserver()
         self._model_repository = model_repository or repository_root() / "model_repository"
-        self._start_timeout_s = start_timeout_s
+        self._start_timeout_s = start_timeout_s or self.deployment.load_timeout_s + _START_TIMEOUT_S
         self._guardian: subprocess.Popen[bytes] | None = None
         run_id = secrets.token_hex(4)
         self.run_dir = _run_base() / run_id

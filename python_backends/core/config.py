@@ -16,17 +16,12 @@ import yaml
 from msgspec import Meta
 
 from python_backends.core.errors import ConfigError
+from python_backends.core.section import Fraction, NonNegative, Positive, PositiveSeconds, Section
+from python_backends.core.trtllm import ENGINE as TRTLLM
+from python_backends.core.trtllm import TrtllmConfig, check_trtllm
 from python_backends.core.types import Role, WorkerId
 
-Positive = Annotated[int, Meta(ge=1)]
-NonNegative = Annotated[int, Meta(ge=0)]
-PositiveSeconds = Annotated[float, Meta(gt=0)]
-Fraction = Annotated[float, Meta(ge=0, le=1)]
 Port = Annotated[int, Meta(ge=1, le=65535)]
-
-
-class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Base of all sections: immutable, and an unknown key is an error."""
 
 
 class ModelConfig(Section, frozen=True):
@@ -61,8 +56,13 @@ class WorkerConfig(Section, frozen=True):
     name: Annotated[
         str, Meta(description="Triton model name. Default: the role, then role_1, role_2 ...", pattern="^([a-z][a-z0-9_]*)?$")
     ] = ""
-    engine: Annotated[str, Meta(description="torch, or fake (no weights, for load and failure tests).")] = "torch"
-    device: Annotated[str, Meta(description="cpu, cuda, or cuda:N.", pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
+    engine: Annotated[
+        str, Meta(description="torch, trtllm (TensorRT-LLM), or fake (no weights, for load and failure tests).")
+    ] = "torch"
+    device: Annotated[str, Meta(description="engine torch: cpu, cuda, or cuda:N.", pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
+    gpus: Annotated[
+        str, Meta(description="engine trtllm: the GPUs this worker sees, such as `0` or `0,1`.", pattern=r"^(\d+(,\d+)*)?$")
+    ] = ""
     cpus: Annotated[
         str, Meta(description="CPU cores the worker is pinned to, such as `0-3,8`. Empty: not pinned.", pattern=r"^[\d,-]*$")
     ] = ""
@@ -108,6 +108,7 @@ class EngineConfig(Section, frozen=True):
     ] = "auto"
     max_queue: Annotated[Positive, Meta(description="Requests that may wait in one worker; more are refused.")] = 1024
     fake: FakeConfig = FakeConfig()
+    trtllm: TrtllmConfig = TrtllmConfig()
 
 
 class TransferConfig(Section, frozen=True):
@@ -120,7 +121,7 @@ class TransferConfig(Section, frozen=True):
     faults: Annotated[
         dict[Literal["delay", "drop", "corrupt", "truncate", "hang"], Fraction],
         Meta(description="Failure tests only: share of transfers to delay, drop, corrupt, truncate or hang."),
-    ] = {}
+    ] = msgspec.field(default_factory=dict)
 
 
 class RouterConfig(Section, frozen=True):
@@ -260,6 +261,12 @@ class Deployment(Section, frozen=True, kw_only=True):
         """How clients of the API call the model."""
         return self.http.model_name or Path(self.model.path).name
 
+    @property
+    def load_timeout_s(self) -> float:
+        """How long the workers' engines may say that they are still loading; 0 when none has such a limit."""
+        uses_trtllm = any(worker.engine == TRTLLM for worker in self.workers)
+        return self.engine.trtllm.load_timeout_s if uses_trtllm else 0.0
+
     def worker(self, name: str) -> WorkerConfig:
         for worker in self.workers:
             if worker.name == name:
@@ -320,6 +327,10 @@ def _checked(deployment: Deployment, path: Path) -> Deployment:
         )
     for worker in deployment.workers:
         parse_cpus(worker.cpus, f"{path}: workers: {worker.name}: cpus")
+    try:
+        check_trtllm(deployment)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
     return deployment
 
 

@@ -7,7 +7,7 @@ import hashlib
 import msgspec
 
 LAYOUT_VERSION = 1
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "fp8": 1}
 _SCALE_BYTES = 4  # int8: one float32 per token and head, for keys and for values
 
 
@@ -22,7 +22,7 @@ class KVLayout(msgspec.Struct, frozen=True):
     num_kv_heads: int
     head_dim: int
     block_size: int  # tokens
-    dtype: str  # float32 | bfloat16 | float16 | int8
+    dtype: str  # float32 | bfloat16 | float16 | int8 | fp8
     tp: int = 1
     version: int = LAYOUT_VERSION
     keys: str = "rows"  # rows | columns

@@ -15,6 +15,7 @@ from python_backends.core.types import (
     FinishReason,
     GenerateRequest,
     KVReport,
+    LeaseEnd,
     RequestId,
     Role,
     TokenLogprob,
@@ -139,6 +140,7 @@ class Heartbeat(msgspec.Struct, frozen=True, tag=True):
     fingerprint: str
     max_context: int  # tokens, prompt and output; bounded by model and pool
     events_sequence: int  # of the last BlockEvents sent
+    warm_up: bool = False  # its first handoff with each other worker is slow: make one before clients do
 
 
 class Leaving(msgspec.Struct, frozen=True, tag=True):
@@ -167,7 +169,10 @@ class Abort(msgspec.Struct, frozen=True, tag=True):
 
 
 class ReleaseLease(msgspec.Struct, frozen=True, tag=True):
+    """Nobody needs these leases any more."""
+
     lease_ids: list[str]
+    end: LeaseEnd = LeaseEnd.UNWANTED
 
 
 class Resync(msgspec.Struct, frozen=True, tag=True):

@@ -136,6 +136,7 @@ class Worker:
             fingerprint=info.fingerprint,
             max_context=info.max_context,
             events_sequence=self._sequence,
+            warm_up=info.warm_up,
         )
 
     def told(self, message: ToWorker) -> None:
@@ -147,7 +148,7 @@ class Worker:
                     self._live[router_of(request_id)].discard(request_id)
         elif isinstance(message, ReleaseLease):
             for lease_id in message.lease_ids:
-                self._engine.release(lease_id)
+                self._engine.release(lease_id, message.end)
         elif isinstance(message, Resync):
             self._engine.resync()
 

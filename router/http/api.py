@@ -231,11 +231,11 @@ class Api:
             if not body.stream:
                 pieces = await unless_gone(_all(answers), request.receive)
                 return _json(form.whole(pieces))
-            progress = _progress(answers)
+            progress = _merged(answers) if len(answers) > 1 else _single(answers[0])
             first = await unless_gone(_next(progress), request.receive)
-            tallies = [Tally() for _ in answers]
             with_usage = body.stream_options is not None and body.stream_options.include_usage
-            return EventStream(_events(first, progress, form, tallies, held.pop_all(), with_usage=with_usage))
+            tallies = [Tally() for _ in answers]
+            return EventStream(_events(first, progress, tallies, form, held.pop_all(), with_usage=with_usage))
 
 
 async def _all(answers: Sequence[Answer]) -> list[Piece]:
@@ -243,23 +243,27 @@ async def _all(answers: Sequence[Answer]) -> list[Piece]:
 
 
 _Progress = tuple[int, list[Piece]]
+"""What has come of one answer: its index and the pieces."""
 
 
-def _progress(answers: Sequence[Answer]) -> AsyncGenerator[_Progress, None]:
-    """(index of the answer, its pieces) as they come, to the end of the last. Raises the first error of any."""
-    return _merged(answers) if len(answers) > 1 else _alone(answers[0])
+async def _next(progress: AsyncGenerator[_Progress, None]) -> _Progress:
+    return await anext(progress)
 
 
-async def _alone(answer: Answer) -> AsyncGenerator[_Progress, None]:
-    """As `_merged`, without a task per step."""
-    ended = False
-    while not ended:
+async def _single(answer: Answer) -> AsyncGenerator[_Progress, None]:
+    """The pieces of one answer as they come, to the last. Raises its error."""
+    while True:
         pieces = await answer.pieces()
-        ended = pieces[-1].finish_reason is not None
         yield 0, pieces
+        if pieces[-1].finish_reason is not None:
+            return
 
 
 async def _merged(answers: Sequence[Answer]) -> AsyncGenerator[_Progress, None]:
+    """The pieces of all answers as they come, to the end of the last. Raises the first error of any.
+
+    One for the whole stream: what it has taken from an answer and not yielded is lost when it is closed.
+    """
     waiting = {asyncio.ensure_future(answer.pieces()): index for index, answer in enumerate(answers)}
     try:
         while waiting:
@@ -278,21 +282,23 @@ async def _merged(answers: Sequence[Answer]) -> AsyncGenerator[_Progress, None]:
 async def _events(
     first: _Progress,
     rest: AsyncGenerator[_Progress, None],
+    tallies: Sequence[Tally],
     form: Form,
-    tallies: list[Tally],
     held: ExitStack,
     *,
     with_usage: bool,
 ) -> AsyncGenerator[bytes, None]:
-    """Everything a stream consists of. `held` closes the answers, however this ends."""
+    """Everything a stream consists of. `held` closes the answers, however this ends. `tallies`: one per answer."""
     with held:
         try:
             openings = [form.opening(index) for index in range(len(tallies))]
             yield b"".join(_event(opening) for opening in openings if opening is not None)
-            yield _chunks(first, form, tallies)
-            async with aclosing(rest):
-                async for progress in rest:
-                    yield _chunks(progress, form, tallies)
+            async with aclosing(_following(first, rest)) as progress:
+                async for index, pieces in progress:
+                    for piece in pieces:
+                        tallies[index].add(piece)
+                    chunks = [form.chunk(index, piece) for piece in pieces]
+                    yield b"".join(_event(chunk) for chunk in chunks if chunk is not None)
         except BatonError as error:
             yield b"data: " + api_error(error).body + b"\n\n"
             return
@@ -301,16 +307,11 @@ async def _events(
         yield _DONE
 
 
-def _chunks(progress: _Progress, form: Form, tallies: list[Tally]) -> bytes:
-    index, pieces = progress
-    for piece in pieces:
-        tallies[index].add(piece)
-    chunks = [form.chunk(index, piece) for piece in pieces]
-    return b"".join(_event(chunk) for chunk in chunks if chunk is not None)
-
-
-async def _next(progress: AsyncGenerator[_Progress, None]) -> _Progress:
-    return await anext(progress)
+async def _following(first: _Progress, rest: AsyncGenerator[_Progress, None]) -> AsyncGenerator[_Progress, None]:
+    async with aclosing(rest):
+        yield first
+        async for progress in rest:
+            yield progress
 
 
 def _event(value: dict[str, Any]) -> bytes:

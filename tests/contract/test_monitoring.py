@@ -95,6 +95,7 @@ tests:
     input_series:
       - {series: 'baton_ready{instance="a"}', values: '1+0x40'}
       - {series: 'baton_worker_up{instance="a",worker="decode",role="decode"}', values: '1+0x9 0+0x30'}
+      - {series: 'baton_prefix_events{instance="a",worker="decode",role="decode"}', values: '1+0x9 0+0x30'}
       - {series: 'baton_requests_total{instance="a",outcome="ok",route="remote"}', values: '0+95x40'}
       - {series: 'baton_requests_total{instance="a",outcome="failed",route="remote"}', values: '0+5x40'}
       - {series: 'baton_kv_blocks{instance="a",worker="decode",role="decode",state="held"}', values: '98+0x40'}
@@ -112,6 +113,14 @@ tests:
             exp_annotations:
               summary: Worker decode is down
               description: "It was not restarted within a minute. The server's log says why."
+      - {eval_time: 8m, alertname: BatonWorkerBlind, exp_alerts: []}
+      - eval_time: 12m
+        alertname: BatonWorkerBlind
+        exp_alerts:
+          - exp_labels: {severity: warning, instance: a, worker: decode, role: decode}
+            exp_annotations:
+              summary: Worker decode does not tell what its prefix cache holds
+              description: No prefix is routed to it. With TensorRT-LLM see event_buffer_max_size and the worker's log.
       - {eval_time: 18m, alertname: BatonDown, exp_alerts: []}
       - {eval_time: 18m, alertname: BatonNotReady, exp_alerts: []}
       - eval_time: 18m

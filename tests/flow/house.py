@@ -189,6 +189,7 @@ class Counts:
     def __init__(self) -> None:
         self.ways: list[Way] = []
         self.outcomes: list[Outcome] = []
+        self.warm_ups: list[str] = []
         self.retries = 0
 
     def refresh(self, snapshot: Snapshot) -> None:
@@ -199,6 +200,9 @@ class Counts:
 
     def retried(self) -> None:
         self.retries += 1
+
+    def warmed(self, verdict: str) -> None:
+        self.warm_ups.append(verdict)
 
     def tokens(self, count: int, gap_s: float) -> None:
         """Only the journal keeps times."""
@@ -235,6 +239,7 @@ class OwnProcess:
         self.process = _processes.Process(target=_work, args=(config, worker, address, theirs), daemon=True)
         self.process.start()
         theirs.close()
+        self._is_ready = threading.Event()  # until then the line says nothing but that
         self._queue: queue.SimpleQueue[tuple[Work, Callable[[str], None]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._call, name=f"submit-{worker.name}", daemon=True)
         self._thread.start()
@@ -242,6 +247,7 @@ class OwnProcess:
     def ready(self) -> None:
         assert self._line.poll(TIMEOUT_S), "the worker process does not start"
         assert self._line.recv_bytes() == b"ready"
+        self._is_ready.set()
 
     def hand_over(self, work: Work, failed: Callable[[str], None]) -> None:
         self._queue.put((work, failed))
@@ -249,6 +255,7 @@ class OwnProcess:
     def _call(self) -> None:
         while (item := self._queue.get()) is not None:
             work, failed = item
+            self._is_ready.wait(TIMEOUT_S)
             try:
                 self._line.send_bytes(seal_work([work], KEY))
                 error = self._line.recv_bytes().decode()

@@ -26,6 +26,7 @@ from python_backends.core.types import (
     FinishReason,
     GenerateRequest,
     KVReport,
+    LeaseEnd,
     RequestId,
     WorkerId,
     WorkerLoad,
@@ -117,7 +118,7 @@ class PagedEngine:
     def abort(self, request_id: RequestId) -> None:
         self._inbox.put(partial(self._abort, request_id))
 
-    def release(self, lease_id: str) -> None:
+    def release(self, lease_id: str, end: LeaseEnd = LeaseEnd.UNWANTED) -> None:
         self._inbox.put(partial(self._release, lease_id))
 
     def resync(self) -> None:
