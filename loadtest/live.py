@@ -11,6 +11,7 @@ from collections import defaultdict
 import gevent
 from locust.env import Environment
 from locust.event import EventHook
+from locust.stats import StatsEntry
 
 from loadtest.record import Record
 from loadtest.run import LoadTest
@@ -77,13 +78,13 @@ class Live:
             token_gaps.fire(kind=kind, gaps_ms=gaps[kind], tokens=count)
 
     def _on_first_token(self, kind: str, ttft_ms: float) -> None:
-        self._environment.stats.get(kind, "TTFT").log(ttft_ms, 0)
+        _log(self._environment.stats.get(kind, "TTFT"), ttft_ms)
 
     def _on_gaps(self, kind: str, gaps_ms: list[float], tokens: int) -> None:
         self._tokens += tokens
         entry = self._environment.stats.get(kind, "ITL")
         for gap_ms in gaps_ms:
-            entry.log(gap_ms, 0)
+            _log(entry, gap_ms)
 
     def _on_end(self, record: Record, good: bool) -> None:
         error = None if record.ok else Exception(record.error)
@@ -97,7 +98,7 @@ class Live:
             context={},
         )
         if good:
-            self._environment.stats.get(record.kind, "GOOD").log(took_ms, 0)
+            _log(self._environment.stats.get(record.kind, "GOOD"), took_ms)
 
     def _line(self) -> str:
         """Where the run stands, for the terminal."""
@@ -106,6 +107,12 @@ class Live:
         for kind in self._test.plan.kinds:
             ttft, itl = (self._environment.stats.get(kind, row) for row in ("TTFT", "ITL"))
             p99 = itl.get_response_time_percentile(0.99)
-            parts.append(f"{kind}: TTFT p50 {ttft.median_response_time:.0f} ms, ITL p50 {itl.median_response_time:.0f} p99 {p99:.0f} ms")
+            parts.append(
+                f"{kind}: TTFT p50 {ttft.median_response_time:.0f} ms, ITL p50 {itl.median_response_time:.0f} p99 {p99:.0f} ms"
+            )
         failed = self._environment.stats.num_failures
         return "  ".join([*parts, f"{failed} failed"] if failed else parts)
+
+
+def _log(entry: StatsEntry, milliseconds: float) -> None:
+    entry.log(milliseconds, 0)  # type: ignore[arg-type]  # Locust's own requests give it floats too

@@ -60,7 +60,8 @@ def _on_parser(parser: LocustArgumentParser, **_: Any) -> None:
 
 @events.init.add_listener
 def _on_init(environment: Environment, **_: Any) -> None:
-    if environment.parsed_options.headless and _set_up(environment) is None:
+    options = environment.parsed_options
+    if options is not None and options.headless and _set_up(environment) is None:
         sys.exit(1)
 
 
@@ -86,7 +87,7 @@ def _on_stop(**_: Any) -> None:
 
 def _set_up(environment: Environment | None) -> LoadTest | None:
     """None when there is nothing to run; the reason has been said then."""
-    if environment is None:
+    if environment is None or environment.parsed_options is None:
         return None
     try:
         _Current.test = LoadTest(environment.host or "", read_options(environment.parsed_options))

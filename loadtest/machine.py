@@ -27,7 +27,13 @@ class Machine(msgspec.Struct, frozen=True):
     gpus: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        parts = [f"{self.cores} cores of {self.cpu}", f"{self.memory_gib:.0f} GiB", *self.gpus, self.system, f"Python {self.python}"]
+        parts = [
+            f"{self.cores} cores of {self.cpu}",
+            f"{self.memory_gib:.0f} GiB",
+            *self.gpus,
+            self.system,
+            f"Python {self.python}",
+        ]
         return ", ".join(parts)
 
 

@@ -35,9 +35,12 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
         Literal["constant", "ramp", "burst"],
         Meta(description="load over time: constant; ramp, six steps up; burst, a quarter and for 5 of every 15 s all of it"),
     ] = "constant"
-    rate: Annotated[NotNegative, Meta(description="requests per second that arrive; of a trace, conversations are left out")] = 0.0
+    rate: Annotated[
+        NotNegative, Meta(description="requests per second that arrive; of a trace, conversations are left out")
+    ] = 0.0
     streams: Annotated[
-        Count, Meta(description="clients that send the next request when the last one has ended; replaces arrivals, except in mixed")
+        Count,
+        Meta(description="clients that send the next request when the last one has ended; replaces arrivals, except in mixed"),
     ] = 0
     period: Annotated[Positive, Meta(description="mixed: seconds from one long prompt to the next")] = 6.0
     duration: Annotated[Positive, Meta(description="seconds of load")] = 60.0
@@ -48,10 +51,15 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     input_tokens: Annotated[int, Meta(ge=1, description="fixed: tokens per prompt")] = 512
     output_tokens: Annotated[int, Meta(ge=1, description="fixed: tokens per answer")] = 128
     slo: Annotated[
-        str, Meta(description="what a good request meets, such as ttft=2000,itl=100: milliseconds to the first token, p99 between tokens")
+        str,
+        Meta(
+            description="what a good request meets, such as ttft=2000,itl=100: ms to the first token, p99 of ms between tokens"
+        ),
     ] = ""
     seed: Annotated[Count, Meta(description="of lengths and arrivals: same seed, same load")] = 0
-    nonce: Annotated[Count, Meta(description="of the prompts' tokens; 0 draws one, so that no earlier run is in a prefix cache")] = 0
+    nonce: Annotated[
+        Count, Meta(description="of the prompts' tokens; 0 draws one, so that no earlier run is in a prefix cache")
+    ] = 0
     prompt: Annotated[
         Literal["auto", "ids", "text"],
         Meta(description="prompts as token ids or as text of words of one token each; auto: ids where the protocol has them"),
@@ -61,7 +69,9 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     ] = "1000-30000"
     api: Annotated[Literal["chat", "completions"], Meta(description="of an OpenAI server: which endpoint")] = "chat"
     model: Annotated[str, Meta(description="of an OpenAI server: which model; empty: its first one")] = ""
-    fields: Annotated[str, Meta(description='JSON object of further request fields, such as {"route": "aggregated"}; null drops one')] = "{}"
+    fields: Annotated[
+        str, Meta(description='JSON object of further request fields, such as {"route": "aggregated"}; null drops one')
+    ] = "{}"
     timeout: Annotated[Positive, Meta(description="seconds a request may take")] = 120.0
     drain: Annotated[Positive, Meta(description="seconds that requests in flight at the end are waited for")] = 30.0
     max_in_flight: Annotated[int, Meta(ge=1, description="requests at once; what arrives beyond is a failure")] = 512
@@ -96,7 +106,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
         return low, high
 
 
-def add_options(parser: argparse.ArgumentParser, **defaults: object) -> None:
+def add_options(parser: argparse._ActionsContainer, **defaults: object) -> None:
     """One flag per field of Options. `defaults` replace theirs."""
     hints = get_type_hints(Options, include_extras=True)
     for field in msgspec.structs.fields(Options):

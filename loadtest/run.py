@@ -113,7 +113,7 @@ class LoadTest:
             slos=self.plan.slos,
             began=self._began.isoformat(timespec="seconds"),
             machine=this_machine(),
-            client=_client(cpu_s, self.records),
+            client=_client(cpu_s, [record for record in self.records if record.due_s >= self.options.warmup]),
         )
         directory = Path(self.options.out)
         write_run(directory, run, self.records)

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Annotated
 
@@ -68,9 +68,7 @@ def _read_mooncake(lines: Iterable[str], path: Path) -> Iterator[Planned]:
             raise ConfigError(f"{path}: line {number}: {error}") from error
         if len(row.hash_ids) != -(-row.input_length // MOONCAKE_BLOCK):
             raise ConfigError(f"{path}: line {number}: {len(row.hash_ids)} hash_ids for {row.input_length} tokens")
-        yield Planned(
-            row.timestamp / 1e3, _KIND, row.input_length, row.output_length, tuple(row.hash_ids), MOONCAKE_BLOCK
-        )
+        yield Planned(row.timestamp / 1e3, _KIND, row.input_length, row.output_length, tuple(row.hash_ids), MOONCAKE_BLOCK)
 
 
 def _read_azure(lines: Iterable[str], path: Path) -> Iterator[Planned]:
@@ -96,7 +94,7 @@ def spread_batches(rows: Sequence[Planned], rng: random.Random) -> list[Planned]
     times = sorted({row.time_s for row in rows})
     if len(times) < 2 or len(rows) / len(times) < _BATCHED:
         return list(rows)
-    gaps = [after - before for before, after in zip(times, times[1:], strict=False)]
+    gaps = [after - before for before, after in pairwise(times)]
     widths = dict(zip(times, [*gaps, sorted(gaps)[len(gaps) // 2]], strict=True))
     spread: list[Planned] = []
     for time_s, group in groupby(rows, key=lambda row: row.time_s):

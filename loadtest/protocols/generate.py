@@ -31,7 +31,9 @@ class GenerateConnection:
 
     def prepare(self, prompt: list[int] | str, output_tokens: int) -> Call:
         given = {"text_input" if isinstance(prompt, str) else "input_ids": prompt}
-        return _GenerateCall(self._server.post(f"{_MODEL}/generate_stream", {**given, "max_tokens": output_tokens, **self._fields}))
+        return _GenerateCall(
+            self._server.post(f"{_MODEL}/generate_stream", {**given, "max_tokens": output_tokens, **self._fields})
+        )
 
     def close(self) -> None:
         self._server.close()

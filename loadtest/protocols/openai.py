@@ -40,16 +40,17 @@ class OpenAIConnection:
         try:
             names = [model["id"] for model in json.loads(body)["data"]]
         except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{self._server.url}/models: not OpenAI's list of models; the address must end as /v1 does") from error
+            raise ConfigError(
+                f"{self._server.url}/models: not OpenAI's list of models; the address must end as /v1 does"
+            ) from error
         if not self._model:
             if not names:
                 raise ConfigError(f"{self._server.url} has no model; name one with --model")
             self._model = names[0]
 
     def prepare(self, prompt: list[int] | str, output_tokens: int) -> Call:
-        path, given = "/completions", {"prompt": prompt}
-        if self._chat:
-            path, given = "/chat/completions", {"messages": [{"role": "user", "content": prompt}]}
+        path = "/chat/completions" if self._chat else "/completions"
+        given: dict[str, Any] = {"messages": [{"role": "user", "content": prompt}]} if self._chat else {"prompt": prompt}
         body = {"model": self._model, **given, "max_tokens": output_tokens, **self._fields}
         return _OpenAICall(self._server.post(path, body))
 
