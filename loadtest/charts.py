@@ -101,7 +101,7 @@ def _svg(name: str, paint: Callable[[Figure], None], size: tuple[float, float]) 
     text = file.getvalue()
     svg = text[text.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'id="(\w+)"', rf'id="{name}-\1"', svg)
+    svg = re.sub(r'id="([^"]+)"', rf'id="{name}-\1"', svg)
     svg = re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", svg)
     svg = re.sub(
         r'<svg [^>]*?viewBox="([^"]*)"[^>]*>',

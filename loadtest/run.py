@@ -34,7 +34,7 @@ from loadtest.scenarios import make_plan
 from loadtest.workload import Planned
 from python_backends.core.errors import BatonError, ConfigError, EngineFailure
 
-_READY_TIMEOUT_S = 10.0
+_READY_TIMEOUT_S = 5.0
 _SWITCH_S = 0.001  # how long a thread that computes may keep one waiting that has received a token
 _LOOK_EVERY_S = 0.2
 

@@ -56,17 +56,17 @@ def address_of(server: TritonServer, protocol: str) -> str:
     return f"grpc://{host}:{server.grpc_port}" if protocol == "grpc" else f"http://{host}:{server.http_port}"
 
 
-def run_load(address: str, options: Options, command: str, *, web: bool = False, quiet: bool = False) -> None:
+def run_load(address: str, options: Options, command: str, *, web: int | None = None, quiet: bool = False) -> None:
     """One run in a process of its own; its files are in `options.out`, a directory that is absolute.
 
-    `web`: Locust's page, until it is interrupted. `quiet`: nothing is printed. Raises Unavailable with the process's own
-    words when it fails, KeyboardInterrupt after it has written what there was.
+    `web`: Locust's page on that port, until it is interrupted. `quiet`: nothing is printed. Raises Unavailable with the
+    process's own words when it fails, KeyboardInterrupt after it has written what there was.
     """
     directory = Path(options.out)
     directory.mkdir(parents=True, exist_ok=True)
     locustfile = repository_root() / "loadtest" / "locustfile.py"
     arguments = [sys.executable, "-m", "locust", "-f", str(locustfile), "--host", address, "--loglevel", "WARNING"]
-    arguments += ["--web-host", _WEB_HOST, "--web-port", str(_WEB_PORT)] if web else ["--headless", "--only-summary"]
+    arguments += ["--web-host", _WEB_HOST, "--web-port", str(web)] if web else ["--headless", "--only-summary"]
     # With a file for its statistics Locust does not print them; failed requests are the report's matter.
     arguments += ["--json-file", str(directory / "locust"), "--exit-code-on-error", "0", *flags(options)]
     with subprocess.Popen(
@@ -153,9 +153,9 @@ def _load_test(parsed: argparse.Namespace, command: str, console: Console) -> Pa
     return report(Path(options.out), parsed.config.read_text(), console)
 
 
-def _run(address: str, options: Options, command: str, web: bool, console: Console) -> None:
+def _run(address: str, options: Options, command: str, web: int | None, console: Console) -> None:
     if web:
-        console.print(f"Locust's page is at http://{_WEB_HOST}:{_WEB_PORT}; Ctrl-C ends it", highlight=False)
+        console.print(f"Locust's page is at http://{_WEB_HOST}:{web}; Ctrl-C ends it", highlight=False)
     try:
         run_load(address, options, command, web=web)
     except KeyboardInterrupt:
@@ -177,7 +177,14 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     where.add_argument("--config", type=Path, default=default, metavar="FILE", help="the deployment to start")
     parser.add_argument("--protocol", choices=PROTOCOLS, default="grpc", help="how a started deployment is asked")
-    parser.add_argument("--web", action="store_true", help=f"start and watch runs in Locust's page, on port {_WEB_PORT}")
+    parser.add_argument(
+        "--web",
+        type=int,
+        nargs="?",
+        const=_WEB_PORT,
+        metavar="PORT",
+        help=f"start and watch runs in Locust's page; without a PORT at {_WEB_PORT}",
+    )
     add_options(parser.add_argument_group("the load"), out="")
     return parser.parse_args(arguments)
 
