@@ -106,6 +106,8 @@ class Live:
         self._tokens = 0
         for kind in self._test.plan.kinds:
             ttft, itl = (self._environment.stats.get(kind, row) for row in ("TTFT", "ITL"))
+            if not ttft.num_requests:
+                continue
             p99 = itl.get_response_time_percentile(0.99)
             parts.append(
                 f"{kind}: TTFT p50 {ttft.median_response_time:.0f} ms, ITL p50 {itl.median_response_time:.0f} p99 {p99:.0f} ms"
