@@ -87,7 +87,7 @@ def _over_time(run: Run, records: Sequence[Record]) -> Plot:
         place_legend(figure, upper, narrow)
 
     n = f"{gaps_inside(records, run)[1].size:,} gaps"
-    text = "Below: prompt tokens of requests that were sent and still waited for their first token."
+    text = "Where a line is broken, nothing arrived. Below: prompt tokens of requests that waited for their first token."
     return Plot("Smoothness under prefill", draw("time", paint, 4.2, 4.6), n, text)
 
 

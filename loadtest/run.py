@@ -2,8 +2,8 @@
 
 Every request in flight blocks a native thread of gevent's pool, and Locust's greenlets wait for it. Nothing is patched: not
 the standard library by gevent (LOCUST_SKIP_MONKEY_PATCH), not gRPC by `grpc.experimental.gevent`. Measured with 32 gRPC
-streams that costs half of the CPU per token of gRPC under gevent, and a token's time is taken in the thread that read it,
-whatever Locust is doing.
+streams that costs 40% less CPU per token than gRPC under gevent (docs/loadtest.md), and a token's time is taken in the
+thread that read it, whatever Locust is doing.
 """
 
 from __future__ import annotations

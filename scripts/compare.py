@@ -25,7 +25,6 @@ from python_backends.core.errors import BatonError, ConfigError, Unavailable
 from scripts.loadtest import (
     INTERRUPTED,
     PROTOCOLS,
-    address_of,
     command_line,
     interrupt_on_signals,
     new_directory,
@@ -76,7 +75,7 @@ def run_rounds(
 def _run_once(target: Target, options: Options, protocol: str, command: str, console: Console) -> None:
     out = Path(options.out)
     with started(target.config, console) if target.config else nullcontext() as server:
-        address = target.url if server is None else address_of(server, protocol)
+        address = target.url if server is None else PROTOCOLS[protocol](server)
         run_load(address, options, command, quiet=True)
     run, records = read_run(out)
     if target.config:

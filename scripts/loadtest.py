@@ -12,7 +12,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -33,7 +33,11 @@ from scripts.serve import start_with_progress
 from scripts.terminal import print_error
 from scripts.tritonserver import TritonServer
 
-PROTOCOLS = ("grpc", "generate")
+PROTOCOLS: dict[str, Callable[[TritonServer], str]] = {
+    "grpc": lambda server: f"grpc://{_host(server)}:{server.grpc_port}",
+    "generate": lambda server: f"http://{_host(server)}:{server.http_port}",
+}
+"""How a server that is started here can be asked: the address, as loadtest.protocols takes it."""
 _WEB_HOST, _WEB_PORT = "127.0.0.1", 8089
 _SPARE_S = 60.0  # that the load's process may take beyond its run
 INTERRUPTED = 130  # what shells report for SIGINT
@@ -50,10 +54,8 @@ def started(config: Path, console: Console) -> Iterator[TritonServer]:
         server.stop()
 
 
-def address_of(server: TritonServer, protocol: str) -> str:
-    """Where `protocol` of a server on this machine is asked, as loadtest.protocols takes it."""
-    host = f"[{server.host}]" if ":" in server.host else server.host
-    return f"grpc://{host}:{server.grpc_port}" if protocol == "grpc" else f"http://{host}:{server.http_port}"
+def _host(server: TritonServer) -> str:
+    return f"[{server.host}]" if ":" in server.host else server.host
 
 
 def run_load(address: str, options: Options, command: str, *, web: int | None = None, quiet: bool = False) -> None:
@@ -149,7 +151,7 @@ def _load_test(parsed: argparse.Namespace, command: str, console: Console) -> Pa
         _run(parsed.server, options, command, parsed.web, console)
         return report(Path(options.out), "", console)
     with started(parsed.config, console) as server:
-        _run(address_of(server, parsed.protocol), options, command, parsed.web, console)
+        _run(PROTOCOLS[parsed.protocol](server), options, command, parsed.web, console)
     return report(Path(options.out), parsed.config.read_text(), console)
 
 

@@ -93,6 +93,9 @@ class _OpenAICall:
         usage = chunk.get("usage")
         if usage:
             self._read_usage(usage)
+        proof = (chunk.get("baton") or {}).get("proof")  # Baton's own, when --fields asks for it
+        if proof:
+            self.usage.route = str(proof.get("route", ""))
         if not has_text:
             return 0
         return max(1, self.usage.output_tokens - self._counted)  # more than one only where every chunk has a usage

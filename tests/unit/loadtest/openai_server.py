@@ -93,7 +93,8 @@ class _Handler(BaseHTTPRequestHandler):
                 chunk["usage"] = {"prompt_tokens": 7, "completion_tokens": done}
             self._event(chunk)
             time.sleep(behaviour.gap_s)
-        self._event({"choices": [{"delta": {}, "finish_reason": "length"}]})
+        proof = {"baton": {"proof": {"route": "remote"}}} if asked.get("baton") == {"proof": True} else {}
+        self._event({"choices": [{"delta": {}, "finish_reason": "length"}], **proof})
         if behaviour.usage and asked.get("stream_options", {}).get("include_usage"):
             details = {"prompt_tokens_details": {"cached_tokens": 3}}
             self._event({"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": done, **details}})

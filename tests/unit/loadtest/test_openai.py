@@ -111,6 +111,12 @@ def test_fields_are_added_and_dropped(server: tuple[str, Behaviour], monkeypatch
     assert (body["top_p"], body["model"], body["key"]) == (0.5, "other", "Bearer sesame")
 
 
+def test_the_route_of_a_server_that_tells_it(server: tuple[str, Behaviour]) -> None:
+    call = _call(server[0], fields='{"baton": {"proof": true}}')
+    _all(call)
+    assert call.usage.route == "remote"
+
+
 def test_connections_are_used_again_and_replaced_when_closed(server: tuple[str, Behaviour]) -> None:
     address, behaviour = server
     connection = _connect(address)
