@@ -21,7 +21,7 @@ from loadtest.plots import Plot, finish_goodput, latency_curves, paint_goodput, 
 from loadtest.record import Record, Run
 from loadtest.report import Page, duration, facts, warnings, write_page
 from loadtest.summary import ALL, Figures, figures, goodput_points
-from loadtest.tables import Row, milliseconds, rate
+from loadtest.tables import Row, markdown, milliseconds, rate
 
 _STYLES: tuple[LineStyle, ...] = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)))
 _MARKERS = ("o", "s")
@@ -140,10 +140,8 @@ def write_comparison(directory: Path, sides: tuple[Side, Side], command: str) ->
             f"The sides were asked in different ways ({', '.join(sorted(protocols))}), which have costs of their own."
         )
     table = rows(compared)
-    lines = ["| | " + " | ".join(columns(sides)) + " |", "|---|---|---|---|"]
-    lines += ["| " + " | ".join((row.name, *row.values)) + " |" for row in table]
-    notes = [_reading(sides), f"n: {_counts(sides)}. {caption}"]
-    (directory / "report.md").write_text("\n".join([*lines, "", *troubles, *notes, ""]))
+    notes = [*troubles, _reading(sides), f"n: {_counts(sides)}. {caption}"]
+    (directory / "report.md").write_text(markdown(columns(sides), table, notes))
     deployments = [(side.name, side.runs[0][0].deployment or side.runs[0][0].server) for side in sides]
     page = Page(
         title=f"{sides[0].name} and {sides[1].name} under the same load",

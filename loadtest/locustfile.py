@@ -27,7 +27,7 @@ if monkey.is_module_patched("threading"):
     sys.exit("error: gevent has patched the standard library; set LOCUST_SKIP_MONKEY_PATCH=1 (loadtest/run.py says why)")
 
 _SPAWN_RATE = 100.0
-_COMMAND = os.environ.get("BATON_COMMAND") or shlex.join(["locust", *sys.argv[1:]])
+_COMMAND = os.environ.get("BATON_COMMAND", "")  # of the script that started this, and that makes the report
 
 
 class _Current:
@@ -81,7 +81,9 @@ def _on_stop(**_: Any) -> None:
         return
     _Current.live.kill()
     LoadUser.live.close()
-    print(_Current.test.finish(_COMMAND), flush=True)
+    directory = _Current.test.finish(_COMMAND or shlex.join(["locust", *sys.argv[1:]]))
+    if not _COMMAND:
+        print(f"The files are there; for the report: python -m loadtest.report {directory}", flush=True)
     _Current.test, _Current.live = None, None
 
 

@@ -26,7 +26,8 @@ from python_backends.core.errors import ConfigError
 Floats = npt.NDArray[np.float64]
 
 UNFINISHED = "not finished when the run ended"
-_REQUESTS, _TOKENS, _RUN = "requests.csv", "tokens.csv", "run.json"
+RUN_FILE = "run.json"
+_REQUESTS, _TOKENS = "requests.csv", "tokens.csv"
 
 
 @dataclass(slots=True)
@@ -155,7 +156,7 @@ def write_run(directory: Path, run: Run, records: list[Record]) -> None:
 
 
 def write_meta(directory: Path, run: Run) -> None:
-    (directory / _RUN).write_bytes(msgspec.json.format(msgspec.json.encode(run), indent=1) + b"\n")
+    (directory / RUN_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(run), indent=1) + b"\n")
 
 
 def _row(record: Record, slo: Slo) -> list[object]:
@@ -184,7 +185,7 @@ def _row(record: Record, slo: Slo) -> list[object]:
 def read_run(directory: Path) -> tuple[Run, list[Record]]:
     """What `write_run` wrote. Raises ConfigError that names the file."""
     try:
-        run = msgspec.json.decode((directory / _RUN).read_bytes(), type=Run)
+        run = msgspec.json.decode((directory / RUN_FILE).read_bytes(), type=Run)
         with (directory / _REQUESTS).open(newline="") as file:
             records = {int(row["request"]): _record(row) for row in csv.DictReader(file)}
         with (directory / _TOKENS).open(newline="") as file:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
+import msgspec
 
 from loadtest.plots import Plot, make_plots
 from loadtest.record import Record, Run, read_run
@@ -44,11 +45,12 @@ def write_report(directory: Path) -> Path:
     found = figures(run, records)
     tokens = sum(sum(record.arrival_tokens) for record in records)
     notes = [client_line(run, tokens), f"{duration(run)}. Command: `{run.command}`. Machine: {run.machine}."]
-    (directory / "report.md").write_text(markdown(found, run, [*warnings(run, records), *notes]))
+    columns = [figures.kind for figures in found]
+    (directory / "report.md").write_text(markdown(columns, rows(found), [*warnings(run, records), *notes]))
     page = Page(
         title=f"Load test: {Path(run.options.scenario).name}",
         subtitle=f"{run.server} by {run.protocol}, {run.began}",
-        columns=[figures.kind for figures in found],
+        columns=columns,
         rows=rows(found),
         warnings=warnings(run, records),
         notes=[client_line(run, tokens)],
@@ -77,14 +79,14 @@ def duration(run: Run) -> str:
 
 def facts(run: Run) -> list[tuple[str, str]]:
     """Names and values for the table at the end of a page."""
-    changed = {name: getattr(run.options, name) for name in type(run.options).__struct_fields__}
+    options = msgspec.structs.asdict(run.options)
     return [
         ("command", run.command),
         ("machine", str(run.machine)),
         ("began", run.began),
         ("counted", duration(run)),
         *([("deployment", run.deployment)] if run.deployment else []),
-        ("options", ", ".join(f"{name} {value}" for name, value in changed.items())),
+        ("options", ", ".join(f"{name} {value}" for name, value in options.items())),
     ]
 
 

@@ -37,6 +37,8 @@ from python_backends.core.errors import BatonError, ConfigError, EngineFailure
 _READY_TIMEOUT_S = 5.0
 _SWITCH_S = 0.001  # how long a thread that computes may keep one waiting that has received a token
 _LOOK_EVERY_S = 0.2
+_CANCEL_TIMEOUT_S = 3.0
+_CANCEL_POLL_S = 0.02
 
 Arrival = tuple[Record, float, int]
 """(whose, when in seconds of the run, how many tokens)."""
@@ -54,13 +56,13 @@ class LoadTest:
         self.records: list[Record] = []
         self.news: deque[Arrival] = deque()  # filled by the threads, for whoever shows the run live
         self.connection = connect(address, self.options)
-        self._prompts = _prompts(self.options, self.connection.takes_ids)
         self._threads = ThreadPool(self.options.max_in_flight)
         self._calls: set[Call] = set()
         self._cpu_s = 0.0
         self._began = datetime.now().astimezone()
         self._start = time.monotonic()
         try:
+            self._prompts = _prompts(self.options, self.connection.takes_ids)
             self.connection.wait_ready(_READY_TIMEOUT_S)
         except BatonError:
             self.connection.close()
@@ -103,6 +105,9 @@ class LoadTest:
         cpu_s = _cpu_s() - self._cpu_s
         for call in list(self._calls):
             call.cancel()
+        end = time.monotonic() + _CANCEL_TIMEOUT_S
+        while len(self._threads) and time.monotonic() < end:
+            gevent.sleep(_CANCEL_POLL_S)  # until nobody writes into a record any more
         self.connection.close()
         run = Run(
             command=command,

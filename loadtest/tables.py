@@ -77,9 +77,8 @@ def client_line(run: Run, tokens: int) -> str:
     return f"The client used {share:.0%} of a core{cost}; {late}."
 
 
-def markdown(found: Sequence[Figures], run: Run, notes: Sequence[str]) -> str:
-    """A table with a line under it that says n, duration, command and machine."""
-    table = rows(found)
-    lines = ["| | " + " | ".join(figures.kind for figures in found) + " |", "|---|" + "---|" * len(found)]
+def markdown(columns: Sequence[str], table: Sequence[Row], notes: Sequence[str]) -> str:
+    """A table, and paragraphs under it."""
+    lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
     lines += ["| " + " | ".join((row.name, *row.values)) + " |" for row in table]
-    return "\n".join([*lines, "", *notes, ""])
+    return "\n".join(lines) + "\n" + "".join(f"\n{note}\n" for note in notes)

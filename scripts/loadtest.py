@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from loadtest.options import Options, add_options, flags, read_options
-from loadtest.record import read_run, write_meta
+from loadtest.record import RUN_FILE, read_run, write_meta
 from loadtest.report import warnings, write_report
 from loadtest.summary import figures
 from loadtest.tables import client_line, rows
@@ -66,6 +66,7 @@ def run_load(address: str, options: Options, command: str, *, web: int | None = 
     """
     directory = Path(options.out)
     directory.mkdir(parents=True, exist_ok=True)
+    (directory / RUN_FILE).unlink(missing_ok=True)  # of an earlier run there
     locustfile = repository_root() / "loadtest" / "locustfile.py"
     arguments = [sys.executable, "-m", "locust", "-f", str(locustfile), "--host", address, "--loglevel", "WARNING"]
     arguments += ["--web-host", _WEB_HOST, "--web-port", str(web)] if web else ["--headless", "--only-summary"]
@@ -161,7 +162,7 @@ def _run(address: str, options: Options, command: str, web: int | None, console:
     try:
         run_load(address, options, command, web=web)
     except KeyboardInterrupt:
-        if not (Path(options.out) / "run.json").exists():
+        if not (Path(options.out) / RUN_FILE).exists():
             raise
         console.print("\nInterrupted; this is what there is", highlight=False)
 

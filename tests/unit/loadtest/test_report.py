@@ -25,9 +25,17 @@ def _run() -> Run:
     return run(kinds=("stream", "long"))
 
 
-def test_the_page_has_all_figures_and_needs_nothing_else(tmp_path: Path) -> None:
-    write_run(tmp_path, _run(), _requests())
-    page = write_report(tmp_path).read_text()
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a run with its report."""
+    directory = tmp_path_factory.mktemp("run")
+    write_run(directory, _run(), _requests())
+    assert write_report(directory) == directory / "report.html"
+    return directory
+
+
+def test_the_page_has_all_figures_and_needs_nothing_else(made: Path) -> None:
+    page = (made / "report.html").read_text()
     assert not re.findall(r'(?:src|href)="(?!#)[^"]*"', page), "nothing is fetched"
     assert "http" not in re.sub(r'xmlns(:xlink)?="[^"]*"', "", page).replace("127.0.0.1", "")
     for text in ("stream", "long", "TTFT p50 / p90 / p99", "50\u00a0ms / 50\u00a0ms / 50\u00a0ms", "goodput per second"):
@@ -41,9 +49,8 @@ def test_the_page_has_all_figures_and_needs_nothing_else(tmp_path: Path) -> None
         assert "2 cores of Some CPU" in caption
 
 
-def test_plots_take_their_colours_from_the_page_in_both_widths(tmp_path: Path) -> None:
-    write_run(tmp_path, _run(), _requests())
-    page = write_report(tmp_path).read_text()
+def test_plots_take_their_colours_from_the_page_in_both_widths(made: Path) -> None:
+    page = (made / "report.html").read_text()
     drawings = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
     assert len(drawings) == 6
     ids: list[str] = []
@@ -58,10 +65,8 @@ def test_plots_take_their_colours_from_the_page_in_both_widths(tmp_path: Path) -
     assert "max-width: 640px" in page
 
 
-def test_the_markdown_table_stands_on_its_own(tmp_path: Path) -> None:
-    write_run(tmp_path, _run(), _requests())
-    write_report(tmp_path)
-    text = (tmp_path / "report.md").read_text()
+def test_the_markdown_table_stands_on_its_own(made: Path) -> None:
+    text = (made / "report.md").read_text()
     assert text.startswith("| | stream | long | all |\n|---|---|---|---|\n")
     assert "| ITL p50 / p90 / p99 | 20 ms / 20 ms / 20 ms |" in text
     assert "8 s counted of 10 s. Command: `scripts/loadtest --duration 10`. Machine: 2 cores of Some CPU" in text
@@ -85,11 +90,12 @@ def test_a_run_without_any_answer_still_has_a_page(tmp_path: Path) -> None:
     assert "nothing arrived" in write_report(tmp_path).read_text()
 
 
-def test_the_report_can_be_made_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_run(tmp_path, _run(), _requests())
-    assert main([str(tmp_path)]) == 0
-    assert capsys.readouterr().out.strip() == str(tmp_path / "report.html")
-    assert main([str(tmp_path / "nowhere")]) == 1
+def test_the_report_can_be_made_again(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (made / "report.html").read_text()
+    assert main([str(made)]) == 0
+    assert capsys.readouterr().out.strip() == str(made / "report.html")
+    assert (made / "report.html").read_text() == before
+    assert main([str(made / "nowhere")]) == 1
     assert "error: " in capsys.readouterr().err
 
 
@@ -113,7 +119,10 @@ def test_ratios_are_taken_within_rounds() -> None:
 
 
 def test_a_comparison_shows_medians_spread_and_ratios(tmp_path: Path) -> None:
-    page = write_comparison(tmp_path, _sides(), "scripts/compare fast=a slow=b").read_text()
+    fast, slow = _sides()
+    slow = Side("slow", [(msgspec.structs.replace(run, protocol="OpenAI chat"), records) for run, records in slow.runs])
+    page = write_comparison(tmp_path, (fast, slow), "scripts/compare fast=a slow=b").read_text()
+    assert "asked in different ways (OpenAI chat, gRPC)" in page
     text = (tmp_path / "report.md").read_text()
     assert "| stream: TTFT p50 | 50 ms (50 to 50 ms) | 150 ms (100 to 200 ms) | 3x (2x to 4x) |" in text
     assert "3 rounds of each, in turn; 8 s counted of 10 s each. scripts/compare fast=a slow=b. 2 cores of Some CPU" in text
@@ -122,12 +131,3 @@ def test_a_comparison_shows_medians_spread_and_ratios(tmp_path: Path) -> None:
     assert all("n: " in caption and "3 rounds" in caption and "Some CPU" in caption for caption in captions)
     for drawing in re.findall(r"<svg.*?</svg>", page, re.DOTALL):
         ElementTree.fromstring(drawing)
-
-
-def test_sides_asked_in_different_ways_are_told(tmp_path: Path) -> None:
-    fast, slow = _sides()
-    other = [(msgspec.structs.replace(run, protocol="OpenAI chat"), records) for run, records in slow.runs]
-    assert (
-        "asked in different ways (OpenAI chat, gRPC)"
-        in write_comparison(tmp_path, (fast, Side("slow", other)), "x").read_text()
-    )
