@@ -80,7 +80,7 @@ def _print_endpoints(server: TritonServer, console: Console) -> None:
     console.print(f"curl -sN {url} -d '{json.dumps(_EXAMPLE)}'", markup=False, highlight=False, soft_wrap=True)
 
 
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
+def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="scripts/serve", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -101,7 +101,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = _parse(arguments)
+    options = parse_options(arguments)
     signal.signal(signal.SIGINT, _interrupt)  # also where a parent shell has it ignored
     signal.signal(signal.SIGTERM, _interrupt)
     console = Console(stderr=True)

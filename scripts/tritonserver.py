@@ -418,7 +418,7 @@ def _choose_ports(address: str, wanted: dict[str, int]) -> list[int]:
         if port == 0:
             port = _free_port(address, {*chosen, *wanted.values()})
         else:
-            problem = _bind_problem(address, port)
+            problem = bind_problem(address, port)
             if problem:
                 raise ConfigError(f"port {port} on {address}: {problem}; give another with {flag}, or 0 for a free one")
         chosen.append(port)
@@ -427,12 +427,12 @@ def _choose_ports(address: str, wanted: dict[str, int]) -> list[int]:
 
 def _free_port(address: str, taken: set[int]) -> int:
     for port in random.sample(_FREE_PORTS, _FREE_PORT_TRIES):
-        if port not in taken and not _bind_problem(address, port):
+        if port not in taken and not bind_problem(address, port):
             return port
-    raise ConfigError(f"no free port on {address}: {_bind_problem(address, _FREE_PORTS[0])}; check --address")
+    raise ConfigError(f"no free port on {address}: {bind_problem(address, _FREE_PORTS[0])}; check --address")
 
 
-def _bind_problem(address: str, port: int) -> str:
+def bind_problem(address: str, port: int) -> str:
     """Why one can't listen there now, or an empty string."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family) as probe:
