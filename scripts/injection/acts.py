@@ -217,8 +217,8 @@ CONDITIONS = [
     Condition(
         "leases that expire",
         "prefill",
-        {"transfer": {"lease_s": 0.02, "faults": {"delay": 1.0}}},
-        ('baton_handoffs_total{verdict="expired"}', 'baton_handoffs_total{verdict="stale_epoch"}'),
+        {"transfer": {"lease_s": 0.001}},
+        ('baton_handoffs_total{verdict="expired"}',),
     ),
     Condition(
         "KV pool full",

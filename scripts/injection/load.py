@@ -29,6 +29,7 @@ class Known:
     max_tokens: int
     temperature: float
     seed: int
+    route: str  # asked for by clients that can; the answer does not depend on it
 
 
 def known_requests(count: int, seed: int = 0) -> list[Known]:
@@ -39,7 +40,9 @@ def known_requests(count: int, seed: int = 0) -> list[Known]:
     for number in range(count):
         words = rng.choices(_WORDS, k=rng.choice([5, 30, 90, 200]))
         start = rng.choice([*beginnings, ""])
-        found.append(Known(f"{start} {number} {' '.join(words)}", rng.randrange(20, 70), 0.0 if number % 2 else 0.9, number))
+        prompt = f"{start} {number} {' '.join(words)}"
+        route = "aggregated" if number % 4 == 3 else "auto"
+        found.append(Known(prompt, rng.randrange(20, 70), 0.0 if number % 2 else 0.9, number, route))
     return found
 
 
@@ -61,7 +64,7 @@ class TritonWay:
 
     def stream(self, known: Known) -> Iterator[str]:
         fields = {"max_tokens": known.max_tokens, "temperature": known.temperature, "seed": known.seed}
-        stream = self._client.stream(known.prompt, timeout_s=_TIMEOUT_S, request_id=self._id, **fields)
+        stream = self._client.stream(known.prompt, timeout_s=_TIMEOUT_S, request_id=self._id, route=known.route, **fields)
         with stream:
             for chunk in stream:
                 yield chunk.text
