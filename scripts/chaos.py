@@ -75,16 +75,14 @@ class Chaos:
                 for strike, row in zip(strikes, rows, strict=True):
                     self._strike(scene, load, strike, row)
 
-    def suffer(self, conditions: list[Condition], rounds: int, until: float) -> None:
+    def suffer(self, conditions: list[Condition], rounds: int) -> None:
         """A server for each of them. Raises BatonError."""
         for condition in conditions:
             row = Row(what=condition.what, where=condition.where, when="")
             self.rows.append(row)
             with self._serving(condition.settings) as (scene, load):
                 before = _count(scene.server, condition.counted)
-                for number in range(rounds):
-                    if number and time.monotonic() > until:
-                        break
+                for _ in range(rounds):
                     began = time.monotonic()
                     load.resume()
                     time.sleep(_CONDITION_S)
@@ -200,7 +198,9 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--engine", choices=("fake", "torch"), default="fake", help="fake: no weights; torch: the demo model")
     parser.add_argument("--rounds", type=int, default=3, help="how often everything is injected")
-    parser.add_argument("--minutes", type=float, default=0.0, help="rounds until so much time is over; 0: as many as --rounds")
+    parser.add_argument(
+        "--minutes", type=float, default=0.0, help="hit processes for so long, however many rounds; 0: --rounds"
+    )
     parser.add_argument("--clients", type=int, default=8, help="requests at once")
     parser.add_argument(
         "--only", metavar="WORDS", action="append", default=[], help="kinds whose row contains these words; may be repeated"
@@ -220,6 +220,10 @@ def _chosen(only: list[str]) -> tuple[list[Strike], list[Condition]]:
     return strikes, conditions
 
 
+def _names(strikes: list[Strike], conditions: list[Condition]) -> list[str]:
+    return [f"{s.what} {s.where} {s.when}".strip() for s in strikes] + [f"{c.what} {c.where}" for c in conditions]
+
+
 def _is_named(only: list[str], name: str) -> bool:
     return not only or any(all(word in name.split() for word in words.split()) for words in only)
 
@@ -231,15 +235,13 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         strikes, conditions = _chosen(options.only)
         if options.list:
-            for kind in (*strikes, *conditions):
-                print(kind.what, kind.where, getattr(kind, "when", ""))
+            print("\n".join(_names(strikes, conditions)))
             return 0
         chaos = Chaos(options.engine, options.clients, console)
         rounds = options.rounds if not options.minutes else sys.maxsize
-        # Without --minutes the rounds are counted. With it, every condition has an equal share of a quarter of the time.
         until = clock + options.minutes * 60 if options.minutes else float("inf")
         chaos.strike(strikes, rounds, until)
-        chaos.suffer(conditions, options.rounds, float("inf"))
+        chaos.suffer(conditions, options.rounds)
     except BatonError as error:
         print_error(console, error)
         return 1

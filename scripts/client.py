@@ -83,8 +83,10 @@ class Client:
     Nothing is sent before the first call. A context manager; closing it cancels what is still running.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, request_id: str = "") -> None:
+        """`request_id`: what the router's journal calls the requests of this client."""
         self.address = address
+        self._request_id = request_id
         self._channel = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
         self._stream_infer = self._channel.unary_stream(
@@ -110,21 +112,18 @@ class Client:
                 raise Unavailable(problem)
             time.sleep(_PROBE_EVERY_S)
 
-    def stream(
-        self, prompt: str | Sequence[Message] | None, *, timeout_s: float = 600.0, request_id: str = "", **fields: object
-    ) -> Stream:
+    def stream(self, prompt: str | Sequence[Message] | None, *, timeout_s: float = 600.0, **fields: object) -> Stream:
         """Send a request now; iterate over the result for its chunks.
 
         `prompt`: text, the messages of a chat, or None when `input_ids` is among the fields. `fields`: any other input
         of the router by its name in core/tensors.py (max_tokens, temperature, stop_words, route, ...); None is left
-        out. `timeout_s`: from now to the last chunk. `request_id`: the caller's own, which the router's journal keeps.
-        Raises InvalidRequest when a field is unknown or of a wrong type.
+        out. `timeout_s`: from now to the last chunk. Raises InvalidRequest when a field is unknown or of a wrong type.
         """
         given: dict[str, object] = {"text_input": prompt}
         if prompt is not None and not isinstance(prompt, str):
             given = {"messages": json.dumps([dict(message) for message in prompt])}
         request = encode_request({**given, **fields, **_ALWAYS}, timeout_s)
-        request.id = request_id
+        request.id = self._request_id
         return Stream(self, self._stream_infer(request, timeout=timeout_s + _GRACE_S, metadata=_WITH_CODES))
 
     def explain(self, error: grpc.RpcError) -> BatonError:

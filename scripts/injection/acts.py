@@ -28,6 +28,7 @@ BACK_S = 60.0
 SILENT_S = 1.5  # health.silent_s of the deployments here: a worker that is stopped for longer is replaced
 _PAUSE_S = 0.7  # a worker that is stopped for so long is only late
 _BURST = 16
+_BURST_ID = "burst"
 _LOAD_S = 60.0
 
 ROLES = ("prefill", "decode", "aggregated", "router")
@@ -138,14 +139,14 @@ def _kill_router(state: State) -> Callable[[Scene], Hit]:
 def _cancel_burst(scene: Scene) -> Hit:
     """Many requests are begun at once and cancelled one by one, in whatever state they are."""
     at = time.monotonic()
-    with Client(f"{scene.server.host}:{scene.server.grpc_port}") as client:
+    with Client(f"{scene.server.host}:{scene.server.grpc_port}", _BURST_ID) as client:
         threads = [threading.Thread(target=_cancel_after, args=(client, 0.02 * number)) for number in range(_BURST)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join(BACK_S)
     scene.watch.wait_for(
-        lambda news: not any(record.client_id.startswith("burst") for record in news.live) or None,
+        lambda news: not any(record.client_id == _BURST_ID for record in news.live) or None,
         BACK_S,
         "nothing of the cancelled requests is left",
     )
@@ -154,7 +155,7 @@ def _cancel_burst(scene: Scene) -> Hit:
 
 def _cancel_after(client: Client, seconds: float) -> None:
     prompt = f"{seconds} " + "a prompt that takes a while " * 60
-    with client.stream(prompt, max_tokens=500, timeout_s=BACK_S, request_id=f"burst-{seconds:.2f}") as stream:
+    with client.stream(prompt, max_tokens=500, timeout_s=BACK_S) as stream:
         timer = threading.Timer(seconds, stream.close)
         timer.start()
         try:

@@ -59,12 +59,11 @@ class TritonWay:
     """The model `router` over gRPC."""
 
     def __init__(self, server: TritonServer, client_id: str) -> None:
-        self._client = Client(f"{server.host}:{server.grpc_port}")
-        self._id = client_id
+        self._client = Client(f"{server.host}:{server.grpc_port}", client_id)
 
     def stream(self, known: Known) -> Iterator[str]:
-        fields = {"max_tokens": known.max_tokens, "temperature": known.temperature, "seed": known.seed}
-        stream = self._client.stream(known.prompt, timeout_s=_TIMEOUT_S, request_id=self._id, route=known.route, **fields)
+        fields: dict[str, object] = {"max_tokens": known.max_tokens, "temperature": known.temperature, "seed": known.seed}
+        stream = self._client.stream(known.prompt, timeout_s=_TIMEOUT_S, route=known.route, **fields)
         with stream:
             for chunk in stream:
                 yield chunk.text
