@@ -24,6 +24,7 @@ from router.lifecycle import State
 from router.mailroom import Mailroom
 from router.policy import Query, choose
 from router.prefix_index import PrefixIndex
+from router.retries import Quarantine
 from router.seams import Calls, Destination, Observer, Snapshot
 from router.tokenizer import Tokenizer
 from router.types import ClientRequest, RouteDecision, Wish
@@ -44,6 +45,7 @@ class House:
         self.index = PrefixIndex()
         self.mailroom = Mailroom()
         self.journal = Journal()
+        self.quarantine = Quarantine(self.config.max_attempts, self.config.max_worker_deaths)
         self.admission = Admission(self.config.max_requests, self.config.max_queued_tokens)
         self._encoders = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
         self._requests = 0
@@ -157,11 +159,11 @@ class House:
         """Returns whether the worker's blocks must be asked for again."""
         return not self.index.apply(events)
 
-    def lose(self, worker: WorkerId, why: str) -> bool:
-        """A worker is dead, wedged or restarted. Returns whether it was up."""
+    def lose(self, worker: WorkerId, why: str, *, died: bool = True) -> bool:
+        """A worker is dead, wedged, or (not `died`) unloaded. Returns whether it was up."""
         was_up = self.fleet.lose(worker)
         self.index.forget(worker)
-        self._orphans.setdefault(worker, set()).update(self.mailroom.lose(worker, why))
+        self._orphans.setdefault(worker, set()).update(self.mailroom.lose(worker, why, died=died))
         return was_up
 
 

@@ -34,6 +34,7 @@ from router.house import House
 from router.journal import Entry
 from router.lifecycle import Event, Held, Lifecycle, State
 from router.mailroom import Box
+from router.retries import Poisoned, RetryBudget
 from router.seams import Reply
 from router.types import ClientRequest, Outcome, Piece, RouteDecision, Wish
 
@@ -54,6 +55,8 @@ class Run:
         self._life = Lifecycle()
         self._attempts = 0
         self._avoid: set[WorkerId] = set()
+        self._budget = RetryBudget(house.quarantine)
+        self._worker_died = False  # in this attempt
         self._prompt_ids: list[int] = []
         self._output_ids: list[int] = [*request.output_ids]
         self._cumulative_logprob = 0.0
@@ -88,13 +91,16 @@ class Run:
         self._prompt_ids = await self._house.tokenize(self._request)
         self._sampling = self._check_tokens(self._request.sampling)
         self._entry.tokenized(self._prompt_ids)
+        self._house.quarantine.check(self._prompt_ids, self._request.salt)
         self._place.queue(len(self._prompt_ids))
         self._text = Detokenizer(self._house.tokenizer, self._sampling.stop, self._sampling.min_tokens, self._prompt_ids)
         self._text.push(self._output_ids)  # the client has this text
 
     async def route(self) -> RouteDecision:
         """Choose where this attempt goes. Raises Unavailable, or InvalidRequest when the prompt is too long for all."""
+        await self._budget.turn()
         self._attempts += 1
+        self._worker_died = False
         wish = self._request.wish or Wish(self._house.config.mode)
         tokens = self._prompt_ids + self._output_ids
         decision = await self._house.decide(tokens, self._request.salt, wish, self._avoid)
@@ -144,10 +150,13 @@ class Run:
                     self._take(output)
 
     def retry(self, error: BatonError) -> None:
-        """After a failed attempt: another one. Raises the error when the attempts are used up."""
+        """After a failed attempt: another one. Raises an error when the budget of attempts or of workers is used up."""
         self._entry.failed_attempt(str(error))
-        if self._attempts >= self._house.config.max_attempts:
-            raise error
+        try:
+            self._budget.failed(error, len(self._output_ids), died=self._worker_died)
+        except Poisoned:
+            self._house.quarantine.remember(self._prompt_ids, self._request.salt)
+            raise
         log.warning("request %s: attempt %d failed (%s); trying again", self._id, self._attempts, error)
         self._house.observer.retried()
         self._move(Event.WORKER_LOST)
@@ -171,6 +180,7 @@ class Run:
         """Account for new tokens, turn them into text, send it, and end the request with the last one."""
         self._first_token()
         self._output_ids += chunk.token_ids
+        self._budget.progress(len(self._output_ids))
         self._account.tokens(len(self._output_ids), chunk.report)
         gap_s = self._entry.tokens(len(chunk.token_ids))
         if gap_s:
@@ -229,6 +239,7 @@ class Run:
         if not isinstance(output, RequestFailed):
             return output
         self._avoid.add(box.worker)
+        self._worker_died = box.worker_died
         if output.code is TritonCode.INVALID_ARG:
             raise InvalidRequest(output.message)
         if not output.retryable:  # the one thing that another worker doesn't help against
@@ -258,6 +269,8 @@ class Run:
         """Advance the lifecycle and give back what the new state does not hold."""
         for held in self._life.on(event):
             self._give_back(held)
+        if self.ended:
+            self._budget.leave()
         self._entry.state = self.state
 
     def _give_back(self, held: Held) -> None:

@@ -84,7 +84,7 @@ class Supervisor:
         self._left.add(epoch)
         self._house.fleet.bury(epoch)
         if self._house.fleet.is_current(worker, epoch):
-            self._house.lose(worker, f"worker {worker} was unloaded")
+            self._house.lose(worker, f"worker {worker} was unloaded", died=False)
 
     # --- the watch ---
 

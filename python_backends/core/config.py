@@ -151,7 +151,16 @@ class RouterConfig(Section, frozen=True):
             "meanwhile; the first is never held back. 0: as fast as the server takes them."
         ),
     ] = 0
-    max_attempts: Annotated[Positive, Meta(description="Tries of one request when workers die under it.")] = 4
+    max_attempts: Annotated[
+        Positive, Meta(description="Tries of one request that fail in a row; tokens that come in between begin a new row.")
+    ] = 4
+    max_worker_deaths: Annotated[
+        Positive,
+        Meta(
+            description="Workers that may die in a row under one request before it is failed, and its prompt refused for five "
+            "minutes. The last of them computes no other suspect besides."
+        ),
+    ] = 3
 
 
 class HealthConfig(Section, frozen=True):
