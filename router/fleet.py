@@ -21,6 +21,13 @@ class WorkerView:
     up: bool = True
     requests: int = 0  # routed here and not ended
     prefill_tokens: int = 0  # routed here and not computed, as far as the router knows
+    resting: str = ""  # why it is given no new work by this router, though it is up
+    spoke: float = 0.0  # when it last produced something, monotonic s
+
+    @property
+    def available(self) -> bool:
+        """Whether it is given new work."""
+        return self.up and not self.resting and not self.heartbeat.draining
 
     @property
     def id(self) -> WorkerId:
@@ -66,12 +73,17 @@ class Fleet:
         self._workers: dict[WorkerId, WorkerView] = {}
         self._over: set[Epoch] = set()
         self._changed: asyncio.Future[None] | None = None
+        self.on_probation = False  # whether the next life of a worker rests until somebody says `resume`
 
     def __iter__(self) -> Iterator[WorkerView]:
         return iter(self._workers.values())
 
     def up(self) -> list[WorkerView]:
         return [worker for worker in self._workers.values() if worker.up]
+
+    def available(self) -> list[WorkerView]:
+        """Those that are given new work."""
+        return [worker for worker in self._workers.values() if worker.available]
 
     def get(self, worker: WorkerId) -> WorkerView | None:
         return self._workers.get(worker)
@@ -80,11 +92,16 @@ class Fleet:
         """Take in a heartbeat. Returns whether the worker is up only since now: new, restarted or back again."""
         known = self._workers.get(heartbeat.worker)
         if known is not None and known.epoch == heartbeat.epoch and known.up:
-            known.heartbeat, known.heard = heartbeat, now
+            was, known.heartbeat, known.heard = known.available, heartbeat, now
+            if known.available != was:
+                self._wake()
             return False
-        if known is not None and known.epoch != heartbeat.epoch:
+        view = self._workers[heartbeat.worker] = WorkerView(heartbeat, now)
+        if known is not None and known.epoch == heartbeat.epoch:
+            view.resting = known.resting
+        elif known is not None:
             self.bury(known.epoch)
-        self._workers[heartbeat.worker] = WorkerView(heartbeat, now)
+            view.resting = "it was restarted and has not passed a canary yet" if self.on_probation else ""
         self._wake()
         return True
 
@@ -96,6 +113,23 @@ class Fleet:
         known.up = False
         self._wake()
         return True
+
+    def spoke(self, worker: WorkerId, now: float) -> None:
+        """It has produced something."""
+        known = self._workers.get(worker)
+        if known is not None:
+            known.spoke = now
+
+    def rest(self, worker: WorkerId, why: str) -> None:
+        """Give it no new work. What it says still counts."""
+        known = self._workers.get(worker)
+        if known is not None:
+            known.resting = why
+            self._wake()
+
+    def resume(self, worker: WorkerId) -> None:
+        """Give it work again."""
+        self.rest(worker, "")
 
     def bury(self, epoch: Epoch) -> None:
         """This life of a worker is over; what is still on its way from it does not bring it back."""
@@ -117,7 +151,7 @@ class Fleet:
         return [worker for worker in self.up() if worker.heard < since]
 
     async def wait_for_change(self, timeout: float) -> None:
-        """Until a worker comes up or goes down, or the time is over."""
+        """Until a worker comes up or goes down, rests or resumes, or the time is over."""
         if self._changed is None:
             self._changed = asyncio.get_running_loop().create_future()
         # Not wait_for: before Python 3.12 it loses a cancellation that comes together with the change.

@@ -15,10 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 from python_backends.core.block_hash import block_hashes, chain_root
 from python_backends.core.config import Deployment
 from python_backends.core.errors import InvalidRequest, Unavailable
-from python_backends.core.messages import BlockEvents, Heartbeat, Outputs, PrefillDone
+from python_backends.core.messages import BlockEvents, Heartbeat, Outputs, PrefillDone, RequestFailed
 from python_backends.core.types import LeaseEnd, RequestId, Role, WorkerId
 from router.admission import Admission
-from router.fleet import Fleet
+from router.fleet import Fleet, WorkerView
 from router.journal import Journal
 from router.lifecycle import State
 from router.mailroom import Mailroom
@@ -66,10 +66,10 @@ class House:
     @property
     def trouble(self) -> str:
         """Why requests can't be served now; empty when they can."""
-        if any(worker.role is not Role.PREFILL for worker in self.fleet.up()):
+        if any(worker.role is not Role.PREFILL for worker in self.fleet.available()):
             return ""
-        up = ", ".join(worker.id for worker in self.fleet.up()) or "none"
-        return f"no decode or aggregated worker is up (up: {up})"
+        up = [f"{worker.id}{_remark(worker)}" for worker in self.fleet.up()]
+        return f"no decode or aggregated worker is up (up: {', '.join(up) or 'none'})"
 
     # --- for a request ---
 
@@ -102,7 +102,7 @@ class House:
         """Choose a route, waiting for a worker if need be. Raises InvalidRequest if the prompt fits none, Unavailable."""
         give_up = time.monotonic() + self.config.worker_wait_s
         while True:
-            workers = self.fleet.up()
+            workers = self.fleet.available()
             self._check_length(len(tokens))
             decision = choose(
                 Query(len(tokens), self._matches(tokens, salt), wish, self.config.local_prefill_tokens, avoid), workers
@@ -126,7 +126,7 @@ class House:
     def _matches(self, tokens: list[int], salt: str) -> dict[WorkerId, int]:
         """Leading tokens that each worker is believed to have; the last token never counts, its logits are wanted."""
         matched: dict[WorkerId, int] = {}
-        models = {(worker.heartbeat.fingerprint, worker.heartbeat.layout.block_size) for worker in self.fleet.up()}
+        models = {(worker.heartbeat.fingerprint, worker.heartbeat.layout.block_size) for worker in self.fleet.available()}
         for fingerprint, size in models:
             hashes = block_hashes(tokens[:-1], size, chain_root(fingerprint, salt))
             for worker, blocks in self.index.match(hashes).items():
@@ -151,6 +151,8 @@ class House:
     def hear_outputs(self, outputs: Outputs) -> None:
         if not self.fleet.is_current(outputs.worker, outputs.epoch):
             return
+        if not all(isinstance(output, RequestFailed) for output in outputs.outputs):
+            self.fleet.spoke(outputs.worker, time.monotonic())
         for output in self.mailroom.deliver(outputs.outputs):
             if isinstance(output, PrefillDone) and output.lease_id is not None:
                 self.calls.release(outputs.worker, output.lease_id, LeaseEnd.UNWANTED)  # its request is gone
@@ -165,6 +167,17 @@ class House:
         self.index.forget(worker)
         self._orphans.setdefault(worker, set()).update(self.mailroom.lose(worker, why, died=died))
         return was_up
+
+    def rest(self, worker: WorkerId, why: str) -> None:
+        """A worker that is up does not work: it is given nothing new, and what it has goes on elsewhere."""
+        self.fleet.rest(worker, why)
+        for request_id in self.mailroom.lose(worker, f"worker {worker} is not used: {why}", died=True):
+            self.calls.abort(worker, request_id)
+
+
+def _remark(worker: WorkerView) -> str:
+    why = worker.resting or ("it is drained" if worker.heartbeat.draining else "")
+    return f", which rests: {why}" if why else ""
 
 
 def _num_bytes(request: ClientRequest) -> int:

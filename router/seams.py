@@ -69,6 +69,12 @@ class Observer(Protocol):
     def warmed(self, verdict: str) -> None:
         """A first handoff between two workers was tried: what became of the KV (KVReport.digest), or why nothing did."""
 
+    def probed(self, worker: WorkerView, verdict: str) -> None:
+        """A canary to the worker has ended (router.canary.Verdict)."""
+
+    def paired(self, prefill: WorkerId, decode: WorkerId, verdict: str) -> None:
+        """A canary was handed from one to the other; verdict as in `warmed`."""
+
     def tokens(self, count: int, gap_s: float) -> None:
         """A running request has so many more tokens, so long after those before."""
 

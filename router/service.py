@@ -24,6 +24,7 @@ from python_backends.core.types import LeaseEnd, RequestId, WorkerId
 from router.admission import SHUTTING_DOWN
 from router.channel import RouterChannel
 from router.discovery import Discovery, Source
+from router.health import Health
 from router.house import House
 from router.run import Run
 from router.seams import Destination, Observer, Reply
@@ -173,6 +174,7 @@ class RouterService:
                 self._channel.beat(),
                 self._supervisor.watch(),
                 WarmUp(self.house).watch(),
+                Health(self.house, self._deployment, self._supervisor.take_out).watch(),
                 self._refresh(),
             )
         ]

@@ -72,6 +72,11 @@ class Supervisor:
         self.seen(heartbeat)
         self._take_out(heartbeat.worker, f"can't go on: {heartbeat.load.fault}")
 
+    def take_out(self, worker: WorkerId, why: str) -> None:
+        """The worker lives and does not work: kill it, so that it is restarted. No-op where nobody restarts it."""
+        if self._control is not None:
+            self._take_out(worker, why)
+
     def cut_off(self, worker: WorkerId) -> None:
         """The connection is broken. If only that, its next heartbeat brings it back; of this host the kernel tells more."""
         if self._house.lose(worker, f"the connection to worker {worker} is broken"):

@@ -16,7 +16,7 @@ import yaml
 from msgspec import Meta
 
 from python_backends.core.errors import ConfigError
-from python_backends.core.section import Fraction, NonNegative, Positive, PositiveSeconds, Section
+from python_backends.core.section import Fraction, NonNegative, Positive, PositiveSeconds, Seconds, Section
 from python_backends.core.trtllm import ENGINE as TRTLLM
 from python_backends.core.trtllm import TrtllmConfig, check_trtllm
 from python_backends.core.types import Role, WorkerId
@@ -168,6 +168,16 @@ class HealthConfig(Section, frozen=True):
     silent_s: Annotated[
         PositiveSeconds, Meta(description="Seconds of silence after which a living worker process is taken out.")
     ] = 5.0
+    canary_s: Annotated[
+        Seconds,
+        Meta(
+            description="Seconds between canaries: requests of the router's own to each worker. A worker that fails two in a "
+            "row is given no work until it passes one. 0: none."
+        ),
+    ] = 2.0
+    canary_timeout_s: Annotated[
+        PositiveSeconds, Meta(description="Seconds in which a canary must pass, unless the worker works for others meanwhile.")
+    ] = 3.0
     restart: Annotated[bool, Meta(description="Restart dead or wedged workers through Triton's model control.")] = True
 
 

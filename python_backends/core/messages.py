@@ -141,6 +141,7 @@ class Heartbeat(msgspec.Struct, frozen=True, tag=True):
     max_context: int  # tokens, prompt and output; bounded by model and pool
     events_sequence: int  # of the last BlockEvents sent
     warm_up: bool = False  # its first handoff with each other worker is slow: make one before clients do
+    draining: bool = False  # it takes no new work
 
 
 class Leaving(msgspec.Struct, frozen=True, tag=True):

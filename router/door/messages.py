@@ -86,6 +86,7 @@ class WorkerNews(msgspec.Struct, frozen=True):
     id: WorkerId
     role: Role
     up: bool
+    resting: str  # why it is given no new work, though it is up
     pid: int
     epoch: str  # a number that JavaScript could not hold
     silent_s: float  # since its last heartbeat

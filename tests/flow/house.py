@@ -96,6 +96,7 @@ def deployment(
     lease_s: float = 10.0,
     transfer_timeout_s: float = 2.0,
     silent_s: float = 10.0,
+    canary_s: float = 0.0,
 ) -> Deployment:
     """Workers are named prefill_0, prefill_1 ..., decode_0 ..., aggregated_0 ..."""
     roles = [(Role.PREFILL, prefill), (Role.DECODE, decode), (Role.AGGREGATED, aggregated)]
@@ -106,7 +107,7 @@ def deployment(
         engine=engine or fake_engine(),
         transfer=TransferConfig(transport=transport, lease_s=lease_s, timeout_s=transfer_timeout_s, faults=dict(faults or {})),
         router=router or RouterConfig(mode="remote", worker_wait_s=5.0, default_deadline_s=TIMEOUT_S),
-        health=HealthConfig(heartbeat_s=0.05, silent_s=silent_s),
+        health=HealthConfig(heartbeat_s=0.05, silent_s=silent_s, canary_s=canary_s, canary_timeout_s=0.5),
     )
 
 
@@ -190,6 +191,8 @@ class Counts:
         self.ways: list[Way] = []
         self.outcomes: list[Outcome] = []
         self.warm_ups: list[str] = []
+        self.canaries: list[tuple[str, str]] = []  # worker, verdict
+        self.pairs: list[tuple[str, str, str]] = []  # prefill, decode, verdict
         self.retries = 0
 
     def refresh(self, snapshot: Snapshot) -> None:
@@ -203,6 +206,12 @@ class Counts:
 
     def warmed(self, verdict: str) -> None:
         self.warm_ups.append(verdict)
+
+    def probed(self, worker: WorkerView, verdict: str) -> None:
+        self.canaries.append((worker.id, verdict))
+
+    def paired(self, prefill: WorkerId, decode: WorkerId, verdict: str) -> None:
+        self.pairs.append((prefill, decode, verdict))
 
     def tokens(self, count: int, gap_s: float) -> None:
         """Only the journal keeps times."""
