@@ -24,6 +24,7 @@ from python_backends.core.types import LeaseEnd, RequestId, WorkerId
 from router.admission import SHUTTING_DOWN
 from router.channel import RouterChannel
 from router.discovery import Discovery, Source
+from router.drain import Drains
 from router.health import Health
 from router.house import House
 from router.run import Run
@@ -166,6 +167,7 @@ class RouterService:
         self._supervisor = Supervisor(self.house, health, self._control)
         channels = self._channels
         self._channel = RouterChannel(self.house, self._supervisor, channels.place, channels.keys, health.heartbeat_s)
+        self.drains = Drains(self.house, self._channel.send, self._control)
         discovery = Discovery(channels.own, channels.sources, self._channel.connect)
         self._chores = [
             self._loop.create_task(chore)

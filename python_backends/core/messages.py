@@ -180,7 +180,17 @@ class Resync(msgspec.Struct, frozen=True, tag=True):
     """Send all block hashes again."""
 
 
-ToWorker = RouterHeartbeat | Abort | ReleaseLease | Resync
+class Drain(msgspec.Struct, frozen=True, tag=True):
+    """Tell routers to send nothing new; after `grace_s` hand back what is not finished."""
+
+    grace_s: float
+
+
+class Resume(msgspec.Struct, frozen=True, tag=True):
+    """Take work again."""
+
+
+ToWorker = RouterHeartbeat | Abort | ReleaseLease | Resync | Drain | Resume
 
 from_worker_decoder = msgspec.msgpack.Decoder(FromWorker)
 to_worker_decoder = msgspec.msgpack.Decoder(ToWorker)

@@ -12,6 +12,7 @@ import os
 import queue
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -279,6 +280,12 @@ class OwnProcess:
         with suppress(ProcessLookupError):
             os.kill(self.process.pid, number)
 
+    def unload(self) -> None:
+        """Told to end, it says goodbye."""
+        if self.process.is_alive():
+            self.signal(signal.SIGTERM)
+            self.process.join(TIMEOUT_S)
+
     def close(self) -> None:
         self.signal(signal.SIGCONT)
         self.signal(signal.SIGKILL)
@@ -292,17 +299,20 @@ def _work(config: Deployment, worker: WorkerConfig, address: str, line: Connecti
     """The life of a worker process."""
     service = Worker(config, worker, address, KEY)
     service.start()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     line.send_bytes(b"ready")
-    while True:
-        try:
+    try:
+        while True:
             sealed = line.recv_bytes()
-        except EOFError:
-            return
-        try:
-            service.submit(sealed)
-            line.send_bytes(b"")
-        except BatonError as error:
-            line.send_bytes(str(error).encode())
+            try:
+                service.submit(sealed)
+                line.send_bytes(b"")
+            except BatonError as error:
+                line.send_bytes(str(error).encode())
+    except EOFError:
+        return
+    except SystemExit:
+        service.close()
 
 
 class FlowHouse:
@@ -391,6 +401,7 @@ class FlowHouse:
     def restart(self, worker: Destination) -> None:
         """See router.supervisor.ModelControl."""
         name = worker.model
+        self.workers[name].unload()
         self.workers[name].close()
         made = self.workers[name] = OwnProcess(self.config, self.config.worker(name), self.address(name))
         try:
