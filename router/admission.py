@@ -15,15 +15,15 @@ class Admission:
         self._max_queued_tokens = max_queued_tokens
         self.requests = 0
         self.queued_tokens = 0
-        self._closed = False
+        self.closed = False
 
     def close(self) -> None:
         """Refuse everybody from now on."""
-        self._closed = True
+        self.closed = True
 
     def enter(self) -> Place:
         """Take a place. Raises QueueFull, or Unavailable when closed."""
-        if self._closed:
+        if self.closed:
             raise Unavailable(SHUTTING_DOWN)
         if self.requests >= self._max_requests:
             raise QueueFull(f"{self.requests} requests are being served (router.max_requests); try again in a moment")

@@ -17,7 +17,7 @@ from python_backends.core.config import Deployment
 from python_backends.core.errors import InvalidRequest, Unavailable
 from python_backends.core.messages import BlockEvents, Heartbeat, Outputs, PrefillDone, RequestFailed
 from python_backends.core.types import LeaseEnd, RequestId, Role, WorkerId
-from router.admission import Admission
+from router.admission import SHUTTING_DOWN, Admission
 from router.fleet import Fleet, WorkerView
 from router.journal import Journal
 from router.lifecycle import State
@@ -66,6 +66,8 @@ class House:
     @property
     def trouble(self) -> str:
         """Why requests can't be served now; empty when they can."""
+        if self.admission.closed:
+            return SHUTTING_DOWN
         if any(worker.role is not Role.PREFILL for worker in self.fleet.available()):
             return ""
         up = [f"{worker.id}{_remark(worker)}" for worker in self.fleet.up()]

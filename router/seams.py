@@ -45,6 +45,19 @@ class Reply(Protocol):
     def fail(self, error: BatonError) -> None: ...
 
 
+class Ending(Protocol):
+    """What whoever started the server says about its end, asked a few times a second. Triton does not tell its models."""
+
+    def draining(self) -> bool:
+        """Requests that run are to end, and no others to begin."""
+
+    def drained(self) -> None:
+        """Told when none runs any more."""
+
+    def stopping(self) -> bool:
+        """Nothing is waited for any more."""
+
+
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """The house at one moment. `workers` are its own views: read them at once and keep none."""

@@ -27,7 +27,7 @@ from python_backends.core.errors import BatonError, InvalidRequest
 from scripts.injection.acts import BACK_S, CONDITIONS, SILENT_S, STRIKES, Condition, Scene, Strike
 from scripts.injection.load import Load, Sample, known_requests
 from scripts.injection.tally import Row, Table, quantile, wilson
-from scripts.injection.watch import DoorWatch
+from scripts.router_door import RouterDoor
 from scripts.serve import start_with_progress
 from scripts.soak import metric_values, metrics_text
 from scripts.terminal import print_error
@@ -98,15 +98,15 @@ class Chaos:
             server = TritonServer(config)
             try:
                 start_with_progress(server, self._console)
-                watch = DoorWatch(server)
+                door = RouterDoor(server.run_dir)
                 load = Load(server, self._clients, known_requests(2 * self._clients))
                 try:
                     load.learn()
                     load.begin()
-                    yield Scene(server, watch), load
+                    yield Scene(server, door), load
                 finally:
                     load.stop()
-                    watch.close()
+                    door.close()
             finally:
                 if not all(row.ok for row in self.rows) and server.log.path.exists():
                     kept = server.run_dir.with_name("last-chaos.log")

@@ -20,7 +20,8 @@ from router.door.messages import News, WorkerNews
 from router.lifecycle import State
 from scripts.client import Client
 from scripts.injection.load import OpenAIWay, TritonWay
-from scripts.injection.watch import DoorWatch, find_victim
+from scripts.injection.watch import find_victim, wait_for
+from scripts.router_door import RouterDoor
 from scripts.tritonserver import TritonServer
 
 VICTIM_S = 30.0
@@ -39,7 +40,7 @@ class Scene:
     """A server under load, and what is known about it."""
 
     server: TritonServer
-    watch: DoorWatch
+    door: RouterDoor
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +65,19 @@ class Strike:
 
 def _victim(scene: Scene, role: Role, state: State) -> tuple[WorkerNews, list[str]]:
     what = f"a request {state.value} at a {role.value} worker"
-    return scene.watch.wait_for(lambda news: find_victim(news, role, state), VICTIM_S, what)
+    return wait_for(scene.door, lambda news: find_victim(news, role, state), VICTIM_S, what)
 
 
 def _back(scene: Scene, worker: WorkerNews, *, new_life: bool) -> float:
     def is_back(news: News) -> bool | None:
-        return any(w.id == worker.id and w.up and (not new_life or w.epoch != worker.epoch) for w in news.workers) or None
+        return (
+            any(
+                w.id == worker.id and w.up and not w.resting and (not new_life or w.epoch != worker.epoch) for w in news.workers
+            )
+            or None
+        )
 
-    scene.watch.wait_for(is_back, BACK_S, f"{worker.id} is back")
+    wait_for(scene.door, is_back, BACK_S, f"{worker.id} is back")
     return time.monotonic()
 
 
@@ -116,20 +122,36 @@ def _reload_worker(role: Role, state: State) -> Callable[[Scene], Hit]:
     return strike
 
 
+def _drain_and_restart(role: Role, state: State) -> Callable[[Scene], Hit]:
+    """As scripts/rolling-restart does with each worker."""
+
+    def strike(scene: Scene) -> Hit:
+        worker, clients = _victim(scene, role, state)
+        at = time.monotonic()
+        scene.door.manage("restart", worker.id, 10.0, BACK_S)
+        return Hit(at, clients, _back(scene, worker, new_life=True))
+
+    return strike
+
+
 def _kill_router(state: State) -> Callable[[Scene], Hit]:
     def strike(scene: Scene) -> Hit:
-        pid = scene.watch.router_pid()
+        pid = scene.door.router_pid()
         if pid is None:
             raise Unavailable("the router does not answer")
-        news = scene.watch.wait_for(
+        news = wait_for(
+            scene.door,
             lambda news: news if any(record.state is state for record in news.live) else None,
             VICTIM_S,
             f"a request {state.value}",
         )
         at = time.monotonic()
         os.kill(pid, signal.SIGKILL)
-        scene.watch.wait_for(
-            lambda later: (later.router != news.router and not later.trouble) or None, BACK_S, "another router is there"
+        wait_for(
+            scene.door,
+            lambda later: (later.router != news.router and not later.trouble) or None,
+            BACK_S,
+            "another router is there",
         )
         return Hit(at, [record.client_id for record in news.live], time.monotonic())
 
@@ -145,7 +167,8 @@ def _cancel_burst(scene: Scene) -> Hit:
             thread.start()
         for thread in threads:
             thread.join(BACK_S)
-    scene.watch.wait_for(
+    wait_for(
+        scene.door,
         lambda news: not any(record.client_id == _BURST_ID for record in news.live) or None,
         BACK_S,
         "nothing of the cancelled requests is left",
@@ -182,6 +205,7 @@ STRIKES = [
     *_of_workers("SIGSTOP", lambda role, state: _signal_worker(signal.SIGSTOP, role, state)),
     *_of_workers("SIGSTOP, SIGCONT", _pause_worker),
     *_of_workers("unload, load", _reload_worker),
+    *_of_workers("drain, restart", _drain_and_restart),
     *[
         Strike("kill -9", "router", state.value, _kill_router(state), OpenAIWay)
         for state in (State.PREFILLING, State.HANDING_OFF, State.DECODING)

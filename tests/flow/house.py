@@ -98,6 +98,7 @@ def deployment(
     transfer_timeout_s: float = 2.0,
     silent_s: float = 10.0,
     canary_s: float = 0.0,
+    canary_timeout_s: float = 0.5,
 ) -> Deployment:
     """Workers are named prefill_0, prefill_1 ..., decode_0 ..., aggregated_0 ..."""
     roles = [(Role.PREFILL, prefill), (Role.DECODE, decode), (Role.AGGREGATED, aggregated)]
@@ -108,7 +109,7 @@ def deployment(
         engine=engine or fake_engine(),
         transfer=TransferConfig(transport=transport, lease_s=lease_s, timeout_s=transfer_timeout_s, faults=dict(faults or {})),
         router=router or RouterConfig(mode="remote", worker_wait_s=5.0, default_deadline_s=TIMEOUT_S),
-        health=HealthConfig(heartbeat_s=0.05, silent_s=silent_s, canary_s=canary_s, canary_timeout_s=0.5),
+        health=HealthConfig(heartbeat_s=0.05, silent_s=silent_s, canary_s=canary_s, canary_timeout_s=canary_timeout_s),
     )
 
 

@@ -122,7 +122,8 @@ def _under_load(house: FlowHouse) -> Iterator[list[tuple[list[int], Answer]]]:
 
 
 def test_all_are_restarted_one_by_one_under_load() -> None:
-    config = deployment(2, 2, router=ROUTER, engine=fake_engine(prefill_us_per_token=100, step_us=3000), canary_s=0.1)
+    engine = fake_engine(prefill_us_per_token=100, step_us=3000)
+    config = deployment(2, 2, router=ROUTER, engine=engine, canary_s=0.1, canary_timeout_s=5.0)
     with FlowHouse(config, processes=True, restart=True) as house:
         before = {name: house.epoch(name) for name in house.workers}
         with _under_load(house) as asked:
@@ -140,15 +141,17 @@ def test_all_are_restarted_one_by_one_under_load() -> None:
 def test_the_state_of_a_drain() -> None:
     now = 0.0
     state = DrainState(now=lambda: now)
-    assert not state.draining
-    assert not state.is_time_to_leave()
+
+    def look() -> tuple[bool, bool, bool]:
+        return state.draining, state.over, state.is_time_to_leave()
+
+    assert look() == (False, False, False)
     state.begin(2.0)
-    assert state.draining
-    assert not state.over
+    assert look() == (True, False, False)
     now = 2.0
-    assert state.over
-    assert [state.is_time_to_leave(), state.is_time_to_leave()] == [True, False]
+    assert look() == (True, True, True)
+    assert look() == (True, True, False)
     state.end()
-    assert (state.draining, state.over) == (False, False)
+    assert look() == (False, False, False)
     state.begin(0.0)
-    assert state.is_time_to_leave()
+    assert look() == (True, True, True)

@@ -15,7 +15,7 @@ import pytest
 from python_backends.core.config import HealthConfig
 from python_backends.core.host import host_id
 from python_backends.core.messages import Heartbeat
-from python_backends.core.types import WorkerId
+from python_backends.core.types import Epoch, WorkerId
 from router.house import House
 from router.seams import Destination
 from router.supervisor import Supervisor
@@ -88,6 +88,28 @@ def test_its_connection_breaks_before_its_death_is_known() -> None:
         return cast(Control, supervisor._control)
 
     assert [model for _, model in _watch(play, here=True).restarted] == ["decode"]
+
+
+def test_its_goodbye_is_read_after_its_death() -> None:
+    """Who unloads it loads it again; a second restart would take away the next life."""
+
+    async def play(house: House, supervisor: Supervisor, beat: Heartbeat, process: subprocess.Popen[bytes]) -> None:
+        process.kill()
+        assert await _until(lambda: not house.fleet.is_up(DECODE))
+        supervisor.left(DECODE, beat.epoch)
+        await asyncio.sleep(0.5)
+
+    assert _watch(play, here=True).restarted == []
+
+
+def test_somebody_else_has_restarted_it() -> None:
+    async def play(house: House, supervisor: Supervisor, beat: Heartbeat, process: subprocess.Popen[bytes]) -> None:
+        process.kill()
+        assert await _until(lambda: not house.fleet.is_up(DECODE))
+        house.hear_heartbeat(msgspec.structs.replace(beat, epoch=Epoch(2)), time.monotonic())
+        await asyncio.sleep(0.5)
+
+    assert _watch(play, here=True).restarted == []
 
 
 @pytest.mark.parametrize("here", [True, False])
