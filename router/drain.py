@@ -11,12 +11,12 @@ import logging
 import time
 from collections.abc import Callable
 
-from python_backends.core.errors import Unavailable
+from python_backends.core.errors import BatonError, Unavailable
 from python_backends.core.messages import Drain, Resume, ToWorker
 from python_backends.core.types import Role, WorkerId
 from router.fleet import WorkerView
 from router.house import House
-from router.supervisor import ModelControl
+from router.supervisor import ModelControl, Supervisor
 
 log = logging.getLogger(__name__)
 
@@ -28,10 +28,17 @@ _BACK_S = 60.0  # from loaded to used
 class Drains:
     """Belongs to the router's event loop. All of it raises Unavailable, which says what did not happen."""
 
-    def __init__(self, house: House, say: Callable[[WorkerId, ToWorker], None], control: ModelControl | None) -> None:
-        """`say`: a message to a worker by its channel."""
+    def __init__(
+        self,
+        house: House,
+        say: Callable[[WorkerId, ToWorker], None],
+        supervisor: Supervisor,
+        control: ModelControl | None,
+    ) -> None:
+        """`say`: a message to a worker by its channel. `supervisor`: it must not take a restart for a death."""
         self._house = house
         self._say = say
+        self._supervisor = supervisor
         self._control = control
 
     async def drain(self, worker: WorkerId, grace_s: float) -> None:
@@ -54,7 +61,12 @@ class Drains:
         if self._control is None or destination is None:
             raise Unavailable("nothing here can restart models: see ModelControl")
         await self.drain(worker, grace_s)
-        await asyncio.get_running_loop().run_in_executor(None, self._control.restart, destination)
+        self._supervisor.left(worker, epoch)
+        try:
+            await asyncio.get_running_loop().run_in_executor(None, self._control.restart, destination)
+        except BatonError:
+            self._supervisor.bring_back(worker)
+            raise
 
         def is_back() -> bool:
             now = self._house.fleet.get(worker)

@@ -167,7 +167,7 @@ class RouterService:
         self._supervisor = Supervisor(self.house, health, self._control)
         channels = self._channels
         self._channel = RouterChannel(self.house, self._supervisor, channels.place, channels.keys, health.heartbeat_s)
-        self.drains = Drains(self.house, self._channel.send, self._control)
+        self.drains = Drains(self.house, self._channel.send, self._supervisor, self._control)
         discovery = Discovery(channels.own, channels.sources, self._channel.connect)
         self._chores = [
             self._loop.create_task(chore)

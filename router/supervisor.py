@@ -91,6 +91,10 @@ class Supervisor:
         if self._house.fleet.is_current(worker, epoch):
             self._house.lose(worker, f"worker {worker} was unloaded", died=False)
 
+    def bring_back(self, worker: WorkerId) -> None:
+        """Somebody has unloaded the worker and can't load it: try again and again."""
+        self._begin_restart(worker, None)
+
     # --- the watch ---
 
     async def watch(self) -> None:

@@ -16,6 +16,7 @@ from python_backends.core.errors import Unavailable
 from python_backends.core.types import SamplingParams, WorkerId
 from python_backends.worker.drain import DrainState
 from router.lifecycle import State
+from router.seams import Destination
 from tests.flow.house import TIMEOUT_S, Answer, FlowHouse, deployment, eventually, fake_engine, prompt, reference
 
 SAMPLING = SamplingParams(seed=4, max_tokens=60)
@@ -136,6 +137,22 @@ def test_all_are_restarted_one_by_one_under_load() -> None:
         assert len(asked) > 20
         assert house.counts.retries == 0
         house.assert_nothing_held()
+
+
+def test_a_restart_that_does_not_work_is_told_and_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    with FlowHouse(deployment(1, 1, router=ROUTER), processes=True, restart=True) as house:
+        before = house.epoch("decode_0")
+        restart = house.restart
+
+        def once(worker: Destination) -> None:
+            monkeypatch.setattr(house, "restart", restart)
+            raise Unavailable("the server does not load it")
+
+        monkeypatch.setattr(house, "restart", once)
+        with pytest.raises(Unavailable, match="does not load it"):
+            _wait(house, house.service.drains.restart(WorkerId("decode_0"), 1.0))
+        assert eventually(lambda: house.is_up("decode_0", other_than=before), TIMEOUT_S)
+        assert house.ask(prompt(50, 0), SAMPLING).ids == reference(prompt(50, 0), SAMPLING)
 
 
 def test_the_state_of_a_drain() -> None:
