@@ -39,11 +39,30 @@ class ChannelListener(Protocol):
 
     def told(self, message: ToWorker) -> None: ...
 
+    def router_found(self, router: str) -> None:
+        """It has been heard for the first time, or again after it was lost. Nobody submits work before."""
+
     def router_lost(self, router: str) -> FromWorker | None:
         """The router died, fell silent or was replaced: nobody waits for what it had begun.
 
         Returns what to tell it, should it only have been held up.
         """
+
+
+class Channel(Protocol):
+    """What a worker needs of its channel; WorkerChannel has the words."""
+
+    def start(self) -> None: ...
+
+    def wait_for_router(self, timeout_s: float) -> bool: ...
+
+    def send(self, message: FromWorker, router: str | None = None) -> None: ...
+
+    def close(self) -> None: ...
+
+
+ChannelFactory = Callable[[str, str, CurveKeys, float, float, ChannelListener], Channel]
+"""As WorkerChannel is made."""
 
 
 @dataclass(slots=True)
@@ -194,6 +213,7 @@ class WorkerChannel:
         pidfd = _watch(message)
         router = _Router(message.router, message.place, socket, identity, time.monotonic(), pidfd)
         self._routers[identity] = router
+        self._listener.router_found(router.name)
         if pidfd is not None:
             self._poller.register(pidfd, zmq.POLLIN)
         self._say(router, encode(self._listener.heartbeat()))  # it should know at once that we are here
