@@ -133,7 +133,7 @@ class Run:
                 output = await self._next(box)
                 if isinstance(output, KVReady):
                     self._kv_ready(output.report)
-                elif isinstance(output, TokenChunk):
+                elif isinstance(output, TokenChunk) and self._is_next(output):
                     self._take(output)
 
     def retry(self, error: BatonError) -> None:
@@ -159,8 +159,16 @@ class Run:
 
     # --- tokens to the client ---
 
+    def _is_next(self, chunk: TokenChunk) -> bool:
+        """False for tokens that have come before. Raises WorkerLost when some before them were lost, with a connection."""
+        if chunk.start is not None and chunk.start > len(self._output_ids):
+            raise WorkerLost(f"tokens {len(self._output_ids)} to {chunk.start - 1} were lost on the way")
+        return chunk.start in (None, len(self._output_ids))
+
     def _take(self, chunk: TokenChunk) -> None:
         """Account for new tokens, turn them into text, send it, and end the request with the last one."""
+        if self.state is State.HANDING_OFF:  # the KVReady before them was lost
+            self._move(Event.KV_READY)
         self._first_token()
         self._output_ids += chunk.token_ids
         self._account.tokens(len(self._output_ids), chunk.report)

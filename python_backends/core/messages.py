@@ -73,6 +73,7 @@ class TokenChunk(msgspec.Struct, frozen=True, tag=True):
     logprobs: list[TokenLogprob] | None = None
     finish_reason: FinishReason | None = None
     report: KVReport | None = None
+    start: int | None = None  # position of the first of them in the whole output: what is lost on the way is noticed
 
 
 class RequestFailed(msgspec.Struct, frozen=True, tag=True):

@@ -227,7 +227,8 @@ class PagedEngine:
         else:
             report = self._report(sequence) if finish else None
             logprobs = [sampled.logprob] if sampled.logprob else None
-            self._outputs.append(TokenChunk(sequence.id, [sampled.token_id], logprobs, finish, report))
+            start = len(sequence.token_ids) - len(sequence.request.prompt_ids) - 1
+            self._outputs.append(TokenChunk(sequence.id, [sampled.token_id], logprobs, finish, report, start))
             if finish:
                 self._scheduler.remove(sequence)
 
