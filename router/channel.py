@@ -44,6 +44,9 @@ class Watcher(Protocol):
 
     def seen(self, heartbeat: Heartbeat) -> None: ...
 
+    def faulty(self, heartbeat: Heartbeat) -> None:
+        """The worker lives and says that it can't work."""
+
     def left(self, worker: WorkerId, epoch: Epoch) -> None: ...
 
     def cut_off(self, worker: WorkerId) -> None:
@@ -174,6 +177,9 @@ class RouterChannel:
                 return
             connection.worker, connection.epoch = message.worker, message.epoch
             self._workers[message.worker] = connection
+            if message.load.fault:
+                self._watcher.faulty(message)
+                return
             if house.hear_heartbeat(message, time.monotonic()):
                 connection.send(Resync())
             self._watcher.seen(message)

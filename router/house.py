@@ -6,6 +6,7 @@ One owner per piece of state, all on the router's event loop. What workers say c
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import time
 from collections.abc import Mapping
@@ -15,9 +16,10 @@ from python_backends.core.block_hash import block_hashes, chain_root
 from python_backends.core.config import Deployment
 from python_backends.core.errors import InvalidRequest, Unavailable
 from python_backends.core.messages import BlockEvents, Heartbeat, Outputs, PrefillDone
-from python_backends.core.types import RequestId, Role, WorkerId
+from python_backends.core.types import LeaseEnd, RequestId, Role, WorkerId
 from router.admission import Admission
 from router.fleet import Fleet
+from router.journal import Journal
 from router.lifecycle import State
 from router.mailroom import Mailroom
 from router.policy import Query, choose
@@ -25,6 +27,8 @@ from router.prefix_index import PrefixIndex
 from router.seams import Calls, Destination, Observer, Snapshot
 from router.tokenizer import Tokenizer
 from router.types import ClientRequest, RouteDecision, Wish
+
+log = logging.getLogger(__name__)
 
 _LONG_PROMPT_BYTES = 4_000  # from here on a prompt is tokenised off the event loop
 
@@ -39,6 +43,7 @@ class House:
         self.fleet = Fleet()
         self.index = PrefixIndex()
         self.mailroom = Mailroom()
+        self.journal = Journal()
         self.admission = Admission(self.config.max_requests, self.config.max_queued_tokens)
         self._encoders = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
         self._requests = 0
@@ -133,7 +138,10 @@ class House:
         known = self.fleet.get(heartbeat.worker)
         if known is not None and known.up and known.epoch != heartbeat.epoch:
             self.lose(heartbeat.worker, f"worker {heartbeat.worker} was restarted")
+        told = known is None or known.epoch != heartbeat.epoch or known.heartbeat.load.tells_blocks
         self.fleet.hear(heartbeat, now)
+        if told and not heartbeat.load.tells_blocks:
+            log.warning("worker %s does not tell what its prefix cache holds: prefixes are not routed to it", heartbeat.worker)
         for request_id in self._orphans.pop(heartbeat.worker, ()):  # of a life that was only cut off or held up
             self.calls.abort(heartbeat.worker, request_id)
         return self.index.is_behind(heartbeat.worker, heartbeat.epoch, heartbeat.events_sequence)
@@ -143,7 +151,7 @@ class House:
             return
         for output in self.mailroom.deliver(outputs.outputs):
             if isinstance(output, PrefillDone) and output.lease_id is not None:
-                self.calls.release(outputs.worker, output.lease_id)  # its request is gone
+                self.calls.release(outputs.worker, output.lease_id, LeaseEnd.UNWANTED)  # its request is gone
 
     def hear_events(self, events: BlockEvents) -> bool:
         """Returns whether the worker's blocks must be asked for again."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 
 from python_backends.core.types import TokenLogprob
@@ -28,3 +30,15 @@ class Gathered:
         whole = msgspec.structs.replace(piece, text="".join(self._text), token_ids=self._token_ids, logprobs=self._logprobs)
         self._text, self._token_ids, self._logprobs = [], [], []
         return whole
+
+
+def merged(pieces: Sequence[Piece]) -> Piece | None:
+    """Consecutive pieces as one; None of none."""
+    if len(pieces) < 2:
+        return pieces[0] if pieces else None
+    return msgspec.structs.replace(
+        pieces[-1],
+        text="".join(piece.text for piece in pieces),
+        token_ids=[token for piece in pieces for token in piece.token_ids],
+        logprobs=[entry for piece in pieces for entry in piece.logprobs],
+    )

@@ -20,7 +20,7 @@ from python_backends.core.config import Deployment
 from python_backends.core.curve import CurveKeys
 from python_backends.core.errors import BatonError, Cancelled, DeadlineExceeded, EngineFailure, Unavailable
 from python_backends.core.messages import Abort, ReleaseLease, Work
-from python_backends.core.types import RequestId, WorkerId
+from python_backends.core.types import LeaseEnd, RequestId, WorkerId
 from router.admission import SHUTTING_DOWN
 from router.channel import RouterChannel
 from router.discovery import Discovery, Source
@@ -31,6 +31,7 @@ from router.serve import serve
 from router.supervisor import ModelControl, Supervisor
 from router.tokenizer import Tokenizer
 from router.types import ClientRequest
+from router.warm_up import WarmUp
 
 log = logging.getLogger(__name__)
 
@@ -151,8 +152,8 @@ class RouterService:
     def abort(self, worker: WorkerId, request_id: RequestId) -> None:
         self._channel.send(worker, Abort([request_id]))
 
-    def release(self, worker: WorkerId, lease_id: str) -> None:
-        self._channel.send(worker, ReleaseLease([lease_id]))
+    def release(self, worker: WorkerId, lease_id: str, end: LeaseEnd) -> None:
+        self._channel.send(worker, ReleaseLease([lease_id], end))
 
     # --- opening and shutting, on the loop ---
 
@@ -171,6 +172,7 @@ class RouterService:
                 discovery.watch(),
                 self._channel.beat(),
                 self._supervisor.watch(),
+                WarmUp(self.house).watch(),
                 self._refresh(),
             )
         ]

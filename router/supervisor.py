@@ -1,7 +1,8 @@
 """Who watches over the workers' lives: notices death at once and silence soon, takes the worker out, restarts it.
 
-A dead process is told by the kernel (a pidfd becomes readable), a wedged or stopped one by missing heartbeats; that one
-is killed first, since nothing else ends it. A restarted worker has a new epoch, so nothing of its old life counts.
+A dead process is told by the kernel (a pidfd becomes readable), a wedged or stopped one by missing heartbeats, and one
+whose engine can't go on says so in its heartbeats. These two are killed first, since nothing else ends them. A restarted
+worker has a new epoch, so nothing of its old life counts.
 """
 
 from __future__ import annotations
@@ -66,6 +67,11 @@ class Supervisor:
         asyncio.get_running_loop().add_reader(pidfd, self._died, heartbeat.worker, heartbeat.epoch)
         log.info("worker %s is up (process %d)", heartbeat.worker, heartbeat.pid)
 
+    def faulty(self, heartbeat: Heartbeat) -> None:
+        """The worker says that it can't go on. While it says so it is out, restarted or not."""
+        self.seen(heartbeat)
+        self._take_out(heartbeat.worker, f"can't go on: {heartbeat.load.fault}")
+
     def cut_off(self, worker: WorkerId) -> None:
         """The connection to a worker of another host is broken. If only that, its next heartbeat brings it back."""
         if self._house.lose(worker, f"the connection to worker {worker} is broken"):
@@ -89,7 +95,7 @@ class Supervisor:
             if time.monotonic() - began > self._health.heartbeat_s + self._health.silent_s / 2:
                 continue  # this router was held up itself: what the workers said meanwhile is not read yet
             for worker in self._house.fleet.silent(time.monotonic() - self._health.silent_s):
-                self._wedged(worker.id)
+                self._take_out(worker.id, f"has been silent for {self._health.silent_s:.1f} s")
 
     def close(self) -> None:
         for worker in list(self._pidfds):
@@ -108,9 +114,9 @@ class Supervisor:
         self._house.lose(worker, f"worker {worker} died")
         self._begin_restart(worker)
 
-    def _wedged(self, worker: WorkerId) -> None:
-        log.warning("worker %s has been silent for %.1f s; taking it out", worker, self._health.silent_s)
-        self._house.lose(worker, f"worker {worker} fell silent")
+    def _take_out(self, worker: WorkerId, why: str) -> None:
+        if self._house.lose(worker, f"worker {worker} {why}"):
+            log.warning("worker %s %s; taking it out", worker, why)
         watched = self._pidfds.get(worker)
         if watched is None:
             self._begin_restart(worker, _PATIENCE_S)

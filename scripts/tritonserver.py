@@ -31,6 +31,7 @@ from scripts.guardian import remove_traces
 _EXIT_TIMEOUT_S = 5  # given to requests in flight when the server stops
 _GRACE_S = _EXIT_TIMEOUT_S + 1.5  # then everything is killed
 _STOP_TIMEOUT_S = _GRACE_S + 8.0  # longer than the guardian can take
+_START_TIMEOUT_S = 300.0
 _POLL_S = 0.05
 _LOG_CHUNK = 1 << 20
 # Below the kernel's range for outgoing connections (32768 up), so that none of those takes a port we have chosen.
@@ -64,9 +65,12 @@ class TritonServer:
         metrics_port: int = 0,
         openai_port: int = 0,
         model_repository: Path | None = None,
-        start_timeout_s: float = 300.0,
+        start_timeout_s: float | None = None,
     ) -> None:
-        """Raises ConfigError when the deployment file is wrong, a port is taken, or there is no usable tritonserver."""
+        """Raises ConfigError when the deployment file is wrong, a port is taken, or there is no usable tritonserver.
+
+        start_timeout_s: by default as long as the engines of the deployment may take to load.
+        """
         self.deployment = load_deployment(config)
         self.address = address
         cluster = self.deployment.cluster
@@ -88,7 +92,7 @@ class TritonServer:
         self._config = config.absolute()
         self._binary = find_tritonserver()
         self._model_repository = model_repository or repository_root() / "model_repository"
-        self._start_timeout_s = start_timeout_s
+        self._start_timeout_s = start_timeout_s or self.deployment.load_timeout_s + _START_TIMEOUT_S
         self._guardian: subprocess.Popen[bytes] | None = None
         run_id = secrets.token_hex(4)
         self.run_dir = _run_base() / run_id
@@ -201,6 +205,7 @@ class TritonServer:
             f"--model-load-thread-count={len(self.models)}",  # workers wait for the router: none may be queued behind another
             f"--backend-config=python,shm-region-prefix-name={self.shm_prefix}",
             f"--exit-timeout-secs={_EXIT_TIMEOUT_S}",
+            *(f"--{service}-header-forward-pattern=trace(parent|state)" for service in ("http", "grpc")),
         ]
 
     def _companions(self) -> list[list[str]]:
@@ -214,7 +219,12 @@ class TritonServer:
         return [first, *[command] * (http.processes - 1)]
 
     def _environment(self) -> dict[str, str]:
-        environment = {**os.environ, "BATON_CONFIG": str(self._config), "BATON_RUN_DIR": str(self.run_dir)}
+        environment = {
+            **os.environ,
+            "BATON_CONFIG": str(self._config),
+            "BATON_RUN_DIR": str(self.run_dir),
+            "BATON_TRITON": f"[{self.host}]:{self.http_port}" if ":" in self.host else f"{self.host}:{self.http_port}",
+        }
         # The stub finds its interpreter, hence the virtual environment, by PATH alone.
         _prepend(environment, "PATH", (Path(sys.executable).parent,))
         _prepend(environment, "LD_LIBRARY_PATH", self._binary.libraries)
@@ -408,7 +418,7 @@ def _choose_ports(address: str, wanted: dict[str, int]) -> list[int]:
         if port == 0:
             port = _free_port(address, {*chosen, *wanted.values()})
         else:
-            problem = _bind_problem(address, port)
+            problem = bind_problem(address, port)
             if problem:
                 raise ConfigError(f"port {port} on {address}: {problem}; give another with {flag}, or 0 for a free one")
         chosen.append(port)
@@ -417,12 +427,12 @@ def _choose_ports(address: str, wanted: dict[str, int]) -> list[int]:
 
 def _free_port(address: str, taken: set[int]) -> int:
     for port in random.sample(_FREE_PORTS, _FREE_PORT_TRIES):
-        if port not in taken and not _bind_problem(address, port):
+        if port not in taken and not bind_problem(address, port):
             return port
-    raise ConfigError(f"no free port on {address}: {_bind_problem(address, _FREE_PORTS[0])}; check --address")
+    raise ConfigError(f"no free port on {address}: {bind_problem(address, _FREE_PORTS[0])}; check --address")
 
 
-def _bind_problem(address: str, port: int) -> str:
+def bind_problem(address: str, port: int) -> str:
     """Why one can't listen there now, or an empty string."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family) as probe:

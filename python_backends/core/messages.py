@@ -14,6 +14,7 @@ from python_backends.core.types import (
     FinishReason,
     GenerateRequest,
     KVReport,
+    LeaseEnd,
     RequestId,
     Role,
     TokenLogprob,
@@ -70,10 +71,10 @@ class TokenChunk(msgspec.Struct, frozen=True, tag=True):
 
     request_id: RequestId
     token_ids: list[int]
+    start: int  # position of the first of them in the whole output: what is lost on the way, or comes twice, is noticed
     logprobs: list[TokenLogprob] | None = None
     finish_reason: FinishReason | None = None
     report: KVReport | None = None
-    start: int | None = None  # position of the first of them in the whole output: what is lost on the way is noticed
 
 
 class RequestFailed(msgspec.Struct, frozen=True, tag=True):
@@ -121,6 +122,7 @@ class Heartbeat(msgspec.Struct, frozen=True, tag=True):
     fingerprint: str
     max_context: int  # tokens, prompt and output; bounded by model and pool
     events_sequence: int  # of the last BlockEvents sent
+    warm_up: bool = False  # its first handoff with each other worker is slow: make one before clients do
 
 
 class Leaving(msgspec.Struct, frozen=True, tag=True):
@@ -149,7 +151,10 @@ class Abort(msgspec.Struct, frozen=True, tag=True):
 
 
 class ReleaseLease(msgspec.Struct, frozen=True, tag=True):
+    """Nobody needs these leases any more."""
+
     lease_ids: list[str]
+    end: LeaseEnd = LeaseEnd.UNWANTED
 
 
 class Resync(msgspec.Struct, frozen=True, tag=True):

@@ -32,6 +32,14 @@ class Role(str, Enum):
     AGGREGATED = "aggregated"
 
 
+class LeaseEnd(str, Enum):
+    """Why nobody needs published KV any more."""
+
+    FETCHED = "fetched"  # it has arrived
+    LOST = "lost"  # it was asked for and did not arrive in time
+    UNWANTED = "unwanted"  # nobody asked for it, or nobody will
+
+
 class FinishReason(str, Enum):
     STOP = "stop"
     LENGTH = "length"
@@ -141,12 +149,12 @@ class KVReport(msgspec.Struct, frozen=True):
     received_bytes: int = 0
     transfer_ms: float = 0.0
     compute_ms: float = 0.0  # from the first step here to the first token sampled here
-    digest: str = "none"  # verified | none | the RefusalReason value
+    digest: str = "none"  # verified | unchecked (the engine moved the KV and tells no more) | none | the RefusalReason
     transport: str = ""
 
 
 class WorkerLoad(msgspec.Struct, frozen=True):
-    """A worker's state in numbers. Blocks: free + cached + held == total, always."""
+    """A worker's state. Blocks: free + cached + held == total, always."""
 
     queued_requests: int = 0
     queued_tokens: int = 0  # prompt tokens not yet computed
@@ -156,3 +164,5 @@ class WorkerLoad(msgspec.Struct, frozen=True):
     held_blocks: int = 0  # owned by requests and leases
     total_blocks: int = 0
     active_leases: int = 0
+    tells_blocks: bool = True  # False: what its prefix cache holds is not told, so the router routes to it blindly
+    fault: str = ""  # why the engine can't go on: a sentence; the worker is to be taken out and restarted

@@ -19,7 +19,7 @@ from python_backends.core.layout import KVLayout, fingerprint
 from python_backends.core.paths import resolve_model
 from python_backends.core.types import Epoch, TokenLogprob
 from python_backends.engines.paged.engine import PagedEngine
-from python_backends.engines.paged.runner import Sampled, Slice
+from python_backends.engines.paged.runner import Draw, Sampled, Slice, accepted, draws_of
 from python_backends.kv.memory import PoolMemory
 
 _FIRST_TOKEN = 300  # below are special tokens and bytes in common vocabularies
@@ -63,19 +63,23 @@ class FakeRunner:
         return [self._sample(piece) for piece in batch]
 
     def _sample(self, piece: Slice) -> Sampled | None:
-        if piece.draw is None:
-            return None
-        end = piece.start + len(piece.token_ids)
+        draws = draws_of(piece)
+        end = piece.start + len(piece.token_ids) - piece.drafts
+        sampled = [self._draw(piece, end + index, draw) for index, draw in enumerate(draws)]
+        return accepted(piece, sampled) if sampled else None
+
+    def _draw(self, piece: Slice, end: int, draw: Draw) -> Sampled:
+        """From the KV of the first `end` tokens."""
         blocks = self._keys[np.asarray(piece.block_table[: self.layout.blocks_for(end)])]
         seen = np.ascontiguousarray(blocks.transpose(1, 0, 2)).reshape(2, -1)[:, :end]
-        sampling = piece.draw.sampling
-        draw = f"{sampling.seed}/{len(piece.draw.output_ids)}" if sampling.temperature else "greedy"
-        digest = hashlib.blake2b(seen.tobytes() + draw.encode(), digest_size=8).digest()
+        sampling = draw.sampling
+        seed = f"{sampling.seed}/{len(draw.output_ids)}" if sampling.temperature else "greedy"
+        digest = hashlib.blake2b(seen.tobytes() + seed.encode(), digest_size=8).digest()
         lot = int.from_bytes(digest, "big")
-        if piece.draw.allowed is None:
+        if draw.allowed is None:
             token_id = _FIRST_TOKEN + lot % _NUM_TOKENS
         else:
-            choice = np.flatnonzero(piece.draw.allowed)
+            choice = np.flatnonzero(draw.allowed)
             token_id = int(choice[lot % len(choice)])
         logprob = TokenLogprob(token_id, 0.0) if sampling.logprobs is not None else None
         return Sampled(token_id, logprob)

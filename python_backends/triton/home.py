@@ -1,6 +1,6 @@
 """Which deployment a model process belongs to: its file, its run directory, its key.
 
-`scripts/serve` says so in the environment (BATON_CONFIG, BATON_RUN_DIR). Under a plain `tritonserver
+`scripts/serve` says so in the environment (BATON_CONFIG, BATON_RUN_DIR, BATON_TRITON). Under a plain `tritonserver
 --model-repository=model_repository` nobody does: then it is configs/default.yaml, and a run directory named after the
 server process, which is the parent of every model process.
 """
@@ -29,6 +29,7 @@ class Home:
     deployment: Deployment
     run_dir: Path  # mode 0700
     key: bytes  # signs work and tickets
+    triton_address: str = ""  # HOST:PORT of the server's HTTP service, where it is known
 
     def channel_address(self, worker: str) -> str:
         """Where a worker of this server listens for routers of this host."""
@@ -50,7 +51,8 @@ def find_home() -> Home:
     deployment = load_deployment(Path(config) if config else repository_root() / "configs" / "default.yaml")
     run_dir = _run_dir()
     key_file = deployment.security.key_file
-    return Home(deployment, run_dir, _read_key(Path(key_file)) if key_file else _shared_key(run_dir / "key"))
+    key = _read_key(Path(key_file)) if key_file else _shared_key(run_dir / "key")
+    return Home(deployment, run_dir, key, os.environ.get("BATON_TRITON", ""))
 
 
 def _run_dir() -> Path:

@@ -144,6 +144,7 @@ class Worker:
             fingerprint=info.fingerprint,
             max_context=info.max_context,
             events_sequence=self._sequence,
+            warm_up=info.warm_up,
         )
 
     def told(self, message: ToWorker) -> None:
@@ -153,7 +154,7 @@ class Worker:
             self._strike_off(message.request_ids)
         elif isinstance(message, ReleaseLease):
             for lease_id in message.lease_ids:
-                self._engine.release(lease_id)
+                self._engine.release(lease_id, message.end)
         elif isinstance(message, Resync):
             self._engine.resync()
 

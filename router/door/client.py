@@ -13,19 +13,38 @@ import os
 import secrets
 import time
 from contextlib import suppress
+from typing import TypeVar
 
 import msgspec
 import zmq
 import zmq.asyncio
 
 from python_backends.core.errors import BatonError, EngineFailure, Unavailable
-from router.door.messages import Answers, Ask, AskId, Drop, Hello, ToRouter, Welcome, encode, from_router_decoder
+from router.door.messages import (
+    Answers,
+    Ask,
+    AskId,
+    Drop,
+    Find,
+    Found,
+    Hello,
+    News,
+    ToRouter,
+    Watch,
+    Welcome,
+    encode,
+    from_router_decoder,
+)
+from router.journal import Record
 from router.types import ClientRequest, Piece
 
 log = logging.getLogger(__name__)
 
+_Value = TypeVar("_Value")
+
 _HIGH_WATER_MARK = 100_000
 _GREET_S = 0.5
+_ANSWER_S = 2.0  # for news and what is looked for
 _SILENT_S = 5.0  # a living router that says nothing for so long is given up
 
 
@@ -100,6 +119,8 @@ class DoorClient:
         self._context = zmq.asyncio.Context()
         self._socket: zmq.asyncio.Socket | None = None
         self._router: Welcome | None = None
+        self._wait_for_news: asyncio.Future[News] | None = None
+        self._wait_for_found: dict[str, asyncio.Future[list[Record]]] = {}
         self._alone_since = time.monotonic()
         self._task: asyncio.Task[None] | None = None
 
@@ -136,6 +157,27 @@ class DoorClient:
     def drop(self, ask_id: AskId) -> None:
         if self._asks.pop(ask_id, None) is not None and self._router is not None:
             self._send(Drop([ask_id]))
+
+    async def news(self, after: int) -> News | None:
+        """What is new at the router; None when there is none or it does not answer. One at a time. `after`: see Watch."""
+        if self._router is None:
+            return None
+        self._wait_for_news = asyncio.get_running_loop().create_future()
+        self._send(Watch(after))
+        await asyncio.wait({self._wait_for_news}, timeout=_ANSWER_S)
+        return self._wait_for_news.result() if self._wait_for_news.done() else None
+
+    async def find(self, what: str) -> list[Record]:
+        """Requests in the router's journal, see Journal.find. Raises Unavailable when the router does not answer."""
+        if self._router is None:
+            raise Unavailable("the router is not up; try again in a moment")
+        waiting = self._wait_for_found.setdefault(what, asyncio.get_running_loop().create_future())
+        self._send(Find(what))
+        await asyncio.wait({waiting}, timeout=_ANSWER_S)
+        if not waiting.done():
+            self._wait_for_found.pop(what, None)
+            raise Unavailable("the router does not answer; try again in a moment")
+        return waiting.result()
 
     # --- the lives of routers ---
 
@@ -188,6 +230,10 @@ class DoorClient:
             self._heard = True
             if isinstance(message, Answers):
                 self._take(message)
+            elif isinstance(message, News):
+                _resolve(self._wait_for_news, message)
+            elif isinstance(message, Found):
+                _resolve(self._wait_for_found.pop(message.what, None), message.records)
             elif self._router is None:
                 self._find_router(message)
             elif self._router.router != message.router:
@@ -242,13 +288,13 @@ def _watch(pid: int, died: asyncio.Future[None]) -> int | None:
         return None
     except OSError:
         return None
-    asyncio.get_running_loop().add_reader(pidfd, _resolve, died)
+    asyncio.get_running_loop().add_reader(pidfd, _resolve, died, None)
     return pidfd
 
 
-def _resolve(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
+def _resolve(future: asyncio.Future[_Value] | None, value: _Value) -> None:
+    if future is not None and not future.done():
+        future.set_result(value)
 
 
 def _with_subclasses(kind: type[BatonError]) -> dict[str, type[BatonError]]:

@@ -23,12 +23,16 @@ from router.door.messages import (
     AskId,
     Drop,
     Failed,
+    Find,
+    Found,
     FromRouter,
-    Hello,
+    ToRouter,
+    Watch,
     Welcome,
     encode,
     to_router_decoder,
 )
+from router.door.news import news_of
 from router.reply import Gathered
 from router.run import Run
 from router.service import RouterService
@@ -104,13 +108,17 @@ class Door:
         if not self._socket.closed:
             self._socket.send_multipart([front_end.identity, encode(message)], zmq.NOBLOCK)
 
-    def _hear(self, front_end: _FrontEnd, message: Hello | Ask | Drop) -> None:
+    def _hear(self, front_end: _FrontEnd, message: ToRouter) -> None:
         if isinstance(message, Ask):
             reply = _DoorReply(self, front_end, message)
             front_end.runs[message.ask_id] = self._service.accept(message.request, reply)
         elif isinstance(message, Drop):
             for ask_id in message.ask_ids:
                 self._drop(front_end, ask_id)
+        elif isinstance(message, Watch):
+            self._send(front_end, news_of(self._service.house, message.after))
+        elif isinstance(message, Find):
+            self._send(front_end, Found(message.what, self._service.house.journal.find(message.what)))
         else:
             if front_end.pidfd is None:
                 self._watch(front_end, message.pid)

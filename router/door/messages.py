@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from python_backends.core.types import Role, WorkerId, WorkerLoad
+from router.journal import Record
 from router.types import ClientRequest, Piece
 
 AskId = int
@@ -32,7 +34,22 @@ class Drop(msgspec.Struct, frozen=True, tag=True):
     ask_ids: list[AskId]
 
 
-ToRouter = Hello | Ask | Drop
+class Watch(msgspec.Struct, frozen=True, tag=True):
+    """Somebody looks at the page: what is new? Said again and again; the answer is News.
+
+    after: the last `News.sequence` of this router; 0 at first.
+    """
+
+    after: int
+
+
+class Find(msgspec.Struct, frozen=True, tag=True):
+    """Tell me of these requests. The answer is Found. `what`: as in Journal.find."""
+
+    what: str
+
+
+ToRouter = Hello | Ask | Drop | Watch | Find
 
 # --- router -> front end ----------------------------------------------------------------------------------------------
 
@@ -65,7 +82,40 @@ class Answers(msgspec.Struct, frozen=True, tag=True):
     failed: list[Failed]
 
 
-FromRouter = Welcome | Answers
+class WorkerNews(msgspec.Struct, frozen=True):
+    id: WorkerId
+    role: Role
+    up: bool
+    pid: int
+    epoch: str  # a number that JavaScript could not hold
+    silent_s: float  # since its last heartbeat
+    requests: int  # given to it by this router and not ended
+    load: WorkerLoad  # as it said itself
+    block_size: int  # tokens
+    block_bytes: int
+
+
+class News(msgspec.Struct, frozen=True, tag=True):
+    """How things stand at the router `router`, and the requests that ended since. There may be more: ask at once then."""
+
+    router: str
+    trouble: str
+    sequence: int  # of the last one of `ended`
+    more: bool
+    ended: list[Record]
+    live: list[Record]  # the oldest ones, when there are very many
+    requests: int  # in the house
+    queued_tokens: int
+    index_blocks: int
+    workers: list[WorkerNews]
+
+
+class Found(msgspec.Struct, frozen=True, tag=True):
+    what: str
+    records: list[Record]
+
+
+FromRouter = Welcome | Answers | News | Found
 
 to_router_decoder = msgspec.msgpack.Decoder(ToRouter)
 from_router_decoder = msgspec.msgpack.Decoder(FromRouter)

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import logging
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, aclosing
 from functools import wraps
 from typing import Any, NoReturn, TypeVar
 
@@ -20,6 +20,7 @@ from python_backends.core.types import SamplingParams
 from router.door.client import Answer, DoorClient
 from router.http.errors import ApiError, api_error
 from router.http.forms import ChatForm, CompletionForm, Form, Tally
+from router.http.origin import origin_of
 from router.http.requests import (
     ChatCompletion,
     Completion,
@@ -40,17 +41,17 @@ log = logging.getLogger(__name__)
 _LONG_PROMPT_BYTES = 4_000  # from here on a prompt is tokenised off the event loop
 _DONE = b"data: [DONE]\n\n"
 
-_Result = TypeVar("_Result")
-Handler = Callable[["Api", Request], Coroutine[Any, Any, Response | EventStream]]
+_Owner = TypeVar("_Owner")
+Handler = Callable[[_Owner, Request], Coroutine[Any, Any, Response | EventStream]]
 
 
-def answered(handler: Handler) -> Handler:
-    """Errors become OpenAI's error bodies; a bug becomes a 500 and a line in the log."""
+def answered(handler: Handler[_Owner]) -> Handler[_Owner]:
+    """Of a method: errors become OpenAI's error bodies; a bug becomes a 500 and a line in the log."""
 
     @wraps(handler)
-    async def guarded(api: Api, request: Request) -> Response | EventStream:
+    async def guarded(owner: _Owner, request: Request) -> Response | EventStream:
         try:
-            return await handler(api, request)
+            return await handler(owner, request)
         except ApiError as error:
             failure = error
         except BatonError as error:
@@ -82,18 +83,18 @@ class Api:
 
     @answered
     async def models(self, request: Request) -> Response:
-        self._authorize(request)
+        self.authorize(request)
         return _json({"object": "list", "data": [self._model_card()]})
 
     @answered
     async def model(self, request: Request) -> Response:
-        self._authorize(request)
+        self.authorize(request)
         self._check_model(request.path_params["model"])
         return _json(self._model_card())
 
     @answered
     async def chat(self, request: Request) -> Response | EventStream:
-        key = self._authorize(request)
+        key = self.authorize(request)
         body = parse(await self._body(request), ChatCompletion)
         self._check_model(body.model)
         messages = plain_messages(body.messages)
@@ -105,7 +106,8 @@ class Api:
         output_grammar = toolbox.grammar() if toolbox.in_use else format_grammar(body)
         max_tokens = body.max_completion_tokens or body.max_tokens or self._router.default_max_tokens
         sampling = sampling_of(body, max_tokens, (body.top_logprobs or 0) if body.logprobs else None, output_grammar)
-        prompt_ids = await self._chat_prompt(messages, toolbox)
+        with origin_of(request).tokenizing():
+            prompt_ids = await self._chat_prompt(messages, toolbox)
         form = ChatForm(
             self._model,
             self._tokenizer.token_text,
@@ -118,14 +120,15 @@ class Api:
 
     @answered
     async def completions(self, request: Request) -> Response | EventStream:
-        key = self._authorize(request)
+        key = self.authorize(request)
         body = parse(await self._body(request), Completion)
         self._check_model(body.model)
         _check_legacy(body)
         prompts = _prompts(body.prompt)
         max_tokens = body.max_tokens or self._router.default_max_tokens
         sampling = sampling_of(body, max_tokens, body.logprobs, format_grammar(body))
-        all_ids = [await self._prompt_ids(prompt) for prompt in prompts]
+        with origin_of(request).tokenizing():
+            all_ids = [await self._prompt_ids(prompt) for prompt in prompts]
         echoes = [self._echo(prompt) if body.echo else "" for prompt in prompts for _ in range(body.choices)]
         form = CompletionForm(
             self._model,
@@ -139,7 +142,7 @@ class Api:
 
     # --- before the router is asked ---
 
-    def _authorize(self, request: Request) -> str:
+    def authorize(self, request: Request) -> str:
         """The request's API key. Raises ApiError."""
         kind, _, key = request.headers.get("authorization", "").partition(" ")
         if self._api_keys and (kind.lower() != "bearer" or hashlib.sha256(key.encode()).digest() not in self._api_keys):
@@ -217,19 +220,22 @@ class Api:
                 salt=self._salt(body, key),
                 priority=body.priority or 0,
                 timeout_s=body.baton.timeout_s,
-                client_id=request.headers.get("x-request-id", form.id),
             )
             for prompt in prompts
             for index in range(body.choices)
         ]
+        origin = origin_of(request)
+        asks = [origin.mark(ask, form.id, number) for number, ask in enumerate(asks)]
         with ExitStack() as held:
             answers = [held.enter_context(self._door.ask(ask, stream=bool(body.stream))) for ask in asks]
             if not body.stream:
                 pieces = await unless_gone(_all(answers), request.receive)
                 return _json(form.whole(pieces))
-            first = await unless_gone(_first(answers), request.receive)
+            progress = _merged(answers) if len(answers) > 1 else _single(answers[0])
+            first = await unless_gone(_next(progress), request.receive)
             with_usage = body.stream_options is not None and body.stream_options.include_usage
-            return EventStream(_events(answers, first, form, held.pop_all(), with_usage=with_usage))
+            tallies = [Tally() for _ in answers]
+            return EventStream(_events(first, progress, tallies, form, held.pop_all(), with_usage=with_usage))
 
 
 async def _all(answers: Sequence[Answer]) -> list[Piece]:
@@ -237,17 +243,27 @@ async def _all(answers: Sequence[Answer]) -> list[Piece]:
 
 
 _Progress = tuple[int, list[Piece]]
+"""What has come of one answer: its index and the pieces."""
 
 
-async def _first(answers: Sequence[Answer]) -> _Progress:
-    """What comes first: (index of the answer, its pieces)."""
-    if len(answers) == 1:
-        return 0, await answers[0].pieces()
-    return await anext(_merged(answers))
+async def _next(progress: AsyncGenerator[_Progress, None]) -> _Progress:
+    return await anext(progress)
+
+
+async def _single(answer: Answer) -> AsyncGenerator[_Progress, None]:
+    """The pieces of one answer as they come, to the last. Raises its error."""
+    while True:
+        pieces = await answer.pieces()
+        yield 0, pieces
+        if pieces[-1].finish_reason is not None:
+            return
 
 
 async def _merged(answers: Sequence[Answer]) -> AsyncGenerator[_Progress, None]:
-    """The pieces of all answers as they come, to the end of the last. Raises the first error of any."""
+    """The pieces of all answers as they come, to the end of the last. Raises the first error of any.
+
+    One for the whole stream: what it has taken from an answer and not yielded is lost when it is closed.
+    """
     waiting = {asyncio.ensure_future(answer.pieces()): index for index, answer in enumerate(answers)}
     try:
         while waiting:
@@ -264,19 +280,25 @@ async def _merged(answers: Sequence[Answer]) -> AsyncGenerator[_Progress, None]:
 
 
 async def _events(
-    answers: Sequence[Answer], first: _Progress, form: Form, held: ExitStack, *, with_usage: bool
+    first: _Progress,
+    rest: AsyncGenerator[_Progress, None],
+    tallies: Sequence[Tally],
+    form: Form,
+    held: ExitStack,
+    *,
+    with_usage: bool,
 ) -> AsyncGenerator[bytes, None]:
-    """Everything a stream consists of. `held` closes the answers, however this ends."""
-    tallies = [Tally() for _ in answers]
+    """Everything a stream consists of. `held` closes the answers, however this ends. `tallies`: one per answer."""
     with held:
         try:
-            openings = [form.opening(index) for index in range(len(answers))]
+            openings = [form.opening(index) for index in range(len(tallies))]
             yield b"".join(_event(opening) for opening in openings if opening is not None)
-            async for index, pieces in _following(answers, first):
-                for piece in pieces:
-                    tallies[index].add(piece)
-                chunks = [form.chunk(index, piece) for piece in pieces]
-                yield b"".join(_event(chunk) for chunk in chunks if chunk is not None)
+            async with aclosing(_following(first, rest)) as progress:
+                async for index, pieces in progress:
+                    for piece in pieces:
+                        tallies[index].add(piece)
+                    chunks = [form.chunk(index, piece) for piece in pieces]
+                    yield b"".join(_event(chunk) for chunk in chunks if chunk is not None)
         except BatonError as error:
             yield b"data: " + api_error(error).body + b"\n\n"
             return
@@ -285,17 +307,11 @@ async def _events(
         yield _DONE
 
 
-async def _following(answers: Sequence[Answer], first: _Progress) -> AsyncGenerator[_Progress, None]:
-    yield first
-    if len(answers) > 1:
-        async for progress in _merged(answers):
+async def _following(first: _Progress, rest: AsyncGenerator[_Progress, None]) -> AsyncGenerator[_Progress, None]:
+    async with aclosing(rest):
+        yield first
+        async for progress in rest:
             yield progress
-        return
-    last = first[1][-1]
-    while last.finish_reason is None:
-        pieces = await answers[0].pieces()
-        last = pieces[-1]
-        yield 0, pieces
 
 
 def _event(value: dict[str, Any]) -> bytes:

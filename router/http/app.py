@@ -1,4 +1,4 @@
-"""The front end as one ASGI application: the OpenAI API, health, and Triton's metrics passed through."""
+"""The front end as one ASGI application: the OpenAI API, the page, health, and Triton's metrics passed through."""
 
 from __future__ import annotations
 
@@ -22,6 +22,9 @@ from router.door.client import DoorClient
 from router.http.api import Api
 from router.http.errors import ApiError
 from router.http.keeper import RouterKeeper
+from router.http.origin import TOLD_HEADERS, Originated
+from router.http.pages import Pages
+from router.http.watch import Watching
 from router.tokenizer import Tokenizer
 
 _METRICS_TIMEOUT_S = 5.0
@@ -40,6 +43,8 @@ def create_app(
     door = DoorClient(door_address, deployment.router.worker_wait_s)
     api = Api(deployment, tokenizer, door, api_keys)
     probes = _Probes(door, metrics)
+    watching = Watching(api, door)
+    pages = Pages()
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -50,7 +55,13 @@ def create_app(
                 async with keeper.watching(door):
                     yield
 
-    cors = [Middleware(CORSMiddleware, allow_origins=deployment.http.cors_origins, allow_methods=["*"], allow_headers=["*"])]
+    cors = Middleware(
+        CORSMiddleware,
+        allow_origins=deployment.http.cors_origins,
+        allow_methods=["*"],
+        allow_headers=["*"],
+        expose_headers=TOLD_HEADERS,
+    )
     return Starlette(
         routes=[
             Route("/v1/chat/completions", api.chat, methods=["POST"]),
@@ -60,8 +71,12 @@ def create_app(
             Route("/health", probes.health),
             Route("/health/live", probes.live),
             Route("/metrics", probes.metrics),
+            Route("/baton/events", watching.events),
+            Route("/baton/requests/{what}", watching.requests),
+            Route("/", pages.index),
+            Route("/page/{name}", pages.file),
         ],
-        middleware=cors if deployment.http.cors_origins else [],
+        middleware=[Middleware(Originated), *([cors] if deployment.http.cors_origins else [])],
         exception_handlers={HTTPException: _not_found},
         lifespan=lifespan,
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import urllib.request
 from collections.abc import Callable, Collection
 from itertools import groupby
 
@@ -23,6 +24,7 @@ from router.seams import Destination
 from router.triton.remote import HOW_TO_RESTART, RemoteServers
 
 _MOST_PER_CALL = 64
+_LOAD_S = 300.0  # as scripts/serve waits at the start
 
 _Item = tuple[Destination, Work, Callable[[str], None]]
 
@@ -79,7 +81,12 @@ class TritonSubmitter:
 class TritonModelControl:
     """Implements router.supervisor.ModelControl."""
 
-    def __init__(self, own: Collection[WorkerId], remote: RemoteServers) -> None:
+    def __init__(self, address: str, own: Collection[WorkerId], remote: RemoteServers) -> None:
+        """`address`: HOST:PORT of this server's HTTP service. Without it the Python backend is asked.
+
+        That holds the interpreter until the model is up, seconds in which no stream of this router goes on.
+        """
+        self._address = address
         self._own = own
         self._remote = remote
 
@@ -92,7 +99,17 @@ class TritonModelControl:
             self._remote.restart(worker)
             return
         try:
-            pb_utils.unload_model(worker.model)
-            pb_utils.load_model(worker.model)
-        except pb_utils.TritonModelException as error:
+            if self._address:
+                for action in ("unload", "load"):
+                    self._post(worker.model, action)
+            else:
+                pb_utils.unload_model(worker.model)
+                pb_utils.load_model(worker.model)
+        except (OSError, pb_utils.TritonModelException) as error:
             raise Unavailable(f"{error}; {HOW_TO_RESTART}") from error
+
+    def _post(self, model: str, action: str) -> None:
+        """Raises OSError, which urllib's errors are."""
+        url = f"http://{self._address}/v2/repository/models/{model}/{action}"
+        with urllib.request.urlopen(urllib.request.Request(url, b"{}"), timeout=_LOAD_S) as response:
+            response.read()

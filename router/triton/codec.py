@@ -19,6 +19,7 @@ import triton_python_backend_utils as pb_utils
 from python_backends.core.errors import InvalidRequest
 from python_backends.core.types import SamplingParams
 from router import grammar
+from router.trace_context import continue_trace
 from router.types import ClientRequest, Piece, Wish
 
 TokenText = Callable[[int], str]
@@ -121,8 +122,20 @@ def decode_request(request: Any, default_max_tokens: int) -> tuple[ClientRequest
         priority=tensors.scalar("priority") or 0,
         timeout_s=request.timeout() / 1e6 if request.timeout() else None,
         client_id=request.request_id(),
+        trace=continue_trace(*_trace_headers(request)),
     )
     return client, _wanted(tensors, text)
+
+
+def _trace_headers(request: Any) -> tuple[str | None, str | None]:
+    """traceparent and tracestate: the request's parameters, or else the server's own trace, if it makes one of it."""
+    parameters = request.parameters()
+    given = json.loads(parameters) if parameters else {}
+    if "traceparent" not in given:
+        context = request.trace().get_context()
+        given = json.loads(context) if context else {}
+    parent, state = given.get("traceparent"), given.get("tracestate")
+    return (str(parent) if parent else None, str(state) if state else None)
 
 
 def _prompt(tensors: _Tensors) -> tuple[str | None, list[dict[str, object]] | None, list[int] | None]:

@@ -1,4 +1,4 @@
-"""A router and its workers while everything that can go wrong does: deaths, freezes, cut lines, cancels, late and double messages.
+"""A router and its workers while everything goes wrong: deaths, freezes, cut lines, cancels, late and double messages.
 
 Real: RouterService with its house, Run, Mailroom, Fleet, Admission, PrefixIndex, RouterChannel's ears, Supervisor; Worker
 and PagedEngine with all that is theirs. Pretended: time, sockets, processes, Triton's calls, the copying of bytes, the
@@ -46,12 +46,13 @@ from python_backends.engines.base import Engine
 from python_backends.worker.channel import ChannelListener
 from python_backends.worker.service import Worker
 from router.channel import RouterChannel
+from router.journal import Record
 from router.run import Run
 from router.seams import Destination, Snapshot
 from router.service import Channels, RouterService
 from router.supervisor import Supervisor
 from router.tokenizer import Tokenizer
-from router.types import ClientRequest, Outcome, Piece, Proof, Way, Wish
+from router.types import ClientRequest, Piece, Way, Wish
 from scripts.exploration.clock import VirtualLoop, VirtualTime
 from scripts.exploration.tiny import VOCABULARY, HeapMemory, TinyEngine, answer_to
 from scripts.exploration.workers import KEY, Violation, require
@@ -112,12 +113,15 @@ class _Observer:
     def retried(self) -> None:
         self._happened["retries"] += 1
 
-    def ended(self, outcome: Outcome, proof: Proof | None) -> None:
-        self._happened[f"ended {outcome.value}"] += 1
+    def warmed(self, verdict: str) -> None:
+        """No engine here asks for it."""
 
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        """What else observers may be told."""
-        return lambda *_, **__: None
+    def tokens(self, count: int, gap_s: float) -> None:
+        """Time is not real."""
+
+    def ended(self, record: Record) -> None:
+        assert record.outcome is not None
+        self._happened[f"ended {record.outcome.value}"] += 1
 
 
 class _Inbox(queue.SimpleQueue[Callable[[], None]]):
@@ -220,7 +224,7 @@ class _Node:
             num_blocks=world.num_blocks,
             clock=world.clock,
             pools=world.pools,
-            woken=lambda: self._later(0.002, self._begin_transfer),
+            woken=self._transfer_waits,
         )
         self.engine._inbox = _Inbox(self._wake)
         return self.engine
@@ -249,6 +253,9 @@ class _Node:
             self._wake()
         elif wait_s is not None:
             self._schedule_turn(wait_s)
+
+    def _transfer_waits(self) -> None:
+        self._later(0.002, self._begin_transfer)
 
     def _begin_transfer(self) -> None:
         self.engine.transfers.begin(self._rng)
@@ -344,7 +351,10 @@ class _Node:
 
 @dataclass
 class _Line:
-    """Between one router and whoever is at one worker's address: two directions, each in order. A `_Connection` to RouterChannel."""
+    """Between one router and whoever is at one worker's address: two directions, each in order.
+
+    Stands for a connection of RouterChannel.
+    """
 
     world: RouterWorld
     address: str
@@ -463,8 +473,8 @@ class RouterWorld:
         for node in self.nodes.values():
             require(node.alive and house.fleet.is_current(WorkerId(node.name), node.epoch), f"{node.name} is not known")
             node.engine.check_empty()
-            view = house.fleet.get(WorkerId(node.name))
-            require(view is not None and view.heartbeat.load.held_blocks == 0, "the last heartbeat tells of held blocks")
+            known = house.fleet.get(WorkerId(node.name))
+            require(known is not None and known.heartbeat.load.held_blocks == 0, "the last heartbeat tells of held blocks")
         require(all(client.ended or client.abandoned for client in self._clients), "a request has no end")
         self.clock.now += _LONG_S  # whose abort came first is remembered to its deadline
         for node in self.nodes.values():
@@ -477,7 +487,7 @@ class RouterWorld:
         channels = Channels("place", _KEYS, [])
         tokenizer = cast(Tokenizer, _Tokenizer())
         self.service = service = RouterService(
-            self._deployment, channels, tokenizer, self._submit, None, cast(Any, _Observer(self.happened))
+            self._deployment, channels, tokenizer, self._submit, None, _Observer(self.happened)
         )
         service._loop.close()
         service._loop = self.loop
@@ -512,11 +522,14 @@ class RouterWorld:
         node = self.nodes.get(worker.model)
         line = self._lines[worker.model]
 
+        taken = 0
+
         def deliver(*, again: bool = False) -> None:
+            nonlocal taken
             assert node is not None
             try:
-                node.worker.submit(sealed)
-                require(not again, "an order was taken twice")
+                taken += node.worker.submit(sealed)
+                require(taken == 1, "an order was taken twice")
             except InvalidRequest as error:
                 if not again:
                     fail(str(error))

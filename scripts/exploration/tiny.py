@@ -25,7 +25,8 @@ from python_backends.core.layout import KVLayout, fingerprint
 from python_backends.core.types import Epoch, FinishReason, RequestId, SamplingParams
 from python_backends.engines.base import OnOutputs
 from python_backends.engines.paged.engine import PagedEngine
-from python_backends.engines.paged.runner import Sampled, Slice
+from python_backends.engines.paged.runner import Sampled, Slice, accepted, draws_of
+from python_backends.engines.paged.speculation import StepCost
 from python_backends.kv.lease import LeaseTable
 from python_backends.kv.memory import PoolMemory
 from python_backends.kv.transfer.base import CheckedTransport, Published, check_time, failed
@@ -82,7 +83,7 @@ class TinyRunner:
         """There is nothing to load."""
 
     def attach(self, memory: PoolMemory) -> None:
-        self._cells = memoryview(memory.blocks.reshape(-1)).cast("B").cast("I")
+        self._cells = memoryview(cast(Any, memory.blocks.reshape(-1))).cast("B").cast("I")
 
     def step(self, batch: Sequence[Slice]) -> list[Sampled | None]:
         self._check_write(batch)
@@ -105,7 +106,8 @@ class TinyRunner:
             cell = piece.block_table[position // BLOCK_SIZE] * _CELLS + position % BLOCK_SIZE
             assert self._cells[cell + BLOCK_SIZE] == position, f"use after free: no KV of position {position} where it is read"
             read.append(self._cells[cell])
-        return Sampled(_draw(read, len(piece.draw.output_ids), piece.draw.sampling), None)
+        draws = enumerate(draws_of(piece), start=end - piece.drafts)
+        return accepted(piece, [Sampled(_draw(read[:seen], len(draw.output_ids), draw.sampling), None) for seen, draw in draws])
 
     def export_blocks(self, blocks: Sequence[int]) -> None:
         """The pool memory is where it computes."""
@@ -207,6 +209,13 @@ class Errands:
         self._waiting.clear()
 
 
+class _CheapGuesses(StepCost):
+    """Steps take no time here: guessing always pays."""
+
+    def marginal(self, streams: int) -> float:
+        return 0.05
+
+
 class TinyEngine(PagedEngine):
     """The paged engine without its threads: `turn` is one turn of its loop, `transfers` run when they are run."""
 
@@ -231,6 +240,7 @@ class TinyEngine(PagedEngine):
         self._pools = pools
         self.transport = HeapTransport(pools, meanwhile)
         self._transport = self.transport
+        self._step_cost = _CheapGuesses()
         self.transfers = Errands(woken)
         self._fetchers = cast(Any, self.transfers)
 
@@ -276,7 +286,7 @@ class TinyEngine(PagedEngine):
             owned.update(sequence.blocks)
         for lease in self._leases._leases.values():
             owned.update(lease.blocks)
-        assert owned == pool._references, f"references without an owner or owners without a reference: {owned} {pool._references}"
+        assert owned == pool._references, f"owners and references differ: {owned} {pool._references}"
         assert all(not sequence.blocks for sequence in scheduler.waiting), "a waiting sequence holds blocks"
         places = [sequence.id for sequence in scheduler.all()]
         assert len(places) == len(set(places)), "a request is in two places"

@@ -40,6 +40,7 @@ from python_backends.core.orders import OrderBook
 from python_backends.core.types import FinishReason, Role, SamplingParams, WorkerId
 from python_backends.worker.service import Worker
 from router.fleet import WorkerView
+from router.journal import Record
 from router.lifecycle import State
 from router.run import Run
 from router.seams import Destination, Snapshot
@@ -190,6 +191,7 @@ class Counts:
     def __init__(self) -> None:
         self.ways: list[Way] = []
         self.outcomes: list[Outcome] = []
+        self.warm_ups: list[str] = []
         self.retries = 0
 
     def refresh(self, snapshot: Snapshot) -> None:
@@ -201,8 +203,15 @@ class Counts:
     def retried(self) -> None:
         self.retries += 1
 
-    def ended(self, outcome: Outcome, proof: Proof | None) -> None:
-        self.outcomes.append(outcome)
+    def warmed(self, verdict: str) -> None:
+        self.warm_ups.append(verdict)
+
+    def tokens(self, count: int, gap_s: float) -> None:
+        """Only the journal keeps times."""
+
+    def ended(self, record: Record) -> None:
+        assert record.outcome is not None
+        self.outcomes.append(record.outcome)
 
 
 class InProcess:
@@ -232,6 +241,7 @@ class OwnProcess:
         self.process = _processes.Process(target=_work, args=(config, worker, address, theirs), daemon=True)
         self.process.start()
         theirs.close()
+        self._is_ready = threading.Event()  # until then the line says nothing but that
         self._queue: queue.SimpleQueue[tuple[Destination, Work, Callable[[str], None]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._call, name=f"submit-{worker.name}", daemon=True)
         self._thread.start()
@@ -239,6 +249,7 @@ class OwnProcess:
     def ready(self) -> None:
         assert self._line.poll(TIMEOUT_S), "the worker process does not start"
         assert self._line.recv_bytes() == b"ready"
+        self._is_ready.set()
 
     def hand_over(self, worker: Destination, work: Work, failed: Callable[[str], None]) -> None:
         self._queue.put((worker, work, failed))
@@ -246,6 +257,7 @@ class OwnProcess:
     def _call(self) -> None:
         while (item := self._queue.get()) is not None:
             worker, work, failed = item
+            self._is_ready.wait(TIMEOUT_S)
             try:
                 self._line.send_bytes(ORDERS.seal(worker.worker, worker.epoch, [work]))
                 error = self._line.recv_bytes().decode()

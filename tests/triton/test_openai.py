@@ -114,11 +114,12 @@ def test_choices_prompts_and_echo(fake: OpenAI) -> None:
     assert ids.usage.prompt_tokens == 3
 
 
-def test_several_choices_streamed(fake: OpenAI) -> None:
-    whole = fake.chat.completions.create(model=MODEL, messages=CHAT, n=3, max_tokens=6, seed=5)
+@pytest.mark.parametrize("tokens", [1, 6])
+def test_several_choices_streamed(fake: OpenAI, tokens: int) -> None:
+    whole = fake.chat.completions.create(model=MODEL, messages=CHAT, n=3, max_tokens=tokens, seed=5)
     texts = ["", "", ""]
     finishes: dict[int, str] = {}
-    for chunk in fake.chat.completions.create(model=MODEL, messages=CHAT, n=3, max_tokens=6, seed=5, stream=True):
+    for chunk in fake.chat.completions.create(model=MODEL, messages=CHAT, n=3, max_tokens=tokens, seed=5, stream=True):
         for choice in chunk.choices:
             texts[choice.index] += choice.delta.content or ""
             if choice.finish_reason:

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -19,7 +19,7 @@ import pytest
 
 from python_backends.core.paths import repository_root
 from scripts.tritonserver import TritonServer, find_tritonserver
-from tests.triton.asking import metrics
+from tests.triton.asking import metrics, total
 
 pytestmark = [pytest.mark.triton, pytest.mark.weights]
 
@@ -83,7 +83,7 @@ def test_chat_answers_lines_of_a_pipe(real_server: TritonServer) -> None:
 
 
 def test_ctrl_c_in_the_chat_stops_the_answer_at_the_server(fake_server: TritonServer) -> None:
-    before = metrics(fake_server)['baton_requests_total{outcome="cancelled"}']
+    before = total(metrics(fake_server), "baton_requests_total", outcome="cancelled")
     chat = subprocess.Popen(
         _command("chat", "--server", _grpc(fake_server)),
         stdin=subprocess.PIPE,
@@ -97,9 +97,9 @@ def test_ctrl_c_in_the_chat_stops_the_answer_at_the_server(fake_server: TritonSe
         assert chat.stdout is not None
         chat.stdin.write("/set max_tokens 3000\nTell me a long story\n")
         chat.stdin.flush()
-        _wait_for_metric(fake_server, "baton_router_requests", 1)
+        _wait_for(lambda: metrics(fake_server)["baton_router_requests"] == 1)
         chat.send_signal(signal.SIGINT)
-        _wait_for_metric(fake_server, 'baton_requests_total{outcome="cancelled"}', before + 1)
+        _wait_for(lambda: total(metrics(fake_server), "baton_requests_total", outcome="cancelled") == before + 1)
         chat.stdin.write("/help\n")
         chat.stdin.close()
         assert "(stopped)" in (told := chat.stdout.read())
@@ -107,10 +107,10 @@ def test_ctrl_c_in_the_chat_stops_the_answer_at_the_server(fake_server: TritonSe
         assert chat.wait(20) == 0
 
 
-def _wait_for_metric(server: TritonServer, name: str, value: float) -> None:
+def _wait_for(condition: Callable[[], bool]) -> None:
     end = time.monotonic() + 10
-    while metrics(server)[name] != value:
-        assert time.monotonic() < end, f"{name} is {metrics(server)[name]}"
+    while not condition():
+        assert time.monotonic() < end, "not within 10 s"
         time.sleep(0.05)
 
 

@@ -12,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -254,6 +255,24 @@ def test_first_tokens_do_not_wait_for_other_streams(fake_server: TritonServer, a
         first.setdefault(asking.next_response(), time.monotonic() - sent)
     assert statistics.median(first.values()) < 1.0
     asking.collect(*first)
+
+
+def test_responses_can_be_kept_apart_and_then_carry_several_tokens(tmp_path: Path, asking: Asking) -> None:
+    fields: dict[str, Any] = {"text_input": PROMPT, "max_tokens": 100, "seed": 4, "temperature": 0.8, "return_output_ids": True}
+    expected = asking.ask(**fields)
+    config = tmp_path / "interval.yaml"
+    config.write_text(
+        "workers: [{role: aggregated, engine: fake}]\nengine: {fake: {step_us: 4000}}\nrouter: {stream_interval_ms: 100}\n"
+    )
+    with TritonServer(config) as server:
+        client = Asking(server)
+        answer = client.ask(**fields, stream=True, return_num_output_tokens=True)
+        client.close()
+    assert (answer.text, answer.ids) == (expected.text, expected.ids)
+    counts = [response["num_output_tokens"][0] for response in answer.responses]
+    assert sum(counts) == 100
+    assert counts[0] <= 2, "the first token was held back"
+    assert 3 <= len(counts) <= 20
 
 
 # --- cancellation and death --------------------------------------------------------------------------------------------

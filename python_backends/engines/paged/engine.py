@@ -26,6 +26,7 @@ from python_backends.core.types import (
     FinishReason,
     GenerateRequest,
     KVReport,
+    LeaseEnd,
     RequestId,
     WorkerId,
     WorkerLoad,
@@ -35,6 +36,7 @@ from python_backends.engines.paged.guide import Guide, Guides
 from python_backends.engines.paged.runner import Draw, ModelRunner, Sampled, Slice
 from python_backends.engines.paged.scheduler import Scheduler
 from python_backends.engines.paged.sequence import Sequence
+from python_backends.engines.paged.speculation import StepCost
 from python_backends.kv.block_pool import BlockPool
 from python_backends.kv.lease import LeaseTable
 from python_backends.kv.memory import PoolMemory
@@ -68,6 +70,7 @@ class PagedEngine:
         self._outputs: list[Output] = []
         self._aborted: OrderedDict[RequestId, None] = OrderedDict()
         self._used_leases: OrderedDict[str, float] = OrderedDict()  # lease id -> when its ticket expires anyway
+        self._step_cost = StepCost()
         self._arrivals = 0
         self._reset_events = True
         self._closing = False
@@ -119,7 +122,7 @@ class PagedEngine:
     def abort(self, request_id: RequestId) -> None:
         self._inbox.put(partial(self._abort, request_id))
 
-    def release(self, lease_id: str) -> None:
+    def release(self, lease_id: str, end: LeaseEnd = LeaseEnd.UNWANTED) -> None:
         self._inbox.put(partial(self._release, lease_id))
 
     def resync(self) -> None:
@@ -185,26 +188,43 @@ class PagedEngine:
         now = time.monotonic()
         for sequence, _ in batch:
             sequence.started = sequence.started or now
+        streams = sum(1 for sequence, count in batch if sequence.num_uncomputed == count == 1)
+        marginal = self._step_cost.marginal(streams) if streams else 1.0
+        slices = [self._slice(sequence, count, marginal) for sequence, count in batch]
         try:
-            results = self._runner.step([self._slice(sequence, count) for sequence, count in batch])
+            results = self._runner.step(slices)
         except BatonError as error:
             self._fail_batch(batch, error)
         except Exception as error:  # the engine must outlive any one batch: torch raises RuntimeError, OOM and others
             log.exception("step failed")
             self._fail_batch(batch, error)
         else:
-            for (sequence, count), sampled in zip(batch, results, strict=True):
-                self._advance(sequence, count, sampled)
+            if streams == len(batch):
+                self._step_cost.learn(sum(len(piece.token_ids) for piece in slices), time.monotonic() - now)
+            for (sequence, count), piece, sampled in zip(batch, slices, results, strict=True):
+                self._advance(sequence, count, piece.drafts, sampled)
         return True
 
-    def _slice(self, sequence: Sequence, count: int) -> Slice:
+    def _slice(self, sequence: Sequence, count: int, marginal: float) -> Slice:
         start = sequence.num_computed
+        draw = self._draw(sequence) if count == sequence.num_uncomputed else None
+        drafts = self._drafts(sequence, marginal) if draw is not None and count == 1 and _may_guess(draw) else []
         return Slice(
-            token_ids=sequence.token_ids[start : start + count],
+            token_ids=sequence.token_ids[start : start + count] + drafts,
             start=start,
             block_table=sequence.blocks,
-            draw=self._draw(sequence) if count == sequence.num_uncomputed else None,
+            draw=draw,
+            drafts=len(drafts),
         )
+
+    def _drafts(self, sequence: Sequence, marginal: float) -> list[int]:
+        """Guesses of the stream's next tokens but one: none that could go beyond its end, or where they don't pay."""
+        left = min(sequence.request.sampling.max_tokens - sequence.num_output, self.info.max_context - len(sequence.token_ids))
+        most = min(self._config.draft_tokens, left - 1)
+        if most <= 0 or sequence.prefill_only:
+            return []
+        drafts = sequence.drafts.propose(sequence.token_ids, most, marginal)
+        return drafts[: self._scheduler.room_ahead(sequence, len(drafts))] if drafts else []
 
     def _draw(self, sequence: Sequence) -> Draw:
         sampling = sequence.request.sampling
@@ -215,20 +235,30 @@ class PagedEngine:
         allowed = None if sequence.guide is None else sequence.guide.allowed()
         return Draw(sampling, sequence.request.prompt_ids, output_ids, stops, allowed)
 
-    def _advance(self, sequence: Sequence, count: int, sampled: Sampled | None) -> None:
-        self._scheduler.computed(sequence, count)
+    def _advance(self, sequence: Sequence, count: int, drafts: int, sampled: Sampled | None) -> None:
         if sampled is None:
+            self._scheduler.computed(sequence, count)
             return
         sequence.compute_ms = sequence.compute_ms or (time.monotonic() - sequence.started) * 1e3
-        sequence.append(sampled.token_id)
-        finish = sequence.finish_reason(self._runner.eos_token_ids, self.info.max_context)
+        drawn: list[Sampled] = []
+        finish: FinishReason | None = None
+        for token in (sampled, *sampled.following):
+            sequence.append(token.token_id)
+            drawn.append(token)
+            finish = sequence.finish_reason(self._runner.eos_token_ids, self.info.max_context)
+            if finish:
+                break
+        self._scheduler.computed(sequence, count + len(drawn) - 1)
+        if drafts:
+            sequence.drafts.learn(drafts, len(sampled.following), len(sequence.token_ids))
         if sequence.prefill_only:
             self._finish_prefill(sequence, sampled, finish)
         else:
             report = self._report(sequence) if finish else None
-            logprobs = [sampled.logprob] if sampled.logprob else None
-            start = len(sequence.token_ids) - len(sequence.request.prompt_ids) - 1
-            self._outputs.append(TokenChunk(sequence.id, [sampled.token_id], logprobs, finish, report, start))
+            logprobs = [token.logprob for token in drawn if token.logprob] or None
+            tokens = [token.token_id for token in drawn]
+            start = sequence.num_output - len(drawn)
+            self._outputs.append(TokenChunk(sequence.id, tokens, start, logprobs, finish, report))
             if finish:
                 self._scheduler.remove(sequence)
 
@@ -519,3 +549,8 @@ class PagedEngine:
     def _require_memory(self) -> PoolMemory:
         assert self._memory is not None, "start() comes first"
         return self._memory
+
+
+def _may_guess(draw: Draw) -> bool:
+    """What is banned or allowed is known for the next token only."""
+    return not draw.banned_ids and draw.allowed is None

@@ -16,6 +16,7 @@ from python_backends.core.block_hash import block_hash, block_hashes
 from python_backends.core.handoff import KVHandoff
 from python_backends.core.types import BlockHash, FinishReason, GenerateRequest, RequestId
 from python_backends.engines.paged.guide import Guide
+from python_backends.engines.paged.speculation import Drafts
 
 
 @dataclass(slots=True, eq=False)
@@ -39,6 +40,8 @@ class Sequence:
     num_published: int = 0
     transfer: Future[None] | None = None  # that fetches the handed KV
     doomed: bool = False  # aborted while a transfer writes into its blocks: freed when the transfer ends
+
+    drafts: Drafts = field(default_factory=Drafts)
 
     started: float = 0.0  # monotonic, s: first step
     compute_ms: float = 0.0  # from then to the first token sampled here
@@ -66,6 +69,10 @@ class Sequence:
         return self.token_ids[len(self.request.prompt_ids) :]
 
     @property
+    def num_output(self) -> int:
+        return len(self.token_ids) - len(self.request.prompt_ids)
+
+    @property
     def order(self) -> tuple[int, int]:
         """Who is served first: priority, then arrival."""
         return (self.request.priority, self.arrival)
@@ -85,13 +92,12 @@ class Sequence:
     def finish_reason(self, eos_token_ids: tuple[int, ...], max_context: int) -> FinishReason | None:
         """Of the token appended last."""
         sampling = self.request.sampling
-        num_output = len(self.token_ids) - len(self.request.prompt_ids)
         last = self.token_ids[-1]
-        if num_output > sampling.min_tokens and (
+        if self.num_output > sampling.min_tokens and (
             last in sampling.stop_token_ids or (last in eos_token_ids and not sampling.ignore_eos)
         ):
             return FinishReason.STOP
-        if num_output >= sampling.max_tokens or len(self.token_ids) >= max_context:
+        if self.num_output >= sampling.max_tokens or len(self.token_ids) >= max_context:
             return FinishReason.LENGTH
         return None
 

@@ -29,7 +29,7 @@ from python_backends.core.types import Epoch, FinishReason, RequestId, TokenLogp
             WorkerId("decode"),
             Epoch(2**63 + 1),
             [
-                TokenChunk(RequestId("a"), [1, 2], [TokenLogprob(1, -0.5, [(1, -0.5)])], FinishReason.STOP),
+                TokenChunk(RequestId("a"), [1, 2], 0, [TokenLogprob(1, -0.5, [(1, -0.5)])], FinishReason.STOP),
                 RequestFailed(RequestId("b"), TritonCode.UNAVAILABLE, "busy", True),
             ],
         ),
