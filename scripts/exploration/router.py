@@ -54,8 +54,9 @@ from router.supervisor import Supervisor
 from router.tokenizer import Tokenizer
 from router.types import ClientRequest, Piece, Way, Wish
 from scripts.exploration.clock import VirtualLoop, VirtualTime
+from scripts.exploration.promise import Violation, require
 from scripts.exploration.tiny import VOCABULARY, HeapMemory, TinyEngine, answer_to
-from scripts.exploration.workers import KEY, Violation, require
+from scripts.exploration.workers import KEY
 
 _SILENT_S = 3.0
 _LEASE_S = 2.0

@@ -45,6 +45,7 @@ from python_backends.engines.base import Engine
 from python_backends.worker.channel import ChannelListener
 from python_backends.worker.service import Worker
 from scripts.exploration.clock import VirtualTime
+from scripts.exploration.promise import Violation, require
 from scripts.exploration.tiny import HeapMemory, TinyEngine, answer_to
 
 KEY = b"exploration key of thirty-two by"
@@ -71,15 +72,6 @@ _LAYOUTS: tuple[tuple[str, ...], ...] = (
     ("aggregated_0",),
 )
 _REFUSED_WORK = "work:"
-
-
-class Violation(AssertionError):
-    """A promise was broken."""
-
-
-def require(truth: object, promise: str) -> None:
-    if not truth:
-        raise Violation(promise)
 
 
 class WorldChannel:
