@@ -9,7 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 import urllib.request
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from itertools import groupby
 
 import numpy as np
@@ -81,12 +81,13 @@ class TritonSubmitter:
 class TritonModelControl:
     """Implements router.supervisor.ModelControl."""
 
-    def __init__(self, address: str, own: Collection[WorkerId], remote: RemoteServers) -> None:
-        """`address`: HOST:PORT of this server's HTTP service. Without it the Python backend is asked.
+    def __init__(self, address: str, headers: Mapping[str, str], own: Collection[WorkerId], remote: RemoteServers) -> None:
+        """`address`: HOST:PORT of this server's HTTP service, which opens to `headers`. Without it the Python backend is asked.
 
         That holds the interpreter until the model is up, seconds in which no stream of this router goes on.
         """
         self._address = address
+        self._headers = dict(headers)
         self._own = own
         self._remote = remote
 
@@ -111,5 +112,5 @@ class TritonModelControl:
     def _post(self, model: str, action: str) -> None:
         """Raises OSError, which urllib's errors are."""
         url = f"http://{self._address}/v2/repository/models/{model}/{action}"
-        with urllib.request.urlopen(urllib.request.Request(url, b"{}"), timeout=_LOAD_S) as response:
+        with urllib.request.urlopen(urllib.request.Request(url, b"{}", self._headers), timeout=_LOAD_S) as response:
             response.read()
