@@ -84,6 +84,7 @@ class Run:
     async def enter(self) -> None:
         """Take a place, tokenise, validate. Raises InvalidRequest or QueueFull."""
         self._house.journal.begin(self._entry)
+        self._request.check_sizes()
         self._place = self._house.admission.enter()
         self._prompt_ids = await self._house.tokenize(self._request)
         self._sampling = self._check_tokens(self._request.sampling)

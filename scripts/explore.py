@@ -18,6 +18,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -87,16 +88,24 @@ def explore(world: str, first: int, lives: int, processes: int, until: float = f
     """`lives` from the seed `first` on, or fewer when it is later than `until` (monotonic, s)."""
     began = time.monotonic()
     total = Result(world, first)
-    if processes == 1:
-        for seeds in _portions(first, lives):
-            if time.monotonic() < until:
-                total.add(live_through(world, seeds))
-    else:
-        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-            for part in _spread(pool, world, first, lives, 2 * processes, until):
-                total.add(part)
+    with _same_order(), ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        for part in _spread(pool, world, first, lives, 2 * processes, until):
+            total.add(part)
     total.seconds = time.monotonic() - began
     return total
+
+
+@contextmanager
+def _same_order() -> Iterator[None]:
+    """For processes that begin in here: sets of strings have the same order in all of them, so a seed is one world."""
+    before = os.environ.get("PYTHONHASHSEED")
+    os.environ["PYTHONHASHSEED"] = "0"
+    try:
+        yield
+    finally:
+        del os.environ["PYTHONHASHSEED"]
+        if before is not None:
+            os.environ["PYTHONHASHSEED"] = before
 
 
 def _portions(first: int, lives: int) -> Iterator[range]:

@@ -14,7 +14,7 @@ from collections import Counter, OrderedDict
 
 import msgspec
 
-from python_backends.core.errors import InvalidRequest
+from python_backends.core.errors import UNREADABLE, InvalidRequest
 from python_backends.core.messages import Work
 from python_backends.core.signing import Domain, sign, verify
 from python_backends.core.types import Epoch, WorkerId
@@ -70,7 +70,7 @@ class OrderReader:
             raise InvalidRequest("this is an internal model of a Baton deployment: send requests to the model 'router'")
         try:
             order = _decoder.decode(body)
-        except msgspec.MsgspecError as error:
+        except UNREADABLE as error:
             raise InvalidRequest(f"work: {error}; router and workers must be of the same version") from error
         if (order.worker, order.epoch) != (self._worker, self._epoch):
             raise InvalidRequest(f"work: it is for another worker than {self._worker}, or for an earlier life of it")

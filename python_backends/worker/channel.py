@@ -16,11 +16,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
-import msgspec
 import zmq
 
 from python_backends.core.curve import CurveKeys
-from python_backends.core.errors import ConfigError
+from python_backends.core.errors import UNREADABLE, ConfigError
 from python_backends.core.host import host_id
 from python_backends.core.messages import FromWorker, Heartbeat, RouterHeartbeat, ToWorker, encode, to_worker_decoder
 
@@ -196,7 +195,7 @@ class WorkerChannel:
         identity, *parts = frames
         try:
             message = to_worker_decoder.decode(b"".join(parts))
-        except msgspec.MsgspecError:
+        except UNREADABLE:
             return  # of another version; its sender learns nothing from an answer here
         if isinstance(message, RouterHeartbeat):
             self._hear_router(socket, identity, message)

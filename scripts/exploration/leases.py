@@ -22,9 +22,9 @@ from router.lifecycle import ENDED_BY_ITSELF, Event, Held, Lifecycle, State
 from scripts.exploration.clock import VirtualTime
 from scripts.exploration.promise import Violation, require
 
-_NUM_BLOCKS = 6
+_NUM_BLOCKS = 4
 _LEASE_S = 2.0
-_PROMPTS = 3  # so few that they meet in the prefix cache
+_PROMPTS = 4  # so few that they meet in the prefix cache, and too many for it
 _TICKETED = (State.HANDING_OFF, State.DECODING)
 
 _Words = tuple[int, int]  # what is written into a block: prompt, index of the block in it
@@ -105,11 +105,8 @@ class LeasesWorld:
         self._rng = rng
         self.happened: Counter[str] = Counter()
         self._workers = [_Worker(clock), _Worker(clock)]  # prefill, decode
-        self._requests = [
-            _Request(f"r{index}", rng.randrange(_PROMPTS), rng.randrange(1, 4)) for index in range(rng.randrange(1, 4))
-        ]
-        for request in self._requests:
-            request.books.update(request.life.holds)
+        self._count = 0
+        self._requests = [self._new_request() for _ in range(rng.randrange(1, 5))]
         self._underway: list[Callable[[], None]] = []
 
     def run(self) -> None:
@@ -129,7 +126,14 @@ class LeasesWorld:
             else:
                 self._crash(rng.randrange(2))
             self._check()
+            self._requests = [request if request.life.live else self._new_request() for request in self._requests]
         self._finish()
+
+    def _new_request(self) -> _Request:
+        self._count += 1
+        request = _Request(f"r{self._count}", self._rng.randrange(_PROMPTS), self._rng.randrange(1, 4))
+        request.books.update(request.life.holds)
+        return request
 
     # --- what happens ---
 
@@ -188,7 +192,7 @@ class LeasesWorld:
         back = life.on(event)
         request.books.subtract(back | ENDED_BY_ITSELF.get((before, event), frozenset()))
         request.books.update(life.holds - held)
-        for what in back:
+        for what in sorted(back):  # sets have another order in every process
             if what is Held.PREFILL and request.prefill is not None:
                 self._to(request.prefill, self._abort, request.leg)
             elif what is Held.DECODE and request.decode is not None:

@@ -421,6 +421,7 @@ class RouterWorld:
             if not self._broken:
                 raise
         finally:
+            self._shut_router()
             for task in asyncio.all_tasks(self.loop):
                 task.cancel()
             self.loop.close()
@@ -459,7 +460,6 @@ class RouterWorld:
             node.thaw()
         await asyncio.sleep(_SETTLE_S)
         self._check_rest()
-        self._shut_router()
         self.happened["seconds"] += int(self.clock.now - 1000)
 
     def _check_rest(self) -> None:

@@ -384,7 +384,7 @@ class PagedEngine:
         self._closing = True
 
     def _end_everything(self) -> None:
-        for sequence in list(self._scheduler.all()):
+        for sequence in [sequence for sequence in self._scheduler.all() if not sequence.doomed]:  # nobody waits for those
             self._outputs.append(
                 RequestFailed(sequence.id, TritonCode.UNAVAILABLE, f"worker {self._worker} is shutting down", True)
             )

@@ -53,6 +53,12 @@ def test_random_bytes_are_no_work(order: bytes) -> None:
         reader().take(order)
 
 
+def test_signed_text_that_is_no_utf8_is_no_work() -> None:
+    body = msgspec.msgpack.encode(Order(WORKER, EPOCH, "sender", 1, WORK)).replace(b"sender", b"sende\xff")
+    with pytest.raises(InvalidRequest, match="of the same version"):
+        reader().take(sign(Domain.WORK, body, KEY))
+
+
 def test_ticket_is_no_work() -> None:
     body = msgspec.msgpack.encode(Order(WORKER, EPOCH, "s", 1, WORK))
     with pytest.raises(InvalidRequest, match="router"):
