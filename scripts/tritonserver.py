@@ -216,7 +216,7 @@ class TritonServer:
         if not security.restricted_apis:
             return []
         secret = operator_secret(deployment_key(security.key_file, self.run_dir))
-        rule = f"{','.join(security.restricted_apis)},{OPERATOR_HEADER}={secret}"
+        rule = f"{','.join(security.restricted_apis)}:{OPERATOR_HEADER}={secret}"
         return [f"--http-restricted-api={rule}", f"--grpc-restricted-protocol={rule}"]
 
     def _companions(self) -> list[list[str]]:
