@@ -96,6 +96,11 @@ class _Request:
     def leg(self) -> RequestId:
         return RequestId(f"{self.name}.{self.attempt}")
 
+    def check(self) -> None:
+        held = {what: count for what, count in self.books.items() if count}
+        if held != dict.fromkeys(self.life.holds, 1):
+            raise Violation(f"{self.name} holds {held} in state {self.life.state}")
+
 
 class LeasesWorld:
     """One life of two workers and a few requests."""
@@ -108,6 +113,7 @@ class LeasesWorld:
         self._count = 0
         self._requests = [self._new_request() for _ in range(rng.randrange(1, 5))]
         self._underway: list[Callable[[], None]] = []
+        self._moved: set[_Worker | _Request] = set()
 
     def run(self) -> None:
         rng = self._rng
@@ -126,7 +132,9 @@ class LeasesWorld:
             else:
                 self._crash(rng.randrange(2))
             self._check()
-            self._requests = [request if request.life.live else self._new_request() for request in self._requests]
+            for index, request in enumerate(self._requests):
+                if not request.life.live:
+                    self._requests[index] = self._new_request()
         self._finish()
 
     def _new_request(self) -> _Request:
@@ -175,6 +183,7 @@ class LeasesWorld:
 
     def _pass_time(self, seconds: float) -> None:
         self._clock.now += seconds
+        self._moved.update(self._workers)
         for worker in self._workers:
             self.happened["expired"] += len(worker.leases.expire(self._clock.now))
 
@@ -187,6 +196,7 @@ class LeasesWorld:
     # --- the router ---
 
     def _move(self, request: _Request, event: Event) -> None:
+        self._moved.add(request)
         life = request.life
         before, held = life.state, life.holds
         back = life.on(event)
@@ -221,7 +231,12 @@ class LeasesWorld:
     # --- the workers ---
 
     def _to(self, worker: _Worker, call: Callable[..., None], *arguments: object) -> None:
-        self._underway.append(lambda: call(worker, *arguments) if worker.alive else None)
+        self._underway.append(lambda: self._tell(worker, call, arguments))
+
+    def _tell(self, worker: _Worker, call: Callable[..., None], arguments: tuple[object, ...]) -> None:
+        if worker.alive:
+            self._moved.add(worker)
+            call(worker, *arguments)
 
     def _abort(self, worker: _Worker, leg: RequestId) -> None:
         worker.pool.release(worker.running.pop(leg, []))
@@ -295,12 +310,10 @@ class LeasesWorld:
     # --- the promises ---
 
     def _check(self) -> None:
-        for worker in self._workers:
-            worker.check()
-        for request in self._requests:
-            held = {what: count for what, count in request.books.items() if count}
-            if held != dict.fromkeys(request.life.holds, 1):
-                raise Violation(f"{request.name} holds {held} in state {request.life.state}")
+        """Of whoever has moved since the last look."""
+        for who in self._moved:
+            who.check()
+        self._moved.clear()
 
     def _finish(self) -> None:
         """Whatever lives is cancelled, every message arrives, and leases nobody spoke of run out."""
