@@ -30,11 +30,6 @@ def test_every_promise_is_kept(world: str) -> None:
     assert result.lives == LIVES[world]
 
 
-def test_what_was_broken_once() -> None:
-    """A transfer under way when its request was aborted; then the worker closed, and spoke of it."""
-    assert explore.live_through("workers", range(15_725, 15_726)).broken == 0
-
-
 def test_everything_happens_that_a_world_is_for() -> None:
     seen = {world: explore.live_through(world, range(100)).happened for world in explore.WORLDS}
     assert {"leases", "released", "released again", "expired", "retries", "crashes", "fetched"} <= seen["leases"].keys()
@@ -135,11 +130,11 @@ def test_a_bug_is_found(world: str, bug: Patch, monkeypatch: pytest.MonkeyPatch)
 
 def test_results_are_written_and_processes_share_the_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "result.json"
-    assert explore.main(["router", "--lives", "120", "--first", "7", "--processes", "2", "--json", str(file)]) == 0
+    assert explore.main(["leases", "--lives", "120", "--first", "7", "--processes", "2", "--json", str(file)]) == 0
     (result,) = json.loads(file.read_text())
-    assert (result["world"], result["lives"], result["broken"]) == ("router", 120, 0)
-    assert result["happened"] == explore.explore("router", 7, 120, 1).happened  # a seed is a world, in any process
-    assert "router" in capsys.readouterr().out
+    assert (result["world"], result["lives"], result["broken"]) == ("leases", 120, 0)
+    assert result["happened"] == explore.explore("leases", 7, 120, 1).happened  # a seed is a world, in any process
+    assert "leases" in capsys.readouterr().out
 
 
 def test_a_broken_promise_is_told_with_how_to_see_it_again(
