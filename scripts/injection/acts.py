@@ -14,6 +14,7 @@ import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from python_backends.core.deployment_key import OPERATOR_HEADER, deployment_key, operator_secret
 from python_backends.core.errors import BatonError, Unavailable
 from python_backends.core.types import Role
 from router.door.messages import News, WorkerNews
@@ -112,10 +113,12 @@ def _reload_worker(role: Role, state: State) -> Callable[[Scene], Hit]:
 
     def strike(scene: Scene) -> Hit:
         worker, clients = _victim(scene, role, state)
+        key = deployment_key(scene.server.deployment.security.key_file, scene.server.run_dir)
+        headers = {OPERATOR_HEADER: operator_secret(key)}
         at = time.monotonic()
         for action in ("unload", "load"):
             url = f"http://{scene.server.host}:{scene.server.http_port}/v2/repository/models/{worker.id}/{action}"
-            with urllib.request.urlopen(urllib.request.Request(url, b"{}"), timeout=_LOAD_S) as response:
+            with urllib.request.urlopen(urllib.request.Request(url, b"{}", headers), timeout=_LOAD_S) as response:
                 response.read()
         return Hit(at, clients, _back(scene, worker, new_life=True))
 
