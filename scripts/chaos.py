@@ -225,7 +225,11 @@ def _names(strikes: list[Strike], conditions: list[Condition]) -> list[str]:
 
 
 def _is_named(only: list[str], name: str) -> bool:
-    return not only or any(all(word in name.split() for word in words.split()) for words in only)
+    return not only or any(set(_words(named)) <= set(_words(name)) for named in only)
+
+
+def _words(name: str) -> list[str]:
+    return name.replace(",", "").split()
 
 
 def main(arguments: list[str] | None = None) -> int:

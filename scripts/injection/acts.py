@@ -32,6 +32,7 @@ _PAUSE_S = 0.7  # a worker that is stopped for so long is only late
 _BURST = 16
 _BURST_ID = "burst"
 _LOAD_S = 60.0
+_RED_S = 10.0  # as promised
 
 ROLES = ("prefill", "decode", "aggregated", "router")
 
@@ -161,6 +162,18 @@ def _kill_router(state: State) -> Callable[[Scene], Hit]:
     return strike
 
 
+def _stop_all_that_decode(scene: Scene) -> Hit:
+    """Nobody can serve: readiness must say so in time, and come back by itself."""
+    news = wait_for(scene.door, lambda news: news if not news.trouble else None, VICTIM_S, "a server that is ready")
+    at = time.monotonic()
+    for worker in news.workers:
+        if worker.role is not Role.PREFILL:
+            os.kill(worker.pid, signal.SIGSTOP)
+    wait_for(scene.door, lambda news: news.trouble or None, _RED_S, "readiness is red")
+    wait_for(scene.door, lambda news: not news.trouble or None, BACK_S, "readiness is green again")
+    return Hit(at, [record.client_id for record in news.live], time.monotonic())
+
+
 def _cancel_burst(scene: Scene) -> Hit:
     """Many requests are begun at once and cancelled one by one, in whatever state they are."""
     at = time.monotonic()
@@ -213,6 +226,7 @@ STRIKES = [
         Strike("kill -9", "router", state.value, _kill_router(state), OpenAIWay)
         for state in (State.PREFILLING, State.HANDING_OFF, State.DECODING)
     ],
+    Strike("SIGSTOP", "all that decode", "", _stop_all_that_decode),
     Strike("cancel burst", "clients", "", _cancel_burst),
 ]
 
