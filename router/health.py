@@ -20,6 +20,7 @@ from collections.abc import Callable
 from enum import Enum
 
 from python_backends.core.config import Deployment
+from python_backends.core.place import place_of
 from python_backends.core.types import Epoch, Role, WorkerId
 from router.canary import MOVED, Canary
 from router.fleet import WorkerView
@@ -34,6 +35,7 @@ _PAUSE_S = 0.2  # before a canary that failed at once is repeated
 _ANSWER_S = 60.0  # no answer is waited for longer than that
 _HELD_UP_S = 1.0  # waiting that took so much longer says more about this router than about the worker
 _REMEMBERED_S = 60.0  # half of the patience that a slow answer has taught is forgotten after so long
+_START_S = 300.0
 _LOOK_EVERY_S = 60.0
 _SLOW_S = 60.0  # of workers whose first handoff, say, may take long
 
@@ -89,6 +91,7 @@ class Health:
         self._config = deployment.health
         self._handoff_s = deployment.health.canary_timeout_s + deployment.transfer.timeout_s
         self._take_out = take_out
+        self._own = {place_of(deployment, worker).worker for worker in deployment.workers}
         self._tasks: dict[Epoch, asyncio.Task[None]] = {}
         house.fleet.on_probation = self._config.canary_s > 0
 
@@ -96,6 +99,7 @@ class Health:
         """Look after every worker that is up, until cancelled. Returns at once when there are to be no canaries."""
         if not self._config.canary_s:
             return
+        await self._until_started()
         pairs = asyncio.create_task(self._try_pairs())
         try:
             while True:
@@ -110,6 +114,13 @@ class Health:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _until_started(self) -> None:
+        """Triton 24.10 aborts at times when models are called while others are still loading for the first time."""
+        end = time.monotonic() + _START_S
+        while not self._own <= {view.id for view in self._house.fleet} and time.monotonic() < end:
+            await self._house.fleet.wait_for_change(_LOOK_EVERY_S)
+        await asyncio.sleep(self._config.canary_s)
 
     async def _look_after(self, worker: WorkerId, epoch: Epoch) -> None:
         """One life of a worker, as long as it is up."""
