@@ -2,8 +2,8 @@
 
 Handing on is a call between processes per series (router/triton/metrics.py), so it happens a few times a second and not per
 request, and an idle router hands on nothing but canaries. Histograms are counters with a label `le`, which PromQL's
-histogram_quantile reads like any other: Triton 24.10 has no histograms for Python models, and where a newer one has them each observation would
-be a call of its own, while a counter takes a second's worth of them at once.
+histogram_quantile reads like any other: Triton 24.10 has no histograms for Python models, and where a newer one has them each
+observation would be a call of its own, while a counter takes a second's worth of them at once.
 
 Labels are workers, routes, outcomes and the like: all of them from the deployment file or an enum, so their number is bounded.
 """

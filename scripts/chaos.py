@@ -76,19 +76,25 @@ class Chaos:
                     self._strike(scene, load, strike, row)
 
     def suffer(self, conditions: list[Condition], rounds: int) -> None:
-        """A server for each of them. Raises BatonError."""
+        """A server for each of them."""
         for condition in conditions:
             row = Row(what=condition.what, where=condition.where, when="")
             self.rows.append(row)
-            with self._serving(condition.settings) as (scene, load):
-                before = _count(scene.server, condition.counted)
-                for _ in range(rounds):
-                    began = time.monotonic()
-                    load.resume()
-                    time.sleep(_CONDITION_S)
-                    self._end_row(scene, load, row, began)
-                row.injected = _count(scene.server, condition.counted) - before
+            try:
+                self._suffer(condition, rounds, row)
+            except BatonError as error:  # of one server; the others are still worth their time
+                row.problems.append(str(error))
             self._say(row)
+
+    def _suffer(self, condition: Condition, rounds: int, row: Row) -> None:
+        with self._serving(condition.settings) as (scene, load):
+            before = _count(scene.server, condition.counted)
+            for _ in range(rounds):
+                began = time.monotonic()
+                load.resume()
+                time.sleep(_CONDITION_S)
+                self._end_row(scene, load, row, began)
+            row.injected = _count(scene.server, condition.counted) - before
 
     @contextmanager
     def _serving(self, settings: dict[str, object]) -> Iterator[tuple[Scene, Load]]:
