@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from typing import Protocol
 
 import msgspec
@@ -85,7 +84,7 @@ class RouterChannel:
             if self._identities.get(message.worker) != identity:
                 self._identities[message.worker] = identity
                 self.send(message.worker, RouterHeartbeat(self._name))  # it should know at once whom it works for
-            if house.hear_heartbeat(message, time.monotonic()):
+            if house.hear_heartbeat(message, house.clock.now()):
                 self.send(message.worker, Resync())
             watcher.seen(message)
         else:

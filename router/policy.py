@@ -1,22 +1,58 @@
-"""How a request is served and by whom: a pure function of the fleet, the prefix matches and the wish.
+"""How a request is served and by whom: a pure function of the fleet, the prefix matches, the targets and the wish.
 
-1. A decode worker that has all but a few tokens of the prompt computes the rest itself, unless it is much busier than
-   the others: `cached` when only tokens outside full blocks are missing, else `local`.
-2. Otherwise the least busy decode worker is taken, and the prefill worker that is done with the prompt first, counted
-   in tokens ahead of it plus tokens that it has not cached: `remote`.
-3. Without prefill workers the decode worker does it (`local`); without decode workers an aggregated one (`aggregated`).
+For a few workers of each role - those that have most of the prompt, and the least loaded - it predicts
+
+    remote       time to first token on the prefill worker: its queue, then the uncached tokens; on the decode worker: what
+                 a step takes with one stream more, and the wait for the KV
+    local        the same work on the decode worker itself, between the steps of its running streams, which it delays
+    aggregated   as local
+
+and takes the way that misses the targets least and, among those that keep them, the cheapest. The two choices of a remote
+way do not depend on each other: the first token leaves before the decode worker is asked. So every worker is looked at
+once, not every pair. Of ways that cost nearly the same, two are drawn and the less busy one is taken (Mitzenmacher, "The
+Power of Two Choices in Randomized Load Balancing", 2001): several routers that know the same must not all choose the same.
+
+A hot prefix needs no rule: as long as queueing for it is cheaper than computing it elsewhere, it is queued for; then
+another worker computes it, and has it, too. Nor does a conversation: its last worker has most of the prompt.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from random import Random
+from typing import Protocol
 
 from python_backends.core.types import Role, WorkerId
-from router.fleet import WorkerView
-from router.types import RouteDecision, Way, Wish
+from router.cost_model import prefill_ms
+from router.fleet import Fleet, WorkerView
+from router.types import RouteDecision, Slo, Way, Wish
 
-_STICKY_REQUESTS = 4  # a prefix hit is worth being so many requests busier than the least busy worker
+_LOOKED_AT = 4  # of the least loaded workers of a role; as many again that have most of the prompt
+_NEAR = 1.03  # costs that differ less are the same ...
+_NEAR_MS = 0.5  # ... and so are these
+_TOKENS_VALUED = 10  # a millisecond more between tokens is worth so many to the first token
+_DELAY_VALUED = 0.05  # a running stream's delay against a delay of this request's first token
+
+
+class Cached(Protocol):
+    """router.prefix_index.Match."""
+
+    def get(self, worker: WorkerId) -> int:
+        """Leading prompt tokens that the worker is believed to have."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Of the deployment's engines."""
+
+    step_tokens: int
+    max_batch: int
+
+    @property
+    def prefill_window(self) -> int:
+        """Prompt tokens given to a worker in advance: enough that it never waits for more; the rest waits in the router."""
+        return 2 * self.step_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,78 +60,205 @@ class Query:
     """What the choice depends on besides the fleet."""
 
     num_tokens: int
-    matched: Mapping[WorkerId, int]  # leading prompt tokens each worker is believed to have
+    cached: Cached
+    hits: Sequence[WorkerId]  # workers that have most of the prompt, best first
     wish: Wish
-    local_prefill_tokens: int
+    slo: Slo = Slo()
+    output_tokens: int = 128  # expected
     avoid: Collection[WorkerId] = ()  # workers that failed this request; taken only if there is no other
 
 
-def choose(query: Query, workers: Sequence[WorkerView]) -> RouteDecision | None:
-    """None when no worker that is up can serve the request now."""
-    decodes = _candidates(workers, Role.DECODE, query)
-    aggregated = _candidates(workers, Role.AGGREGATED, query)
-    if aggregated and (query.wish is Wish.AGGREGATED or not decodes):
-        return _aggregated(query, aggregated, "as asked" if query.wish is Wish.AGGREGATED else "no decode worker is up")
-    if not decodes:
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """`now`: the request can go there now. Otherwise it is better off waiting in the router, and nobody else is idle."""
+
+    decision: RouteDecision
+    now: bool
+    missing: int  # prompt tokens that the decode worker has not cached
+
+
+@dataclass(slots=True)
+class _Option:
+    """One way to serve the request. Times in ms."""
+
+    way: Way
+    worker: WorkerView  # who decodes
+    prefill: WorkerView | None
+    uncached: int
+    ttft: float
+    itl: float
+    peak: float  # the longest gap that running streams see
+    cost: float
+    room: bool
+    excess: float = 0.0  # how far the targets are missed
+
+    def measure(self, slo: Slo) -> None:
+        if slo.ttft_ms:
+            self.excess += max(0.0, self.ttft / slo.ttft_ms - 1)
+        if slo.itl_ms:
+            self.excess += max(0.0, max(self.itl, self.peak) / slo.itl_ms - 1)
+
+
+def choose(query: Query, fleet: Fleet, limits: Limits, random: Random) -> Choice | None:
+    """None when no worker that is up can serve the request. `random` settles what is nearly equal."""
+    options = _options(query, fleet, limits, random)
+    for option in options:
+        option.measure(query.slo)
+    if not options:
         return None
-    idle = min(decodes, key=lambda w: (w.requests, -query.matched.get(w.id, 0), w.id))
-    near = None if query.wish is Wish.REMOTE else _nearly_cached(query, decodes, idle.requests)
-    if near is not None:
-        return _on_decode_worker(query, near)
-    prefills = [
-        worker
-        for worker in _candidates(workers, Role.PREFILL, query)
-        if worker.heartbeat.fingerprint == idle.heartbeat.fingerprint
-    ]
-    if query.wish is Wish.LOCAL or not prefills:
-        return _local(query, idle, "as asked" if query.wish is Wish.LOCAL else "no prefill worker of this model is up")
-    return _remote(query, prefills, idle)
+    best = _pick(options, random)
+    now = best.room or any(option.room and option.excess <= best.excess for option in options)
+    missing = query.num_tokens - query.cached.get(best.worker.id)
+    return Choice(_decision(query, best, options), now, missing)
 
 
-def _candidates(workers: Sequence[WorkerView], role: Role, query: Query) -> list[WorkerView]:
-    able = [w for w in workers if w.up and w.role is role and query.num_tokens < w.heartbeat.max_context]
-    return [w for w in able if w.id not in query.avoid] or able
+def _options(query: Query, fleet: Fleet, limits: Limits, random: Random) -> list[_Option]:
+    """All ways that wish and fleet allow. A wish that nobody can serve is served another way."""
+    decodes = _candidates(query, fleet, Role.DECODE, random)
+    aggregated = _candidates(query, fleet, Role.AGGREGATED, random)
+    if aggregated and (query.wish is Wish.AGGREGATED or not decodes):
+        return [_alone(query, worker, limits, Way.AGGREGATED) for worker in aggregated]
+    if not decodes:
+        return []
+    remote = _remote(query, fleet, decodes, limits, random) if query.wish is not Wish.LOCAL else []
+    if query.wish is Wish.REMOTE and remote:
+        return remote
+    local = [_alone(query, worker, limits, Way.LOCAL) for worker in decodes]
+    if query.wish is Wish.LOCAL:
+        return local
+    others = [w for w in aggregated if w.id not in fleet.standby] if query.wish is Wish.AUTO else []
+    return [*remote, *local, *(_alone(query, worker, limits, Way.AGGREGATED) for worker in others)]
 
 
-def _nearly_cached(query: Query, decodes: Sequence[WorkerView], fewest: int) -> WorkerView | None:
-    near = [
-        worker
-        for worker in decodes
-        if _uncached(query, worker) <= query.local_prefill_tokens and worker.requests <= fewest + _STICKY_REQUESTS
-    ]
-    return min(near, key=lambda w: (_uncached(query, w), w.requests, w.id), default=None)
+def _candidates(
+    query: Query, fleet: Fleet, role: Role, random: Random, fingerprint: str | None = None
+) -> list[WorkerView]:
+    """A few workers of the role that can take the prompt; those that failed it only if there are no others."""
+    ranked = fleet.ranked[role]
+    if not ranked:
+        return []
+
+    def able(worker: WorkerView) -> bool:
+        return query.num_tokens < worker.max_context and fingerprint in (None, worker.fingerprint)
+
+    def trusted(worker: WorkerView) -> bool:
+        return worker.id not in query.avoid and able(worker)
+
+    for fits in (trusted, able) if query.avoid else (able,):
+        found = ranked.few(_LOOKED_AT, fits, random)
+        found += [worker for worker in _hits(query, ranked.get) if worker not in found and fits(worker)]
+        if found:
+            return found
+    return []
 
 
-def _uncached(query: Query, worker: WorkerView) -> int:
-    return query.num_tokens - query.matched.get(worker.id, 0)
+def _hits(query: Query, get: Callable[[WorkerId], WorkerView | None]) -> Iterable[WorkerView]:
+    return (worker for name in query.hits if (worker := get(name)) is not None)
 
 
-def _on_decode_worker(query: Query, worker: WorkerView) -> RouteDecision:
-    uncached = _uncached(query, worker)
-    size = worker.heartbeat.layout.block_size
-    if query.num_tokens - uncached == (query.num_tokens - 1) // size * size > 0:
-        why = f"{worker.id} has every full block of the prompt; {uncached} tokens are left"
-        return RouteDecision(Way.CACHED, None, worker.id, uncached, why)
-    return _local(query, worker, f"{uncached} uncached tokens are at most router.local_prefill_tokens")
+def _remote(
+    query: Query, fleet: Fleet, decodes: Sequence[WorkerView], limits: Limits, random: Random
+) -> list[_Option]:
+    """Each prefill worker with the decode worker that suits best."""
+    receivers = [_receiving(query, worker, limits) for worker in decodes]
+    for option in receivers:
+        option.measure(Slo(itl_ms=query.slo.itl_ms))
+    decode = _pick([option for option in receivers if option.room] or receivers, random)
+    options = []
+    for worker in _candidates(query, fleet, Role.PREFILL, random, decode.worker.fingerprint):
+        uncached, ttft = _first_token(query, worker, limits)
+        room = decode.room and worker.prefill_tokens < limits.prefill_window and worker.has_kv_for(uncached)
+        cost = ttft + decode.cost
+        options.append(_Option(Way.REMOTE, decode.worker, worker, uncached, ttft, decode.itl, decode.peak, cost, room))
+    return options
 
 
-def _local(query: Query, worker: WorkerView, reason: str) -> RouteDecision:
-    uncached = _uncached(query, worker)
-    why = f"{reason}; {worker.id} has {query.num_tokens - uncached} of {query.num_tokens} tokens cached"
-    return RouteDecision(Way.LOCAL, None, worker.id, uncached, why)
+def _receiving(query: Query, worker: WorkerView, limits: Limits) -> _Option:
+    """The decode worker's part of a remote way; the cost is that of this part."""
+    missing = query.num_tokens - query.cached.get(worker.id)
+    itl = _itl(query, worker)
+    wait = worker.link.transfer_ms(missing * worker.token_bytes)
+    room = worker.requests < limits.max_batch and worker.has_kv_for(missing + query.output_tokens)
+    return _Option(Way.REMOTE, worker, None, missing, 0.0, itl, itl, _TOKENS_VALUED * itl + wait, room)
 
 
-def _remote(query: Query, prefills: Sequence[WorkerView], decode: WorkerView) -> RouteDecision:
-    best = min(prefills, key=lambda w: (w.prefill_tokens + _uncached(query, w), w.id))
-    uncached = _uncached(query, best)
-    why = (
-        f"{_uncached(query, decode)} of {query.num_tokens} tokens are uncached at {decode.id} ({decode.requests} requests); "
-        f"{best.id} computes {uncached} after {best.prefill_tokens} ahead"
+def _alone(query: Query, worker: WorkerView, limits: Limits, way: Way) -> _Option:
+    """The worker computes the uncached rest of the prompt itself, and goes on."""
+    uncached, ttft = _first_token(query, worker, limits)
+    itl, streams = _itl(query, worker), worker.streams
+    peak = delay = 0.0
+    if streams:
+        chunk = min(uncached, max(limits.step_tokens - streams, 1))
+        peak = worker.model.step_ms(chunk, chunk * (query.num_tokens - uncached + chunk / 2), streams, worker.context_tokens)
+        delay = _DELAY_VALUED * streams * max(0.0, ttft - worker.hop_ms)
+    room = (
+        worker.prefill_tokens < limits.prefill_window
+        and worker.requests < limits.max_batch
+        and worker.has_kv_for(uncached + query.output_tokens)
     )
-    return RouteDecision(Way.REMOTE, best.id, decode.id, uncached, why)
+    if way is Way.LOCAL and _has_every_full_block(query, uncached, worker.block_size):
+        way = Way.CACHED
+    return _Option(way, worker, None, uncached, ttft, itl, peak, ttft + _TOKENS_VALUED * itl + delay, room)
 
 
-def _aggregated(query: Query, workers: Sequence[WorkerView], reason: str) -> RouteDecision:
-    best = min(workers, key=lambda w: (w.prefill_tokens + _uncached(query, w), w.requests, w.id))
-    why = f"{reason}; {best.id} has {query.matched.get(best.id, 0)} of {query.num_tokens} tokens cached"
-    return RouteDecision(Way.AGGREGATED, None, best.id, _uncached(query, best), why)
+def _first_token(query: Query, worker: WorkerView, limits: Limits) -> tuple[int, float]:
+    """Uncached tokens, and ms until the first token is here."""
+    cached = query.cached.get(worker.id)
+    uncached = query.num_tokens - cached
+    ahead = worker.tokens_before(uncached)
+    streams, context = worker.streams, worker.context_tokens
+    ms = worker.hop_ms + prefill_ms(worker.model, limits.step_tokens, uncached, cached, ahead, streams, context)
+    if streams:  # the step that is running when the request comes
+        ms += worker.model.step_ms(0, 0, streams, context) / 2
+    return uncached, ms
+
+
+def _itl(query: Query, worker: WorkerView) -> float:
+    return worker.model.step_ms(0, 0, worker.requests + 1, worker.context_tokens + query.num_tokens)
+
+
+def _has_every_full_block(query: Query, uncached: int, block_size: int) -> bool:
+    return query.num_tokens - uncached == (query.num_tokens - 1) // block_size * block_size > 0
+
+
+def _pick(options: Sequence[_Option], random: Random) -> _Option:
+    """The option that misses the targets least, then the cheapest; of near equals the less busy of two that are drawn."""
+    least = min(options, key=lambda option: (option.excess, option.cost))
+    if len(options) == 1:
+        return least
+    most = least.cost * _NEAR + _NEAR_MS
+    near = [option for option in options if option.cost <= most and option.excess <= least.excess]
+    if len(near) == 1:
+        return least
+    first, second = near[random.randrange(len(near))], near[random.randrange(len(near))]
+    return first if _busy(first) <= _busy(second) else second
+
+
+def _busy(option: _Option) -> int:
+    return option.worker.requests + (option.prefill.requests if option.prefill else 0)
+
+
+def _decision(query: Query, best: _Option, options: Sequence[_Option]) -> RouteDecision:
+    prefill = best.prefill.id if best.prefill else None
+    why = _why(query, best, options)
+    return RouteDecision(best.way, prefill, best.worker.id, best.uncached, why, best.ttft, best.itl)
+
+
+def _why(query: Query, best: _Option, options: Sequence[_Option]) -> str:
+    """In plain words, with the predicted milliseconds."""
+    computes = best.prefill or best.worker
+    cached = query.num_tokens - best.uncached
+    sentence = (
+        f"first token in {best.ttft:.0f} ms on {computes.id} ({cached} of {query.num_tokens} tokens cached, "
+        f"{computes.prefill_tokens} ahead), then {best.itl:.1f} ms per token on {best.worker.id}"
+    )
+    if best.excess:
+        sentence += "; no way keeps the targets"
+    if query.wish is not Wish.AUTO:
+        return f"{query.wish.value} as asked: {sentence}" if best.way.value == query.wish.value else sentence
+    others = [option for option in options if (option.prefill is None) is not (best.prefill is None)]
+    if not others:
+        return sentence
+    other = min(others, key=lambda option: (option.excess, option.cost))
+    sentence += f"; {other.way.value} {other.ttft:.0f} ms"
+    return f"{sentence} and {other.peak:.0f} ms between tokens of {other.worker.streams} streams" if other.peak > other.itl else sentence

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-import time
 
 import msgspec
 
@@ -21,9 +20,19 @@ from python_backends.core.errors import (
     InvalidRequest,
     QueueFull,
     TritonCode,
+    Unavailable,
     WorkerLost,
 )
-from python_backends.core.messages import DecodeWork, KVReady, Output, PrefillDone, PrefillWork, RequestFailed, TokenChunk
+from python_backends.core.messages import (
+    DecodeWork,
+    KVReady,
+    Output,
+    PrefillDone,
+    PrefillWork,
+    RequestFailed,
+    TokenChunk,
+    Work,
+)
 from python_backends.core.types import FinishReason, GenerateRequest, KVReport, RequestId, SamplingParams, WorkerId
 from router.account import Account
 from router.admission import Place
@@ -32,8 +41,10 @@ from router.fleet import Charge
 from router.house import House
 from router.lifecycle import Event, Held, Lifecycle, State
 from router.mailroom import Box
+from router.policy import Choice
+from router.prompt import Prompt
 from router.seams import Reply
-from router.types import ClientRequest, Outcome, Piece, RouteDecision, Wish
+from router.types import ClientRequest, Outcome, Piece, RouteDecision
 
 log = logging.getLogger(__name__)
 
@@ -41,14 +52,17 @@ _RETRY_PAUSE_S = 0.05  # doubled with every attempt, when there is no other work
 
 
 class Run:
-    """Belongs to the event loop. `interrupt` ends it from outside, `serve` drives it."""
+    """Belongs to the event loop. `interrupt` ends it from outside, `serve` drives it. At the door it is a Guest."""
 
     def __init__(self, request: ClientRequest, reply: Reply, house: House, arrival: float) -> None:
         """arrival: monotonic, s."""
         self._request = request
         self._reply = reply
         self._house = house
+        self._clock = house.clock
         self._id = house.new_request_id()
+        self.slo = house.slo_of(request)
+        self._wish = house.wish_of(request)
         self._life = Lifecycle()
         self._attempts = 0
         self._avoid: set[WorkerId] = set()
@@ -56,7 +70,12 @@ class Run:
         self._output_ids: list[int] = []
         self._cumulative_logprob = 0.0
         self._sampling = request.sampling
-        self._account = Account(arrival)
+        self._account = Account(arrival, house.clock)
+        self._decision: RouteDecision | None = None
+        self._waiting_since = arrival
+        self._submitted = arrival
+        self._alone = False  # nobody else was at the worker when this request was submitted
+        self._forecast_ms: float | None = None
         self.deadline = arrival + (request.timeout_s or house.config.default_deadline_s)
         self.interruption: BatonError = Cancelled("the request was cancelled")
         # held, and given back when the lifecycle says so
@@ -82,35 +101,87 @@ class Run:
         self._place = self._house.admission.enter()
         self._prompt_ids = await self._house.tokenize(self._request)
         self._sampling = self._check_tokens(self._request.sampling)
-        self._place.queue(len(self._prompt_ids))
+        self._prompt = self._house.prompt(self._prompt_ids, self._request.salt)
+        self._place.queue(len(self._prompt_ids), self._request.salt, self._request.priority, self._wish)
         self._text = Detokenizer(self._house.tokenizer, self._sampling.stop, self._sampling.min_tokens, self._prompt_ids)
 
     async def route(self) -> RouteDecision:
-        """Choose where this attempt goes. Raises Unavailable, or InvalidRequest when the prompt is too long for all."""
+        """Wait for a worker that has room, and go there. Raises QueueFull, Unavailable, InvalidRequest, DeadlineExceeded."""
         self._attempts += 1
-        wish = self._request.wish or Wish(self._house.config.mode)
-        tokens = self._prompt_ids + self._output_ids
-        decision = await self._house.decide(tokens, self._request.salt, wish, self._avoid)
-        if not self._avoid.isdisjoint({decision.prefill, decision.decode}):
-            # There is only the worker that failed just now: one that is being loaded or restarted needs a moment.
+        again = self._attempts > 1
+        if again:
+            self._prompt = self._house.prompt(self._prompt_ids + self._output_ids, self._request.salt)
+            await self._pause_if_nobody_else()
+        self._waiting_since = self._clock.now()
+        assert self._place is not None
+        await self._place.turn(self, again=again)
+        assert self._decision is not None
+        return self._decision
+
+    async def _pause_if_nobody_else(self) -> None:
+        """If there is only the worker that failed just now: one that is being loaded or restarted needs a moment."""
+        choice = self._choose()
+        if choice is not None and not self._avoid.isdisjoint({choice.decision.prefill, choice.decision.decode}):
             await asyncio.sleep(_RETRY_PAUSE_S * 2**self._attempts)
-            decision = await self._house.decide(tokens, self._request.salt, wish, self._avoid)
+
+    # --- at the door: see admission.Guest ---
+
+    def start(self) -> bool:
+        choice = self._choose()
+        if choice is None or not choice.now:
+            return False
+        self._decision = decision = choice.decision
+        self._house.observer.decided(decision.way)
         self._account.routed(decision, self._attempts)
-        fleet = self._house.fleet
-        self._decode_charge = fleet.charge(decision.decode, 0 if decision.prefill else decision.prefill_tokens)
-        self._prefill_charge = fleet.charge(decision.prefill, decision.prefill_tokens) if decision.prefill else None
+        fleet, num_tokens = self._house.fleet, len(self._prompt)
+        here = 0 if decision.prefill else decision.prefill_tokens
+        kv_tokens = choice.missing + min(self._sampling.max_tokens, int(self._house.output_tokens))
+        self._decode_charge = fleet.charge(decision.decode, here, num_tokens, kv_tokens)
+        self._prefill_charge = None
+        if decision.prefill:
+            tokens = decision.prefill_tokens
+            self._prefill_charge = fleet.charge(decision.prefill, tokens, num_tokens, tokens)
         self._move(Event.ROUTE)
-        return decision
+        return True
+
+    def forecast_ms(self) -> float | None:
+        if self._forecast_ms is None:
+            self._choose()
+        return self._forecast_ms
+
+    def give_up(self) -> BatonError | float:
+        now, patience_s = self._clock.now(), self._house.config.worker_wait_s
+        latest = self.deadline - (self._forecast_ms or 0.0) / 1e3
+        if now >= latest:
+            return DeadlineExceeded(
+                "the request's deadline can't be kept any more: it waited for a worker; give a longer timeout or try again later"
+            )
+        if not self._house.serves(len(self._prompt)):
+            patience_s -= now - max(self._waiting_since, self._house.lost_at)
+            if patience_s <= 0:
+                up = ", ".join(worker.id for worker in self._house.fleet.up()) or "none"
+                return Unavailable(f"no decode or aggregated worker is up (up: {up}); try again in a moment")
+        return min(patience_s, latest - now)
+
+    def _choose(self) -> Choice | None:
+        """Where to go now. Raises InvalidRequest when the prompt is too long for all."""
+        choice = self._house.choose(self._prompt, self._wish, self.slo, self._sampling.max_tokens, self._avoid)
+        self._forecast_ms = choice.decision.ttft_ms if choice else None
+        return choice
+
+    # --- at the workers ---
 
     async def prefill(self, worker: WorkerId) -> bytes | None:
         """Have the prompt computed, send the first token to the client. Returns the ticket for the KV."""
         request = self._generate_request("p")
         with self._house.mailroom.box(request.request_id, worker) as box:
             self._prefill_leg = (worker, request.request_id)
-            self._house.calls.submit(worker, PrefillWork(request))
+            self._submit(worker, PrefillWork(request))
             self._move(Event.PREFILL)
             done = await self._next(box)
         assert isinstance(done, PrefillDone)
+        if self._alone:
+            self._learn_hop(worker, done.compute_ms)
         if self._prefill_charge is not None:
             self._prefill_charge.undo()
         if done.lease_id is not None:
@@ -126,12 +197,12 @@ class Run:
         request = self._generate_request("d")
         with self._house.mailroom.box(request.request_id, worker) as box:
             self._decode_leg = (worker, request.request_id)
-            self._house.calls.submit(worker, DecodeWork(request, ticket))
+            self._submit(worker, DecodeWork(request, ticket))
             self._move(Event.DECODE if ticket is None else Event.HAND_OFF)
             while not self.ended:
                 output = await self._next(box)
                 if isinstance(output, KVReady):
-                    self._kv_ready(output.report)
+                    self._kv_ready(worker, output.report)
                 elif isinstance(output, TokenChunk):
                     self._take(output)
 
@@ -161,6 +232,8 @@ class Run:
     def _take(self, chunk: TokenChunk) -> None:
         """Account for new tokens, turn them into text, send it, and end the request with the last one."""
         self._first_token()
+        if self._decode_charge is not None:
+            self._decode_charge.grow(len(chunk.token_ids))
         self._output_ids += chunk.token_ids
         self._account.tokens(len(self._output_ids), chunk.report)
         logprobs = chunk.logprobs or []
@@ -188,15 +261,30 @@ class Run:
             self._reply.send(piece)
             return
         proof = self._account.proof()
+        self._house.ended(len(self._output_ids))
         self._reply.send(msgspec.structs.replace(piece, proof=proof))
         self._house.observer.ended(Outcome.OK, proof)
 
-    def _kv_ready(self, report: KVReport) -> None:
+    def _kv_ready(self, worker: WorkerId, report: KVReport) -> None:
         self._account.kv_ready(report)
+        view = self._house.fleet.get(worker)
+        if view is not None:
+            view.link.learn(report.received_bytes, report.transfer_ms, (self._clock.now() - self._submitted) * 1e3)
         if self.state is State.HANDING_OFF:
             self._move(Event.KV_READY)
 
     # --- workers ---
+
+    def _submit(self, worker: WorkerId, work: Work) -> None:
+        view = self._house.fleet.get(worker)
+        self._alone = view is not None and view.requests == 1
+        self._submitted = self._clock.now()
+        self._house.calls.submit(worker, work)
+
+    def _learn_hop(self, worker: WorkerId, compute_ms: float) -> None:
+        view = self._house.fleet.get(worker)
+        if view is not None:
+            view.learn_hop((self._clock.now() - self._submitted) * 1e3 - compute_ms)
 
     def _generate_request(self, leg: str) -> GenerateRequest:
         """What this attempt asks of a worker: to continue after the tokens already sent, under an id never used before."""
@@ -205,7 +293,7 @@ class Run:
             prompt_ids=self._prompt_ids,
             output_ids=list(self._output_ids),
             sampling=self._sampling,
-            deadline=time.time() + self.deadline - time.monotonic(),
+            deadline=self._clock.wall() + self.deadline - self._clock.now(),
             salt=self._request.salt,
             priority=self._request.priority,
         )
@@ -229,8 +317,8 @@ class Run:
             raise InvalidRequest("the prompt is empty: give text_input, messages or input_ids with at least one token")
         named = {"input_ids": self._prompt_ids, "logit_bias": sampling.logit_bias, "stop_token_ids": sampling.stop_token_ids}
         for field, ids in named.items():
-            outside = next((token for token in ids if not 0 <= token < size), None)
-            if outside is not None:
+            if ids and not (min(ids) >= 0 and max(ids) < size):
+                outside = next(token for token in ids if not 0 <= token < size)
                 raise InvalidRequest(f"{field}: token id {outside} is not in the vocabulary of {size} tokens")
         return sampling if sampling.seed is not None else msgspec.structs.replace(sampling, seed=secrets.randbits(64))
 

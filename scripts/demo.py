@@ -26,7 +26,6 @@ from scripts.serve import start_with_progress
 from scripts.terminal import print_error
 from scripts.tritonserver import TritonServer
 
-# Long enough that prefill is worth another worker (router.local_prefill_tokens).
 _SYSTEM = (
     "You are a friendly geography teacher. You answer questions about countries, their capitals, their rivers and their "
     "history in one or two short and correct sentences. You never make up facts. When you are not sure, you say so. You "

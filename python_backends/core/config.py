@@ -20,6 +20,7 @@ from python_backends.core.types import Role, WorkerId
 
 Positive = Annotated[int, Meta(ge=1)]
 NonNegative = Annotated[int, Meta(ge=0)]
+NonNegativeFloat = Annotated[float, Meta(ge=0)]
 PositiveSeconds = Annotated[float, Meta(gt=0)]
 Fraction = Annotated[float, Meta(ge=0, le=1)]
 
@@ -89,14 +90,22 @@ class TransferConfig(Section, frozen=True):
     ] = {}
 
 
+class SloConfig(Section, frozen=True):
+    ttft_ms: Annotated[
+        NonNegativeFloat,
+        Meta(description="Time to first token aimed at, ms. Requests that would wait too long for it are refused. 0: no target."),
+    ] = 0.0
+    itl_ms: Annotated[
+        NonNegativeFloat, Meta(description="Time between two tokens of a running stream aimed at, ms. 0: no target.")
+    ] = 0.0
+
+
 class RouterConfig(Section, frozen=True):
     mode: Annotated[
-        Literal["auto", "remote", "local", "aggregated"],
-        Meta(description="Route of requests that ask for none: auto decides per request; the others force one way."),
-    ] = "auto"
-    local_prefill_tokens: Annotated[
-        NonNegative, Meta(description="auto: a decode worker prefills up to so many uncached tokens itself.")
-    ] = 32
+        Literal["adaptive", "always-remote", "always-local", "always-aggregated"],
+        Meta(description="Route of requests that ask for none: adaptive predicts and decides for each; the others force one."),
+    ] = "adaptive"
+    slo: SloConfig = SloConfig()
     max_requests: Annotated[Positive, Meta(description="Requests in the house at once; more are refused at once.")] = 256
     max_queued_tokens: Annotated[
         Positive, Meta(description="Prompt tokens waiting for their first token; more are refused at once.")

@@ -104,12 +104,23 @@ class RequestFailed(msgspec.Struct, frozen=True, tag=True):
 Output = PrefillDone | KVReady | TokenChunk | RequestFailed
 
 
+class StepSample(msgspec.Struct, frozen=True, array_like=True):
+    """What one engine step computed and how long it took: the router's cost model learns from these."""
+
+    prefill_tokens: int  # prompt tokens computed
+    prefill_context: float  # sum over the prompts' chunks of tokens x mean number of tokens each one attends to
+    decode_streams: int  # sequences that got one more token
+    decode_context: int  # sum of their lengths, tokens
+    ms: float  # from the end of the step before, if the engine was busy, to the end of this one
+
+
 class Outputs(msgspec.Struct, frozen=True, tag=True):
-    """All outputs of one engine step, for all streams of this router."""
+    """All outputs of one engine step, for all streams of this router, and the steps since the last message."""
 
     worker: WorkerId
     epoch: Epoch
     outputs: list[Output]
+    steps: list[StepSample] = []
 
 
 class BlockEvents(msgspec.Struct, frozen=True, tag=True):
@@ -136,6 +147,7 @@ class Heartbeat(msgspec.Struct, frozen=True, tag=True):
     fingerprint: str
     max_context: int  # tokens, prompt and output; bounded by model and pool
     events_sequence: int  # of the last BlockEvents sent
+    calibration: list[StepSample] = []  # steps timed when the model was loaded
 
 
 class Leaving(msgspec.Struct, frozen=True, tag=True):

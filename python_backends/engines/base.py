@@ -15,20 +15,24 @@ Promises of the engine
 - Outputs are delivered by `on_outputs` once per engine step, in order, from one thread that belongs to the engine.
 - Published KV stays intact until its lease is released or expires; then it is reused and the ticket is worthless.
 - Sampling is position-deterministic: the token at output position i depends on the seed and i, not on batch or worker.
+
+What an engine may leave out
+- StepReporter: how long its steps take. The router predicts from it; of a worker without it, it assumes what it knows of
+  others of the same model.
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import msgspec
 
 from python_backends.core.config import Deployment, WorkerConfig
 from python_backends.core.errors import ConfigError
 from python_backends.core.layout import KVLayout
-from python_backends.core.messages import Output
+from python_backends.core.messages import Output, StepSample
 from python_backends.core.types import Epoch, GenerateRequest, RequestId, WorkerLoad
 
 
@@ -78,6 +82,17 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Stop computing, end all leases, free memory. Idempotent."""
+
+
+@runtime_checkable
+class StepReporter(Protocol):
+    """An engine that tells how long its steps take."""
+
+    def calibration(self) -> Sequence[StepSample]:
+        """A few steps of different shapes, timed once by `start`; empty before it."""
+
+    def take_steps(self) -> list[StepSample]:
+        """The steps since the last call, oldest first; when they are many, only the newest. From any thread."""
 
 
 EngineFactory = Callable[[Deployment, WorkerConfig, Epoch, bytes], Engine]

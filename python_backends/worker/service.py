@@ -23,12 +23,13 @@ from python_backends.core.messages import (
     ReleaseLease,
     RequestFailed,
     Resync,
+    StepSample,
     TokenChunk,
     ToWorker,
     unseal_work,
 )
 from python_backends.core.types import Epoch, RequestId, Role
-from python_backends.engines.base import CacheChange, create_engine
+from python_backends.engines.base import CacheChange, StepReporter, create_engine
 from python_backends.worker.channel import WorkerChannel
 
 log = logging.getLogger(__name__)
@@ -93,15 +94,20 @@ class Worker:
     # --- on the engine's thread ---
 
     def _deliver(self, outputs: Sequence[Output], change: CacheChange | None) -> None:
+        steps = self._take_steps()
         if outputs:
             ended = [output.request_id for output in outputs if _is_last(output)]
             with self._live_lock:
                 self._live.difference_update(ended)
-            self._channel.send(Outputs(self._config.id, self._epoch, list(outputs)))
+        if outputs or steps:
+            self._channel.send(Outputs(self._config.id, self._epoch, list(outputs), steps))
         if change is not None:
             sequence = self._sequence + 1
             self._channel.send(BlockEvents(self._config.id, self._epoch, sequence, change.stored, change.removed, change.reset))
             self._sequence = sequence  # heartbeats count only what was sent
+
+    def _take_steps(self) -> list[StepSample]:
+        return self._engine.take_steps() if isinstance(self._engine, StepReporter) else []
 
     # --- on the channel's thread ---
 
@@ -117,6 +123,7 @@ class Worker:
             fingerprint=info.fingerprint,
             max_context=info.max_context,
             events_sequence=self._sequence,
+            calibration=list(self._engine.calibration()) if isinstance(self._engine, StepReporter) else [],
         )
 
     def told(self, message: ToWorker) -> None:

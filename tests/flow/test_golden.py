@@ -67,7 +67,7 @@ def test_many_at_once(workers: int, transport: Literal["shm", "inline"]) -> None
 
 
 def test_the_policy_chooses_every_way_and_none_changes_the_text() -> None:
-    router = RouterConfig(mode="auto", local_prefill_tokens=32)
+    router = RouterConfig()
     with FlowHouse(deployment(2, 2, router=router)) as house:
         prompts = [prompt(length, seed=length) for length in (5, 20, 33, 64, 100, 200, 5, 64, 100, 200)]
         for _ in range(2):
@@ -92,7 +92,7 @@ def test_more_requests_than_the_pool_holds(ways: Literal["remote", "local", "agg
     """They wait, are preempted, lose their cached blocks - and say the same."""
     sampling = msgspec.structs.replace(SEEDED, max_tokens=60)
     prompts = [prompt(100 + i, seed=i) for i in range(32)]
-    config = deployment(aggregated=1, engine=fake_engine(step_us=50, kv_pool_mib=1), router=RouterConfig(mode=ways))
+    config = deployment(aggregated=1, engine=fake_engine(step_us=50, kv_pool_mib=1), router=RouterConfig(mode=f"always-{ways}"))
     with FlowHouse(config) as house:
         for answer, ids in zip(ask_all(house, prompts, sampling), prompts, strict=True):
             assert answer.ids == reference(ids, sampling)
