@@ -1,0 +1,261 @@
+"""One simulated run: the real router - house, policy, admission, lifecycle - over simulated workers, on a virtual clock."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from random import Random
+from typing import cast
+
+import msgspec
+
+from python_backends.core.block_hash import block_hashes
+from python_backends.core.config import Deployment, EngineConfig, RouterConfig, WorkerConfig
+from python_backends.core.errors import BatonError
+from python_backends.core.messages import Work
+from python_backends.core.types import BlockHash, RequestId, Role, SamplingParams, WorkerId
+from router.house import House
+from router.run import Run
+from router.seams import Snapshot
+from router.serve import serve
+from router.tokenizer import Tokenizer
+from router.types import ClientRequest, Outcome, Piece, Proof, Way
+from scripts.simulation.clock import VirtualClock, VirtualLoop
+from scripts.simulation.hardware import Rates
+from scripts.simulation.statistics import Histogram
+from scripts.simulation.worker import SimulatedWorker
+from scripts.simulation.workload import SILENT, Arrival, Tokens, Workload
+
+_BEATS_PER_S = 64  # heartbeats of all workers together, per simulated second
+_LEASE_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """A fleet and how it is driven. `workers`: how many of each role."""
+
+    name: str
+    workers: Mapping[Role, int]
+    rates: Mapping[Role, Rates]
+    router: RouterConfig
+    engine: EngineConfig = EngineConfig(step_tokens=2048, max_batch=256)
+    seed: int = 0
+
+
+@dataclass(slots=True)
+class Result:
+    """What came out. Times in ms."""
+
+    scenario: Scenario
+    workload: str
+    seconds: float = 0.0  # simulated, to the last answer
+    arrived: int = 0
+    completed: int = 0
+    refused: int = 0
+    failed: int = 0
+    ttft: Histogram = field(default_factory=Histogram)
+    itl: Histogram = field(default_factory=Histogram)  # every gap between two tokens
+    tpot: Histogram = field(default_factory=Histogram)  # mean gap of each request
+    queue: Histogram = field(default_factory=Histogram)
+    ttft_error: Histogram = field(default_factory=Histogram)  # |predicted - real| / real
+    good: int = 0  # requests that kept the targets
+    ways: Counter[str] = field(default_factory=Counter)
+    input_tokens: int = 0
+    output_tokens: int = 0
+    reused_tokens: int = 0  # prompt tokens that nobody computed
+    busy: dict[Role, float] = field(default_factory=dict)  # share of the time
+    errors: Counter[str] = field(default_factory=Counter)
+    most_waiting: int = 0
+
+    @property
+    def goodput(self) -> float:
+        """Requests per second that kept the targets."""
+        return self.good / self.seconds if self.seconds else 0.0
+
+
+def simulate(scenario: Scenario, workload: Workload) -> Result:
+    """Run to the last answer."""
+    loop = VirtualLoop()
+    collecting = gc.isenabled()
+    gc.disable()  # there is much that lives long, and nothing in circles worth looking for
+    try:
+        return loop.run_until_complete(_Simulation(scenario, workload, VirtualClock(loop)).run())
+    finally:
+        if collecting:
+            gc.enable()
+        loop.close()
+
+
+class _Simulation:
+    """Implements router.seams.Calls and Observer."""
+
+    def __init__(self, scenario: Scenario, workload: Workload, clock: VirtualClock) -> None:
+        self._scenario = scenario
+        self._workload = workload
+        self._clock = clock
+        self._random = Random(scenario.seed)
+        self.result = Result(scenario, workload.name)
+        self._workers = {worker.id: worker for worker in self._make_workers()}
+        self._house = House(
+            _deployment(scenario),
+            cast(Tokenizer, _NoText()),
+            self,
+            self,
+            clock=clock,
+            hasher=_hashes_of,
+            random=Random(scenario.seed + 1),
+        )
+        self._left = 0
+        self._done = asyncio.Event()
+
+    def _make_workers(self) -> list[SimulatedWorker]:
+        scenario = self._scenario
+        return [
+            SimulatedWorker(
+                f"{role.value}_{index}",
+                role,
+                scenario.rates[role],
+                scenario.engine,
+                self._workload.block_size,
+                self.result.itl,
+                Random(f"{scenario.seed}/{role.value}/{index}"),
+            )
+            for role, count in scenario.workers.items()
+            for index in range(count)
+        ]
+
+    async def run(self) -> Result:
+        for worker in self._workers.values():
+            worker.join(self._house, self._workers, _LEASE_S)
+        beating = asyncio.ensure_future(self._beat())
+        self._left = len(self._workload.arrivals)
+        loop = asyncio.get_running_loop()
+        for arrival in self._workload.arrivals:
+            await asyncio.sleep(arrival.at_s - self._clock.now())
+            task = loop.create_task(self._serve(arrival))
+            task.add_done_callback(self._ended)
+        while self._left:
+            await self._done.wait()
+        beating.cancel()
+        return self._finish()
+
+    async def _serve(self, arrival: Arrival) -> None:
+        result = self.result
+        result.arrived += 1
+        result.input_tokens += arrival.input_length
+        request = ClientRequest(
+            SamplingParams(max_tokens=arrival.output_length, temperature=0, seed=0),
+            input_ids=cast("list[int]", Tokens(arrival.input_length, arrival.hashes)),
+            salt=arrival.tenant,
+        )
+        now = self._clock.now()
+        await serve(Run(request, _Reply(self, now), self._house, now))
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        task.result()  # a bug in the router ends the simulation
+        self._left -= 1
+        if not self._left:
+            self._done.set()
+
+    async def _beat(self) -> None:
+        """Heartbeats: each worker in turn, so that large fleets don't drown in them."""
+        while True:
+            for worker in self._workers.values():
+                await asyncio.sleep(1 / _BEATS_PER_S)
+                self._house.hear_heartbeat(worker.heartbeat(), self._clock.now())
+                self.result.most_waiting = max(self.result.most_waiting, self._house.admission.waiting)
+
+    def _finish(self) -> Result:
+        result, seconds = self.result, self._clock.now()
+        result.seconds = seconds
+        for role, count in self._scenario.workers.items():
+            busy = sum(worker.busy_s for worker in self._workers.values() if worker.role is role)
+            result.busy[role] = busy / (count * seconds) if count and seconds else 0.0
+        self._house.close()
+        return result
+
+    # --- router.seams.Calls ---
+
+    def submit(self, worker: WorkerId, work: Work) -> None:
+        self._workers[worker].submit(work)
+
+    def abort(self, worker: WorkerId, request_id: RequestId) -> None:
+        self._workers[worker].abort(request_id)
+
+    def release(self, worker: WorkerId, lease_id: str) -> None:
+        self._workers[worker].release(lease_id)
+
+    # --- router.seams.Observer ---
+
+    def refresh(self, snapshot: Snapshot) -> None:
+        """Nobody looks."""
+
+    def decided(self, way: Way) -> None:
+        self.result.ways[way.value] += 1
+
+    def retried(self) -> None:
+        self.result.errors["retried"] += 1
+
+    def ended(self, outcome: Outcome, proof: Proof | None) -> None:
+        result = self.result
+        if outcome is Outcome.REFUSED:
+            result.refused += 1
+        elif proof is None:
+            result.failed += 1
+        else:
+            self._completed(proof)
+
+    def _completed(self, proof: Proof) -> None:
+        result, slo = self.result, self._scenario.router.slo
+        result.completed += 1
+        result.ttft.add(proof.ttft_ms)
+        result.queue.add(proof.queue_ms)
+        result.ttft_error.add(abs(proof.predicted_ttft_ms - proof.ttft_ms) / max(proof.ttft_ms, 1e-3))
+        if proof.itl_ms:
+            result.tpot.add(proof.itl_ms)
+        in_time = not slo.ttft_ms or proof.ttft_ms <= slo.ttft_ms
+        result.good += in_time and (not slo.itl_ms or proof.itl_ms <= slo.itl_ms)
+        result.reused_tokens += proof.prefill_tokens_reused
+
+
+class _Reply:
+    """Implements router.seams.Reply."""
+
+    def __init__(self, simulation: _Simulation, arrival: float) -> None:
+        self._result = simulation.result
+
+    def send(self, piece: Piece) -> None:
+        self._result.output_tokens += len(piece.token_ids)
+
+    def fail(self, error: BatonError) -> None:
+        self._result.errors[type(error).__name__] += 1
+
+
+class _NoText:
+    """Stands for router.tokenizer.Tokenizer: there is nothing to read."""
+
+    vocab_size = 2
+
+    def decode(self, token_ids: list[int]) -> str:
+        return ""
+
+    def is_silent(self, token_id: int) -> bool:
+        return token_id == SILENT
+
+
+def _hashes_of(tokens: object, block_size: int, root: BlockHash) -> list[BlockHash]:
+    if isinstance(tokens, Tokens):
+        return list(tokens.hashes)
+    return block_hashes(cast("list[int]", tokens), block_size, root)
+
+
+def _deployment(scenario: Scenario) -> Deployment:
+    workers = [WorkerConfig(role=role, name=f"{role.value}_{i}", cpus=str(i)) for role, n in scenario.workers.items() for i in range(n)]
+    return Deployment(workers=tuple(workers), engine=scenario.engine, router=_unbounded(scenario.router))
+
+
+def _unbounded(config: RouterConfig) -> RouterConfig:
+    return msgspec.structs.replace(config, default_deadline_s=1e9)
