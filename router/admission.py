@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 from python_backends.core.config import RouterConfig
@@ -27,9 +28,17 @@ _LEAST_RETRY_S = 0.1
 _LEAST_RATE = 1e-3  # tokens per ms
 _RATE_MEMORY_MS = 10_000.0  # how far back the measured rate goes
 _RATE_PRIOR_MS = 2_000.0  # so long it is the predicted one
-_ON_TIME = 0.95  # share of accepted requests that are to be on time: so many predictions must not be too short
+_ON_TIME = 0.98  # share of accepted requests that are to be on time: so many predictions must not be too short
 _MARGIN_STEP = 0.05
 _MARGIN_RANGE = (0.7, 4.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """Milliseconds to the first token if the request started now, and if the workers had nothing else to do."""
+
+    now_ms: float
+    alone_ms: float
 
 
 class Guest(Protocol):
@@ -38,8 +47,8 @@ class Guest(Protocol):
     def start(self) -> bool:
         """Go to a worker if one has room. Raises BatonError when that will never be."""
 
-    def forecast_ms(self) -> float | None:
-        """Time to first token if it could start now. None when nobody is there to serve it."""
+    def forecast(self) -> Forecast | None:
+        """Of the time to first token. None when nobody is there to serve it."""
 
     def give_up(self) -> BatonError | float:
         """Why waiting any longer is in vain, or in how many seconds to ask again."""
@@ -58,7 +67,7 @@ class Admission:
         self._queue: FairQueue[Place] = FairQueue()
         self._pumping = False
         self._rate = _Rate(clock, capacity)
-        self._margin = 1.0  # that predictions are multiplied with, to be on the safe side
+        self._margins: defaultdict[int, float] = defaultdict(lambda: 1.0)  # by size of prompt, in powers of two
         self._tenants: Counter[str] = Counter()  # their part of queued_tokens
         self.requests = 0
         self.queued_tokens = 0  # of prompts without a first token, wherever they are
@@ -110,30 +119,33 @@ class Admission:
         if not self._tenants[tenant]:
             del self._tenants[tenant]
 
-    def _predict(self, place: Place, service_ms: float, slo: Slo) -> float:
+    def _predict(self, place: Place, forecast: Forecast, slo: Slo) -> float:
         """Time to first token, ms. Raises QueueFull when waiting makes it miss its target."""
         ahead = self._queue.ahead(place.tokens, place.flow, place.priority)
         wait_ms = ahead / self._rate.tokens_per_ms()
+        margin = self._margins[place.tokens.bit_length()]
         if slo.ttft_ms and ahead:
-            allowed = max(slo.ttft_ms - service_ms * self._margin, slo.ttft_ms * _HOPELESS_SHARE)
-            late_ms = wait_ms * self._margin - allowed
+            hopeless = forecast.alone_ms > slo.ttft_ms
+            allowed_ms = slo.ttft_ms * _HOPELESS_SHARE if hopeless else slo.ttft_ms - forecast.now_ms * margin
+            late_ms = wait_ms * margin - allowed_ms
             if late_ms > 0:
                 retry_s = max(late_ms / 1e3, _LEAST_RETRY_S)
                 raise QueueFull(
-                    f"the first token would come in {(wait_ms + service_ms) * self._margin:.0f} ms, and the target is "
+                    f"the first token would come in {(wait_ms + forecast.now_ms) * margin:.0f} ms, and the target is "
                     f"{slo.ttft_ms:.0f} ms (router.slo.ttft_ms); try again in {retry_s:.1f} s",
                     retry_s,
                 )
-        return wait_ms + service_ms
+        return wait_ms + forecast.now_ms
 
-    def _learn_margin(self, predicted_ms: float, real_ms: float) -> None:
-        """Keep the margin where real <= predicted x margin for the wanted share of requests.
+    def _learn_margin(self, tokens: int, predicted_ms: float, real_ms: float) -> None:
+        """Keep the factor on predictions where real <= predicted x margin for the wanted share of requests.
 
         A quantile by stochastic approximation (Robbins and Monro, "A Stochastic Approximation Method", 1951), in logarithms.
         """
-        late = real_ms > predicted_ms * self._margin
-        margin = self._margin * math.exp(_MARGIN_STEP * (_ON_TIME if late else _ON_TIME - 1))
-        self._margin = min(max(margin, _MARGIN_RANGE[0]), _MARGIN_RANGE[1])
+        size = tokens.bit_length()
+        late = real_ms > predicted_ms * self._margins[size]
+        margin = self._margins[size] * math.exp(_MARGIN_STEP * (_ON_TIME if late else _ON_TIME - 1))
+        self._margins[size] = min(max(margin, _MARGIN_RANGE[0]), _MARGIN_RANGE[1])
 
     def _retry_s(self, tokens: float) -> float:
         """When so many tokens more will have left the queue."""
@@ -178,9 +190,9 @@ class Place:
             self.priority = _AT_FRONT
         if not admission._queue.has(self.priority) and guest.start():
             return
-        forecast_ms = guest.forecast_ms()
-        if forecast_ms is not None and not again:
-            self._predicted_ms = admission._predict(self, forecast_ms, guest.slo)
+        forecast = guest.forecast()
+        if forecast is not None and not again:
+            self._predicted_ms = admission._predict(self, forecast, guest.slo)
         await self._wait(guest)
 
     async def _wait(self, guest: Guest) -> None:
@@ -227,7 +239,7 @@ class Place:
             self._admission._uncount(self._counted, self.tenant)
             self._counted = 0
             if self._predicted_ms:
-                self._admission._learn_margin(self._predicted_ms, (self._admission._clock.now() - self._since) * 1e3)
+                self._admission._learn_margin(self.tokens, self._predicted_ms, (self._admission._clock.now() - self._since) * 1e3)
 
     def leave(self) -> None:
         if self._counted:

@@ -29,6 +29,7 @@ _UNKNOWN = (5.0, 0.2, 0.0, 0.5, 0.0)  # of a worker of which nothing at all is k
 _MEMORY = 100  # samples after which one counts for 1/e of a new one
 _CALIBRATION_WEIGHT = 0.2  # of a calibration step against a new sample; it is never forgotten
 _SOLVE_EVERY = 16  # samples
+_FIRST_SOLVES = (1, 2, 4, 8)
 _SWEEPS = 30
 _FACTORS = 20  # sizes of step, by powers of two
 _FACTOR_RATE = 0.1
@@ -77,7 +78,7 @@ class StepModel:
         self.samples += 1
         (self._with_prompts if sample.prefill_tokens else self._without).add(_features(sample, ms))
         self._drift += _DRIFT_RATE * (_bounded(ms / _linear(self._calibrated, shape), 10.0) - self._drift)
-        if self.samples % _SOLVE_EVERY == 0 or self.samples < _SOLVE_EVERY:
+        if self.samples % _SOLVE_EVERY == 0 or self.samples in _FIRST_SOLVES:
             self._solve(_SWEEPS)
         size = _size(*shape[::2])
         ratio = _bounded(ms / _linear(self.coefficients, shape), 4.0)
@@ -133,22 +134,33 @@ class LinkModel:
 
 
 def prefill_ms(
-    model: StepModel, chunk: int, tokens: int, cached: int, ahead: float = 0.0, streams: int = 0, context: float = 0.0
+    model: StepModel,
+    chunk: int,
+    tokens: int,
+    cached: int,
+    ahead: float = 0.0,
+    beside: float = 0.0,
+    streams: int = 0,
+    context: float = 0.0,
 ) -> float:
-    """Until a prompt's first token: `tokens` uncached ones after `cached`, computed after `ahead` tokens of others.
+    """Until a prompt's first token: `tokens` uncached ones after `cached`.
 
-    chunk: tokens of one step, shared with `streams` running streams of `context` tokens in all.
+    chunk: tokens of one step, shared with `streams` running streams of `context` tokens in all. Of other prompts that are
+    there, `ahead` tokens are computed before, and up to `beside` in the same steps. On average half a step is under way.
     """
     room = max(chunk - streams, 1)
     total = ahead + tokens
     steps, rest = divmod(total, room)
     if rest == 0:
         steps, rest = steps - 1, room
-    pairs = tokens * (cached + tokens / 2) + ahead * ahead / 2
-    per_token = pairs / total
-    ms = model.step_ms(rest, rest * per_token, streams, context)
+    per_token = (tokens * (cached + tokens / 2) + ahead * min(ahead, chunk) / 2) / total
+    last = min(rest + beside, room)
+    ms = model.step_ms(last, last * per_token, streams, context)
     if steps:
         ms += steps * model.step_ms(room, room * per_token, streams, context)
+    others = min(ahead + beside, room)
+    if others or streams:
+        ms += model.step_ms(others, others * others / 2, streams, context) / 2
     return ms
 
 

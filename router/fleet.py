@@ -18,6 +18,7 @@ from router.cost_model import LinkModel, StepModel
 
 _FIRST_HOP_MS = 2.0  # until it is known
 _HOP_RATE = 0.1
+_VERY_LONG = 4  # steps
 _NEAR = 1.05  # loads that differ less are the same ...
 _NEAR_MS = 0.5  # ... and so are these
 
@@ -54,15 +55,50 @@ class WorkerView:
         """Requests here whose prompt is computed."""
         return self.requests - len(self.prompts)
 
+    def crowd(self, step_tokens: int) -> int:
+        """Prompt tokens in the way of new ones. Of a very long prompt one step: half of each step is for others."""
+        if not self.prompts:
+            return 0
+        oldest = next(iter(self.prompts.values()))
+        others = self.prefill_tokens - oldest
+        return others + (oldest if oldest <= _VERY_LONG * step_tokens else step_tokens)
+
     def tokens_before(self, tokens: int) -> int:
-        """Prompt tokens computed here before a new prompt of so many is done.
+        """Prompt tokens of others that are computed here before a new prompt of so many is done.
 
         The paged engine gives half of a step to the oldest prompt and the rest to the shortest (its scheduler.py).
         """
         if not self.prompts:
             return 0
-        shorter = sum(left for left in self.prompts.values() if left <= tokens)
+        shorter = sum([left for left in self.prompts.values() if left <= tokens])
         return min(self.prefill_tokens, 2 * shorter + tokens)
+
+    def computed(self, tokens: int) -> None:
+        """So many prompt tokens were computed: count down the prompts, shared among them as above.
+
+        Until its first token is here, a prompt counts as not quite done.
+        """
+        oldest = next(iter(self.prompts))
+        shares = {oldest: min(self.prompts[oldest] - 1, -(-tokens // 2))}
+        left = tokens - shares[oldest]
+        for charge, remaining in sorted(self.prompts.items(), key=lambda item: item[1]):
+            if charge is not oldest and left:
+                shares[charge] = min(remaining - 1, left)
+                left -= shares[charge]
+        shares[oldest] = min(self.prompts[oldest] - 1, shares[oldest] + left)
+        for charge, share in shares.items():
+            self.prompts[charge] -= share
+            self.prefill_tokens -= share
+
+    def finished(self, charge: Charge) -> None:
+        """A prompt is computed. What had been counted as done of others instead of it is not done."""
+        missed = self.prompts.pop(charge) - 1
+        self.prefill_tokens -= 1
+        if not self.prompts:
+            self.prefill_tokens = 0
+        elif missed > 0:
+            oldest = next(iter(self.prompts))
+            self.prompts[oldest] += missed
 
     def has_kv_for(self, tokens: int) -> bool:
         """Whether so many more tokens fit into the pool. One request always does."""
@@ -104,7 +140,7 @@ class Charge:
     def prefilled(self) -> None:
         """The prompt is computed. Idempotent."""
         if self._worker is not None and self in self._worker.prompts:
-            self._worker.prefill_tokens -= self._worker.prompts.pop(self)
+            self._worker.finished(self)
             self._fleet.reorder(self._worker)
             self._fleet.on_room()
 
@@ -252,7 +288,7 @@ class Fleet:
         return Charge(self, self._workers.get(worker), prefill_tokens, context, kv_tokens)
 
     def stepped(self, worker: WorkerId, steps: Sequence[StepSample]) -> None:
-        """A worker says what it has computed: learn from it, and count its prompts down, the oldest first."""
+        """A worker says what it has computed: learn from it, and count its prompts down."""
         known = self._workers.get(worker)
         if known is None:
             return
@@ -261,13 +297,8 @@ class Fleet:
         computed = sum(step.prefill_tokens for step in steps)
         if not computed:
             return
-        for charge, left in known.prompts.items():
-            if computed <= 0:
-                break
-            done = min(computed, left - 1)  # until its first token is here a prompt counts as not quite done
-            known.prompts[charge] = left - done
-            known.prefill_tokens -= done
-            computed -= done
+        if known.prompts:
+            known.computed(computed)
         self.reorder(known)
         self.on_room()
 

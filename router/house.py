@@ -21,7 +21,7 @@ from router.clock import Clock
 from router.fleet import Fleet
 from router.lifecycle import State
 from router.mailroom import Mailroom
-from router.policy import Choice, Limits, Query, choose
+from router.policy import Choice, Limits, Query, choose, has_room
 from router.prefix_index import PrefixIndex
 from router.prompt import Hasher, Prompt
 from router.seams import Calls, Observer, Snapshot
@@ -72,9 +72,10 @@ class House:
         self._random = random or Random()
         self._encoders = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
         self._requests = 0
-        self._seen_version = -1  # of the fleet, for the two below
+        self._seen_version = -1  # of the fleet, for the three below
         self._members: dict[Role, int] = {}
-        self._models: list[tuple[str, int]] = []
+        self._models: list[tuple[str, int]] = []  # fingerprint, block size
+        self._longest = 0  # tokens that a worker takes that decodes, whether it is up or not; 0: none is known
         self._capacity = (0.0, -_CAPACITY_AGE_S)  # tokens per ms, and when that was
 
     def close(self) -> None:
@@ -124,13 +125,23 @@ class House:
 
     def choose(self, prompt: Prompt, wish: Wish, slo: Slo, max_tokens: int, avoid: Collection[WorkerId]) -> Choice | None:
         """Where the request would go now; None when nobody is up to serve it. Raises InvalidRequest if it fits nowhere."""
-        self._check_length(len(prompt))
         if self._seen_version != self.fleet.version:
             self._look_at_fleet()
+        if len(prompt) >= (self._longest or len(prompt) + 1):
+            raise InvalidRequest(
+                f"the prompt has {len(prompt)} tokens; with at least one new token it must fit into {self._longest} "
+                "(the model's context, or engine.kv_pool_mib)"
+            )
         match = self.index.match([(size, prompt.hashes(model, size)) for model, size in self._models])
         hits = [worker for members in self._members.values() for worker in match.deepest(members, _HITS)]
         output = min(max_tokens, int(self.output_tokens))
-        return choose(Query(len(prompt), match, hits, wish, slo, output, avoid), self.fleet, self._limits, self._random)
+        contended = self.admission.waiting > 0
+        query = Query(len(prompt), match, hits, wish, slo, output, contended, avoid)
+        return choose(query, self.fleet, self._limits, self._random)
+
+    def has_room(self, role: Role) -> bool:
+        """Whether `choose` may now say something else to a request that lacked room at this role."""
+        return has_room(role, self.fleet, self._limits)
 
     def serves(self, num_tokens: int) -> bool:
         """Whether a worker is up that can take a prompt of so many tokens to its end."""
@@ -141,20 +152,12 @@ class House:
         """A request has ended well, after so many tokens."""
         self.output_tokens += _OUTPUT_RATE * (output_tokens - self.output_tokens)
 
-    def _check_length(self, num_tokens: int) -> None:
-        known = [worker for worker in self.fleet if worker.role is not Role.PREFILL]
-        longest = max((worker.max_context for worker in known), default=num_tokens + 1)
-        if num_tokens >= longest:
-            raise InvalidRequest(
-                f"the prompt has {num_tokens} tokens; with at least one new token it must fit into {longest} "
-                "(the model's context, or engine.kv_pool_mib)"
-            )
-
     def _look_at_fleet(self) -> None:
         """Once whenever a worker comes or goes."""
         self._seen_version = self.fleet.version
         self._members = {role: self.index.members([w.id for w in self.fleet.ranked[role]]) for role in Role}
         self._models = sorted({(worker.fingerprint, worker.block_size) for worker in self.fleet.up()})
+        self._longest = max((worker.max_context for worker in self.fleet if worker.role is not Role.PREFILL), default=0)
 
     def _tokens_per_ms(self) -> float:
         """Prompt tokens that the prefill workers - without any, those that decode - compute in a millisecond."""

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from random import Random
 from typing import Protocol
 
@@ -54,6 +55,13 @@ class Limits:
         """Prompt tokens given to a worker in advance: enough that it never waits for more; the rest waits in the router."""
         return 2 * self.step_tokens
 
+    def takes_prompt(self, worker: WorkerView) -> bool:
+        return worker.crowd(self.step_tokens) < self.prefill_window
+
+    def takes_stream(self, worker: WorkerView, kv_tokens: int) -> bool:
+        """kv_tokens: that the request will need of the pool."""
+        return worker.requests < self.max_batch and worker.has_kv_for(kv_tokens)
+
 
 @dataclass(frozen=True, slots=True)
 class Query:
@@ -65,16 +73,21 @@ class Query:
     wish: Wish
     slo: Slo = Slo()
     output_tokens: int = 128  # expected
+    contended: bool = False  # more requests wait at the door
     avoid: Collection[WorkerId] = ()  # workers that failed this request; taken only if there is no other
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """`now`: the request can go there now. Otherwise it is better off waiting in the router, and nobody else is idle."""
+    """Where to go. `lacks` is None when the request can go there now; else the role that has no room.
+
+    Then it is better off waiting in the router, where its turn is kept: nobody else who has room would do as well.
+    """
 
     decision: RouteDecision
-    now: bool
+    lacks: Role | None
     missing: int  # prompt tokens that the decode worker has not cached
+    alone_ms: float  # to the first token if the worker had nothing else to do
 
 
 @dataclass(slots=True)
@@ -89,14 +102,14 @@ class _Option:
     itl: float
     peak: float  # the longest gap that running streams see
     cost: float
-    room: bool
+    lacks: Role | None  # who has no room
     excess: float = 0.0  # how far the targets are missed
 
     def measure(self, slo: Slo) -> None:
         if slo.ttft_ms:
             self.excess += max(0.0, self.ttft / slo.ttft_ms - 1)
-        if slo.itl_ms:
-            self.excess += max(0.0, max(self.itl, self.peak) / slo.itl_ms - 1)
+        if slo.itl_ms:  # for each of those who see it
+            self.excess += max(self.worker.streams, 1) * max(0.0, max(self.itl, self.peak) / slo.itl_ms - 1)
 
 
 def choose(query: Query, fleet: Fleet, limits: Limits, random: Random) -> Choice | None:
@@ -107,9 +120,24 @@ def choose(query: Query, fleet: Fleet, limits: Limits, random: Random) -> Choice
     if not options:
         return None
     best = _pick(options, random)
-    now = best.room or any(option.room and option.excess <= best.excess for option in options)
-    missing = query.num_tokens - query.cached.get(best.worker.id)
-    return Choice(_decision(query, best, options), now, missing)
+    lacks = best.lacks
+    if lacks and any(option.lacks is None and option.excess <= best.excess for option in options):
+        lacks = None  # others would take it; that it is better to queue here after all is what the prediction says
+    why = _why(query, best, options) if lacks is None else ""
+    decision = RouteDecision(
+        best.way, best.prefill.id if best.prefill else None, best.worker.id, best.uncached, why, best.ttft, best.itl
+    )
+    computes, cached = best.prefill or best.worker, query.num_tokens - best.uncached
+    alone = computes.hop_ms + prefill_ms(computes.model, limits.step_tokens, best.uncached, cached)
+    return Choice(decision, lacks, query.num_tokens - query.cached.get(best.worker.id), alone)
+
+
+def has_room(role: Role, fleet: Fleet, limits: Limits) -> bool:
+    """Whether it is worth asking `choose` again for a request that lacked room at workers of this role."""
+    few = islice(fleet.ranked[role], _LOOKED_AT)
+    if role is Role.PREFILL:
+        return any(limits.takes_prompt(worker) for worker in few)
+    return any(limits.takes_prompt(worker) and limits.takes_stream(worker, 1) for worker in few)
 
 
 def _options(query: Query, fleet: Fleet, limits: Limits, random: Random) -> list[_Option]:
@@ -163,13 +191,13 @@ def _remote(
     receivers = [_receiving(query, worker, limits) for worker in decodes]
     for option in receivers:
         option.measure(Slo(itl_ms=query.slo.itl_ms))
-    decode = _pick([option for option in receivers if option.room] or receivers, random)
+    decode = _pick([option for option in receivers if option.lacks is None] or receivers, random)
     options = []
     for worker in _candidates(query, fleet, Role.PREFILL, random, decode.worker.fingerprint):
         uncached, ttft = _first_token(query, worker, limits)
-        room = decode.room and worker.prefill_tokens < limits.prefill_window and worker.has_kv_for(uncached)
+        lacks = decode.lacks or (None if limits.takes_prompt(worker) and worker.has_kv_for(uncached) else Role.PREFILL)
         cost = ttft + decode.cost
-        options.append(_Option(Way.REMOTE, decode.worker, worker, uncached, ttft, decode.itl, decode.peak, cost, room))
+        options.append(_Option(Way.REMOTE, decode.worker, worker, uncached, ttft, decode.itl, decode.peak, cost, lacks))
     return options
 
 
@@ -178,8 +206,9 @@ def _receiving(query: Query, worker: WorkerView, limits: Limits) -> _Option:
     missing = query.num_tokens - query.cached.get(worker.id)
     itl = _itl(query, worker)
     wait = worker.link.transfer_ms(missing * worker.token_bytes)
-    room = worker.requests < limits.max_batch and worker.has_kv_for(missing + query.output_tokens)
-    return _Option(Way.REMOTE, worker, None, missing, 0.0, itl, itl, _TOKENS_VALUED * itl + wait, room)
+    lacks = None if limits.takes_stream(worker, missing + query.output_tokens) else Role.DECODE
+    peak = _peak(worker, 0, 0, limits) if worker.prompts else itl
+    return _Option(Way.REMOTE, worker, None, missing, 0.0, itl, peak, _TOKENS_VALUED * itl + wait, lacks)
 
 
 def _alone(query: Query, worker: WorkerView, limits: Limits, way: Way) -> _Option:
@@ -188,17 +217,12 @@ def _alone(query: Query, worker: WorkerView, limits: Limits, way: Way) -> _Optio
     itl, streams = _itl(query, worker), worker.streams
     peak = delay = 0.0
     if streams:
-        chunk = min(uncached, max(limits.step_tokens - streams, 1))
-        peak = worker.model.step_ms(chunk, chunk * (query.num_tokens - uncached + chunk / 2), streams, worker.context_tokens)
+        peak = _peak(worker, uncached, query.num_tokens, limits)
         delay = _DELAY_VALUED * streams * max(0.0, ttft - worker.hop_ms)
-    room = (
-        worker.prefill_tokens < limits.prefill_window
-        and worker.requests < limits.max_batch
-        and worker.has_kv_for(uncached + query.output_tokens)
-    )
+    room = limits.takes_prompt(worker) and limits.takes_stream(worker, uncached + query.output_tokens)
     if way is Way.LOCAL and _has_every_full_block(query, uncached, worker.block_size):
         way = Way.CACHED
-    return _Option(way, worker, None, uncached, ttft, itl, peak, ttft + _TOKENS_VALUED * itl + delay, room)
+    return _Option(way, worker, None, uncached, ttft, itl, peak, ttft + _TOKENS_VALUED * itl + delay, None if room else worker.role)
 
 
 def _first_token(query: Query, worker: WorkerView, limits: Limits) -> tuple[int, float]:
@@ -206,11 +230,22 @@ def _first_token(query: Query, worker: WorkerView, limits: Limits) -> tuple[int,
     cached = query.cached.get(worker.id)
     uncached = query.num_tokens - cached
     ahead = worker.tokens_before(uncached)
+    crowd = worker.crowd(limits.step_tokens)
+    if crowd >= limits.prefill_window:  # to overtake them all would be at the cost of the long ones
+        ahead = max(ahead, crowd)
+    if query.contended and uncached > limits.step_tokens // 2:  # shorter ones will keep coming, and take half of each step
+        ahead = worker.prefill_tokens + uncached
     streams, context = worker.streams, worker.context_tokens
-    ms = worker.hop_ms + prefill_ms(worker.model, limits.step_tokens, uncached, cached, ahead, streams, context)
-    if streams:  # the step that is running when the request comes
-        ms += worker.model.step_ms(0, 0, streams, context) / 2
-    return uncached, ms
+    beside = max(worker.prefill_tokens - ahead, 0)
+    ms = prefill_ms(worker.model, limits.step_tokens, uncached, cached, ahead, beside, streams, context)
+    return uncached, worker.hop_ms + ms
+
+
+def _peak(worker: WorkerView, uncached: int, length: int, limits: Limits) -> float:
+    """The longest step of the worker while it computes the rest of a prompt of that length besides those it has."""
+    chunk = min(uncached + worker.prefill_tokens, max(limits.step_tokens - worker.streams, 1))
+    pairs = chunk * max(length - chunk / 2, chunk / 2)  # the last chunk sees most
+    return worker.model.step_ms(chunk, pairs, worker.streams, worker.context_tokens)
 
 
 def _itl(query: Query, worker: WorkerView) -> float:
@@ -236,12 +271,6 @@ def _pick(options: Sequence[_Option], random: Random) -> _Option:
 
 def _busy(option: _Option) -> int:
     return option.worker.requests + (option.prefill.requests if option.prefill else 0)
-
-
-def _decision(query: Query, best: _Option, options: Sequence[_Option]) -> RouteDecision:
-    prefill = best.prefill.id if best.prefill else None
-    why = _why(query, best, options)
-    return RouteDecision(best.way, prefill, best.worker.id, best.uncached, why, best.ttft, best.itl)
 
 
 def _why(query: Query, best: _Option, options: Sequence[_Option]) -> str:

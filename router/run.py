@@ -33,9 +33,9 @@ from python_backends.core.messages import (
     TokenChunk,
     Work,
 )
-from python_backends.core.types import FinishReason, GenerateRequest, KVReport, RequestId, SamplingParams, WorkerId
+from python_backends.core.types import FinishReason, GenerateRequest, KVReport, RequestId, Role, SamplingParams, WorkerId
 from router.account import Account
-from router.admission import Place
+from router.admission import Forecast, Place
 from router.detokenizer import Detokenizer
 from router.fleet import Charge
 from router.house import House
@@ -75,7 +75,8 @@ class Run:
         self._waiting_since = arrival
         self._submitted = arrival
         self._alone = False  # nobody else was at the worker when this request was submitted
-        self._forecast_ms: float | None = None
+        self._forecast: Forecast | None = None
+        self._lacks: Role | None = None  # who had no room for it when it was last decided
         self.deadline = arrival + (request.timeout_s or house.config.default_deadline_s)
         self.interruption: BatonError = Cancelled("the request was cancelled")
         # held, and given back when the lifecycle says so
@@ -108,6 +109,7 @@ class Run:
     async def route(self) -> RouteDecision:
         """Wait for a worker that has room, and go there. Raises QueueFull, Unavailable, InvalidRequest, DeadlineExceeded."""
         self._attempts += 1
+        self._lacks = None
         again = self._attempts > 1
         if again:
             self._prompt = self._house.prompt(self._prompt_ids + self._output_ids, self._request.salt)
@@ -127,8 +129,11 @@ class Run:
     # --- at the door: see admission.Guest ---
 
     def start(self) -> bool:
+        if self._lacks is not None and not self._house.has_room(self._lacks):
+            return False
         choice = self._choose()
-        if choice is None or not choice.now:
+        self._lacks = choice.lacks if choice else None
+        if choice is None or self._lacks is not None:
             return False
         self._decision = decision = choice.decision
         self._house.observer.decided(decision.way)
@@ -144,14 +149,14 @@ class Run:
         self._move(Event.ROUTE)
         return True
 
-    def forecast_ms(self) -> float | None:
-        if self._forecast_ms is None:
+    def forecast(self) -> Forecast | None:
+        if self._forecast is None:
             self._choose()
-        return self._forecast_ms
+        return self._forecast
 
     def give_up(self) -> BatonError | float:
         now, patience_s = self._clock.now(), self._house.config.worker_wait_s
-        latest = self.deadline - (self._forecast_ms or 0.0) / 1e3
+        latest = self.deadline - (self._forecast.alone_ms if self._forecast else 0.0) / 1e3
         if now >= latest:
             return DeadlineExceeded(
                 "the request's deadline can't be kept any more: it waited for a worker; give a longer timeout or try again later"
@@ -166,7 +171,7 @@ class Run:
     def _choose(self) -> Choice | None:
         """Where to go now. Raises InvalidRequest when the prompt is too long for all."""
         choice = self._house.choose(self._prompt, self._wish, self.slo, self._sampling.max_tokens, self._avoid)
-        self._forecast_ms = choice.decision.ttft_ms if choice else None
+        self._forecast = Forecast(choice.decision.ttft_ms, choice.alone_ms) if choice else None
         return choice
 
     # --- at the workers ---

@@ -29,7 +29,8 @@ from scripts.simulation.statistics import Histogram
 from scripts.simulation.worker import SimulatedWorker
 from scripts.simulation.workload import SILENT, Arrival, Tokens, Workload
 
-_BEATS_PER_S = 64  # heartbeats of all workers together, per simulated second
+_BEAT_S = 0.5  # between two heartbeats of a worker ...
+_BEATS_PER_S = 64  # ... but all together send no more per simulated second
 _LEASE_S = 10.0
 
 
@@ -162,9 +163,10 @@ class _Simulation:
 
     async def _beat(self) -> None:
         """Heartbeats: each worker in turn, so that large fleets don't drown in them."""
+        pause = max(_BEAT_S / len(self._workers), 1 / _BEATS_PER_S)
         while True:
             for worker in self._workers.values():
-                await asyncio.sleep(1 / _BEATS_PER_S)
+                await asyncio.sleep(pause)
                 self._house.hear_heartbeat(worker.heartbeat(), self._clock.now())
                 self.result.most_waiting = max(self.result.most_waiting, self._house.admission.waiting)
 

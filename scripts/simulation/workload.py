@@ -23,7 +23,7 @@ from python_backends.core.types import BlockHash
 
 SILENT = 1  # the token that simulated workers make; it has no text
 MOONCAKE_BLOCK = 512  # tokens
-PLAIN_BLOCK = 64  # tokens; of workloads that share no prefixes
+PLAIN_BLOCK = 256  # tokens; of workloads that share no prefixes
 
 
 class Tokens(Sequence[int]):
