@@ -102,7 +102,7 @@ class Admission:
     def _count(self, tokens: int, tenant: str) -> None:
         """Raises QueueFull. One prompt may always wait, however long."""
         limit, mine = self._config.max_queued_tokens, self._tenants[tenant]
-        over = max(self.queued_tokens + tokens - limit, mine + tokens - _TENANT_SHARE * (limit - self.queued_tokens + mine))
+        over = max(self.queued_tokens + tokens - limit, mine + tokens - _TENANT_SHARE * (limit - self.queued_tokens))
         if self.queued_tokens and over > 0:
             retry_s = self._retry_s(over)
             raise QueueFull(
@@ -239,7 +239,9 @@ class Place:
             self._admission._uncount(self._counted, self.tenant)
             self._counted = 0
             if self._predicted_ms:
-                self._admission._learn_margin(self.tokens, self._predicted_ms, (self._admission._clock.now() - self._since) * 1e3)
+                self._admission._learn_margin(
+                    self.tokens, self._predicted_ms, (self._admission._clock.now() - self._since) * 1e3
+                )
 
     def leave(self) -> None:
         if self._counted:

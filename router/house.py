@@ -21,7 +21,7 @@ from router.clock import Clock
 from router.fleet import Fleet
 from router.lifecycle import State
 from router.mailroom import Mailroom
-from router.policy import Choice, Limits, Query, choose, has_room
+from router.policy import Choice, Limits, Query, Room, choose, has_room
 from router.prefix_index import PrefixIndex
 from router.prompt import Hasher, Prompt
 from router.seams import Calls, Observer, Snapshot
@@ -139,9 +139,9 @@ class House:
         query = Query(len(prompt), match, hits, wish, slo, output, contended, avoid)
         return choose(query, self.fleet, self._limits, self._random)
 
-    def has_room(self, role: Role) -> bool:
-        """Whether `choose` may now say something else to a request that lacked room at this role."""
-        return has_room(role, self.fleet, self._limits)
+    def has_room(self, lacked: Room) -> bool:
+        """Whether `choose` may now say something else to a request that lacked this."""
+        return has_room(lacked, self.fleet, self._limits)
 
     def serves(self, num_tokens: int) -> bool:
         """Whether a worker is up that can take a prompt of so many tokens to its end."""

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from itertools import islice
 from random import Random
 from typing import Protocol
@@ -71,21 +72,30 @@ class Query:
     cached: Cached
     hits: Sequence[WorkerId]  # workers that have most of the prompt, best first
     wish: Wish
-    slo: Slo = Slo()
+    slo: Slo
     output_tokens: int = 128  # expected
     contended: bool = False  # more requests wait at the door
     avoid: Collection[WorkerId] = ()  # workers that failed this request; taken only if there is no other
 
 
+class Room(Enum):
+    """What a request may have to wait for."""
+
+    PROMPT = "prompt"  # a prefill worker that has little to compute
+    STREAM = "stream"  # a decode worker with KV blocks to spare, and a place in its batch
+    BOTH = "both"  # a decode worker that has little to compute and takes one more stream
+    AGGREGATED = "aggregated"  # an aggregated worker that does
+
+
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Where to go. `lacks` is None when the request can go there now; else the role that has no room.
+    """Where to go. `lacks` is None when the request can go there now.
 
-    Then it is better off waiting in the router, where its turn is kept: nobody else who has room would do as well.
+    Otherwise it is better off waiting in the router, where its turn is kept: nobody else who has room would do as well.
     """
 
     decision: RouteDecision
-    lacks: Role | None
+    lacks: Room | None
     missing: int  # prompt tokens that the decode worker has not cached
     alone_ms: float  # to the first token if the worker had nothing else to do
 
@@ -102,7 +112,7 @@ class _Option:
     itl: float
     peak: float  # the longest gap that running streams see
     cost: float
-    lacks: Role | None  # who has no room
+    lacks: Room | None
     excess: float = 0.0  # how far the targets are missed
 
     def measure(self, slo: Slo) -> None:
@@ -132,12 +142,13 @@ def choose(query: Query, fleet: Fleet, limits: Limits, random: Random) -> Choice
     return Choice(decision, lacks, query.num_tokens - query.cached.get(best.worker.id), alone)
 
 
-def has_room(role: Role, fleet: Fleet, limits: Limits) -> bool:
-    """Whether it is worth asking `choose` again for a request that lacked room at workers of this role."""
-    few = islice(fleet.ranked[role], _LOOKED_AT)
-    if role is Role.PREFILL:
-        return any(limits.takes_prompt(worker) for worker in few)
-    return any(limits.takes_prompt(worker) and limits.takes_stream(worker, 1) for worker in few)
+def has_room(lacked: Room, fleet: Fleet, limits: Limits) -> bool:
+    """Whether it is worth asking `choose` again for a request that lacked this."""
+    role = {Room.PROMPT: Role.PREFILL, Room.AGGREGATED: Role.AGGREGATED}.get(lacked, Role.DECODE)
+    return any(
+        (lacked is Room.STREAM or limits.takes_prompt(worker)) and (lacked is Room.PROMPT or limits.takes_stream(worker, 1))
+        for worker in islice(fleet.ranked[role], _LOOKED_AT)
+    )
 
 
 def _options(query: Query, fleet: Fleet, limits: Limits, random: Random) -> list[_Option]:
@@ -158,9 +169,7 @@ def _options(query: Query, fleet: Fleet, limits: Limits, random: Random) -> list
     return [*remote, *local, *(_alone(query, worker, limits, Way.AGGREGATED) for worker in others)]
 
 
-def _candidates(
-    query: Query, fleet: Fleet, role: Role, random: Random, fingerprint: str | None = None
-) -> list[WorkerView]:
+def _candidates(query: Query, fleet: Fleet, role: Role, random: Random, fingerprint: str | None = None) -> list[WorkerView]:
     """A few workers of the role that can take the prompt; those that failed it only if there are no others."""
     ranked = fleet.ranked[role]
     if not ranked:
@@ -184,9 +193,7 @@ def _hits(query: Query, get: Callable[[WorkerId], WorkerView | None]) -> Iterabl
     return (worker for name in query.hits if (worker := get(name)) is not None)
 
 
-def _remote(
-    query: Query, fleet: Fleet, decodes: Sequence[WorkerView], limits: Limits, random: Random
-) -> list[_Option]:
+def _remote(query: Query, fleet: Fleet, decodes: Sequence[WorkerView], limits: Limits, random: Random) -> list[_Option]:
     """Each prefill worker with the decode worker that suits best."""
     receivers = [_receiving(query, worker, limits) for worker in decodes]
     for option in receivers:
@@ -195,7 +202,7 @@ def _remote(
     options = []
     for worker in _candidates(query, fleet, Role.PREFILL, random, decode.worker.fingerprint):
         uncached, ttft = _first_token(query, worker, limits)
-        lacks = decode.lacks or (None if limits.takes_prompt(worker) and worker.has_kv_for(uncached) else Role.PREFILL)
+        lacks = decode.lacks or (None if limits.takes_prompt(worker) and worker.has_kv_for(uncached) else Room.PROMPT)
         cost = ttft + decode.cost
         options.append(_Option(Way.REMOTE, decode.worker, worker, uncached, ttft, decode.itl, decode.peak, cost, lacks))
     return options
@@ -206,7 +213,7 @@ def _receiving(query: Query, worker: WorkerView, limits: Limits) -> _Option:
     missing = query.num_tokens - query.cached.get(worker.id)
     itl = _itl(query, worker)
     wait = worker.link.transfer_ms(missing * worker.token_bytes)
-    lacks = None if limits.takes_stream(worker, missing + query.output_tokens) else Role.DECODE
+    lacks = None if limits.takes_stream(worker, missing + query.output_tokens) else Room.STREAM
     peak = _peak(worker, 0, 0, limits) if worker.prompts else itl
     return _Option(Way.REMOTE, worker, None, missing, 0.0, itl, peak, _TOKENS_VALUED * itl + wait, lacks)
 
@@ -220,9 +227,10 @@ def _alone(query: Query, worker: WorkerView, limits: Limits, way: Way) -> _Optio
         peak = _peak(worker, uncached, query.num_tokens, limits)
         delay = _DELAY_VALUED * streams * max(0.0, ttft - worker.hop_ms)
     room = limits.takes_prompt(worker) and limits.takes_stream(worker, uncached + query.output_tokens)
+    lacks = None if room else Room.AGGREGATED if way is Way.AGGREGATED else Room.BOTH
     if way is Way.LOCAL and _has_every_full_block(query, uncached, worker.block_size):
         way = Way.CACHED
-    return _Option(way, worker, None, uncached, ttft, itl, peak, ttft + _TOKENS_VALUED * itl + delay, None if room else worker.role)
+    return _Option(way, worker, None, uncached, ttft, itl, peak, ttft + _TOKENS_VALUED * itl + delay, lacks)
 
 
 def _first_token(query: Query, worker: WorkerView, limits: Limits) -> tuple[int, float]:
@@ -290,4 +298,8 @@ def _why(query: Query, best: _Option, options: Sequence[_Option]) -> str:
         return sentence
     other = min(others, key=lambda option: (option.excess, option.cost))
     sentence += f"; {other.way.value} {other.ttft:.0f} ms"
-    return f"{sentence} and {other.peak:.0f} ms between tokens of {other.worker.streams} streams" if other.peak > other.itl else sentence
+    return (
+        f"{sentence} and {other.peak:.0f} ms between tokens of {other.worker.streams} streams"
+        if other.peak > other.itl
+        else sentence
+    )

@@ -33,7 +33,7 @@ from python_backends.core.messages import (
     TokenChunk,
     Work,
 )
-from python_backends.core.types import FinishReason, GenerateRequest, KVReport, RequestId, Role, SamplingParams, WorkerId
+from python_backends.core.types import FinishReason, GenerateRequest, KVReport, RequestId, SamplingParams, WorkerId
 from router.account import Account
 from router.admission import Forecast, Place
 from router.detokenizer import Detokenizer
@@ -41,8 +41,7 @@ from router.fleet import Charge
 from router.house import House
 from router.lifecycle import Event, Held, Lifecycle, State
 from router.mailroom import Box
-from router.policy import Choice
-from router.prompt import Prompt
+from router.policy import Choice, Room
 from router.seams import Reply
 from router.types import ClientRequest, Outcome, Piece, RouteDecision
 
@@ -76,7 +75,7 @@ class Run:
         self._submitted = arrival
         self._alone = False  # nobody else was at the worker when this request was submitted
         self._forecast: Forecast | None = None
-        self._lacks: Role | None = None  # who had no room for it when it was last decided
+        self._lacks: Room | None = None  # when it was last decided
         self.deadline = arrival + (request.timeout_s or house.config.default_deadline_s)
         self.interruption: BatonError = Cancelled("the request was cancelled")
         # held, and given back when the lifecycle says so
@@ -159,7 +158,7 @@ class Run:
         latest = self.deadline - (self._forecast.alone_ms if self._forecast else 0.0) / 1e3
         if now >= latest:
             return DeadlineExceeded(
-                "the request's deadline can't be kept any more: it waited for a worker; give a longer timeout or try again later"
+                "the request waited for a worker until its deadline can't be kept; give a longer timeout or try again later"
             )
         if not self._house.serves(len(self._prompt)):
             patience_s -= now - max(self._waiting_since, self._house.lost_at)

@@ -93,7 +93,9 @@ class TransferConfig(Section, frozen=True):
 class SloConfig(Section, frozen=True):
     ttft_ms: Annotated[
         NonNegativeFloat,
-        Meta(description="Time to first token aimed at, ms. Requests that would wait too long for it are refused. 0: no target."),
+        Meta(
+            description="Time to first token aimed at, ms. Requests that would wait too long for it are refused. 0: no target."
+        ),
     ] = 0.0
     itl_ms: Annotated[
         NonNegativeFloat, Meta(description="Time between two tokens of a running stream aimed at, ms. 0: no target.")

@@ -42,7 +42,6 @@ class Rates(msgspec.Struct, frozen=True):
         constant, token, pair, stream, depth = self.coefficients
         return constant + token * prefill_tokens + pair * prefill_context + stream * streams + depth * context
 
-
     def calibration(self) -> list[StepSample]:
         """What a worker of these rates would find when it calibrates (engines/paged/calibration.py)."""
         shapes = [(p, p * (cached + p / 2), n, n * context) for p, cached, n, context in _CALIBRATION]

@@ -42,7 +42,7 @@ class Scenario:
     workers: Mapping[Role, int]
     rates: Mapping[Role, Rates]
     router: RouterConfig
-    engine: EngineConfig = EngineConfig(step_tokens=2048, max_batch=256)
+    engine: EngineConfig
     seed: int = 0
 
 
@@ -255,7 +255,9 @@ def _hashes_of(tokens: object, block_size: int, root: BlockHash) -> list[BlockHa
 
 
 def _deployment(scenario: Scenario) -> Deployment:
-    workers = [WorkerConfig(role=role, name=f"{role.value}_{i}", cpus=str(i)) for role, n in scenario.workers.items() for i in range(n)]
+    workers = [
+        WorkerConfig(role=role, name=f"{role.value}_{i}", cpus=str(i)) for role, n in scenario.workers.items() for i in range(n)
+    ]
     return Deployment(workers=tuple(workers), engine=scenario.engine, router=_unbounded(scenario.router))
 
 

@@ -124,7 +124,9 @@ def _read_mooncake(lines: Iterable[str]) -> Iterator[Arrival]:
         try:
             row = json.loads(line)
             hashes = tuple(_block(0, int(name)) for name in row["hash_ids"][: int(row["input_length"]) // MOONCAKE_BLOCK])
-            yield Arrival(float(row["timestamp"]) / 1e3, max(int(row["input_length"]), 1), max(int(row["output_length"]), 1), hashes)
+            yield Arrival(
+                float(row["timestamp"]) / 1e3, max(int(row["input_length"]), 1), max(int(row["output_length"]), 1), hashes
+            )
         except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise _BadLine(f"line {number} is not a line of a Mooncake trace: {error!r}") from error
 
@@ -193,7 +195,9 @@ class Profile:
 
 
 PROFILES = {
-    "chat": Profile((1020, 0.985), (129, 0.859), 14_050, source="Azure LLM inference trace 2023, conversation (Splitwise, ISCA 2024)"),
+    "chat": Profile(
+        (1020, 0.985), (129, 0.859), 14_050, source="Azure LLM inference trace 2023, conversation (Splitwise, ISCA 2024)"
+    ),
     "code": Profile((1469, 1.36), (13, 0.847), 7_437, source="Azure LLM inference trace 2023, code (Splitwise, ISCA 2024)"),
     "conversation": Profile(
         (4200, 1.2), (350, 1.0), 120_000, turns=2.5, system=512, source="Mooncake conversation trace (FAST 2025)"
@@ -244,7 +248,10 @@ def _draw(profile: Profile, rate: float, seconds: float, random: Random, space: 
             continue
         length = min(said + _lognormal(profile.input, random), profile.longest)
         output = _lognormal(profile.output, random)
-        hashes = [*hashes, *(_block((space << 8) + 1, (mine << 24) + index) for index in range(len(hashes), length // PLAIN_BLOCK))]
+        hashes = [
+            *hashes,
+            *(_block((space << 8) + 1, (mine << 24) + index) for index in range(len(hashes), length // PLAIN_BLOCK)),
+        ]
         yield Arrival(now, length, output, tuple(hashes[: length // PLAIN_BLOCK]))
         if random.random() < goes_on and length + output < profile.longest:
             heapq.heappush(later, (now + random.expovariate(1 / profile.pause_s), mine, length + output, hashes))
