@@ -102,7 +102,9 @@ class Admission:
     def _count(self, tokens: int, tenant: str) -> None:
         """Raises QueueFull. One prompt may always wait, however long."""
         limit, mine = self._config.max_queued_tokens, self._tenants[tenant]
-        over = max(self.queued_tokens + tokens - limit, mine + tokens - _TENANT_SHARE * (limit - self.queued_tokens))
+        over: float = self.queued_tokens + tokens - limit
+        if over <= 0:
+            over = mine + tokens - _TENANT_SHARE * (limit - self.queued_tokens)
         if self.queued_tokens and over > 0:
             retry_s = self._retry_s(over)
             raise QueueFull(

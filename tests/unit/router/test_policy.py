@@ -18,11 +18,14 @@ LIMITS = Limits(step_tokens=256, max_batch=8)
 SLOW_PREFILL = (2.0, 1.0, 0.0, 1.0, 0.0)
 
 
-class Believed(dict[WorkerId, int]):
+class Believed:
     """Stands for router.prefix_index.Match."""
 
-    def get(self, worker: WorkerId, default: int = 0) -> int:
-        return super().get(worker, default)
+    def __init__(self, tokens: Mapping[str, int]) -> None:
+        self._tokens = tokens
+
+    def get(self, worker: WorkerId) -> int:
+        return self._tokens.get(worker, 0)
 
 
 def query(
@@ -32,9 +35,9 @@ def query(
     slo: Slo = Slo(),  # noqa: B008 (immutable)
     avoid: Collection[str] = (),
 ) -> Query:
-    believed = Believed({WorkerId(name): count for name, count in (matched or {}).items()})
-    hits = sorted(believed, key=lambda name: -believed[name])
-    return Query(num_tokens, believed, hits, wish, slo, output_tokens=16, avoid={WorkerId(name) for name in avoid})
+    tokens = matched or {}
+    hits = [WorkerId(name) for name in sorted(tokens, key=lambda name: -tokens[name])]
+    return Query(num_tokens, Believed(tokens), hits, wish, slo, output_tokens=16, avoid={WorkerId(name) for name in avoid})
 
 
 def chosen(asked: Query, fleet: Fleet, seed: int = 0) -> RouteDecision:
