@@ -20,6 +20,7 @@ class Account:
         self._second_token = 0.0
         self._last_token = 0.0
         self._num_output = 0
+        self._prompt_tokens = 0
         self._predicted_ttft_ms = 0.0  # by the decision that led to the first token
         self._decision: RouteDecision | None = None
         self._attempts = 0
@@ -27,8 +28,9 @@ class Account:
         self._prefill_ms: float | None = None  # of the attempt that made the first token, once known
         self._report = KVReport()
 
-    def routed(self, decision: RouteDecision, attempt: int) -> None:
+    def routed(self, decision: RouteDecision, attempt: int, prompt_tokens: int = 0) -> None:
         """A new attempt: what an earlier one moved does not count."""
+        self._prompt_tokens = prompt_tokens
         self._decision = decision
         self._attempts = attempt
         if not self._first_token:
@@ -89,4 +91,6 @@ class Account:
             itl_ms=(self._last_token - self._first_token) * 1e3 / max(self._num_output - 1, 1),
             predicted_ttft_ms=self._predicted_ttft_ms,
             predicted_itl_ms=decision.itl_ms,
+            prompt_tokens=self._prompt_tokens,
+            output_tokens=self._num_output,
         )

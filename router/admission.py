@@ -12,8 +12,9 @@ import asyncio
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol
+
+import msgspec
 
 from python_backends.core.config import RouterConfig
 from python_backends.core.errors import BatonError, QueueFull
@@ -33,8 +34,7 @@ _MARGIN_STEP = 0.05
 _MARGIN_RANGE = (0.7, 4.0)
 
 
-@dataclass(frozen=True, slots=True)
-class Forecast:
+class Forecast(msgspec.Struct, frozen=True):
     """Milliseconds to the first token if the request started now, and if the workers had nothing else to do."""
 
     now_ms: float

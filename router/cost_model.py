@@ -26,7 +26,7 @@ TERMS = ("constant", "prefill_token", "prefill_context", "decode_stream", "decod
 """The coefficients of a StepModel by name, in ms per unit."""
 
 _UNKNOWN = (5.0, 0.2, 0.0, 0.5, 0.0)  # of a worker of which nothing at all is known
-_MEMORY = 100  # samples after which one counts for 1/e of a new one
+_MEMORY = 50  # samples after which one counts for 1/e of a new one
 _CALIBRATION_WEIGHT = 0.2  # of a calibration step against a new sample; it is never forgotten
 _SOLVE_EVERY = 16  # samples
 _FIRST_SOLVES = (1, 2, 4, 8)
@@ -36,6 +36,8 @@ _FACTOR_RATE = 0.1
 _DRIFT_RATE = 0.02
 _ERROR_RATE = 0.05
 _KNOWN_AFTER = 32  # samples
+_QUICK_MS = 20.0  # of steps of streams alone that take less ...
+_ONE_IN = 4  # ... one in so many is learned from
 _OUTLIER = 3.0  # a step so many times longer than expected counts as so long: the machine did something else meanwhile
 
 
@@ -50,6 +52,7 @@ class StepModel:
         self.coefficients: list[float] = list(like.coefficients if like else _UNKNOWN)
         self.samples = 0
         self.error = 0.0
+        self._passed_over = 0
         self._factors: list[float] = list(like._factors) if like else [1.0] * (2 * _FACTORS)
         self._with_prompts = _Memory(_MEMORY)
         self._without = _Memory(_MEMORY)
@@ -64,15 +67,21 @@ class StepModel:
         """Of one step; the arguments are StepSample's."""
         constant, token, pair, stream, depth = self.coefficients
         ms = constant + token * prefill_tokens + pair * prefill_context + stream * streams + depth * context
-        return ms * self._factors[_size(prefill_tokens, streams)]
+        if prefill_tokens >= 1:  # as _size says, without the call: this is asked dozens of times per decision
+            return ms * self._factors[_FACTORS + min(int(prefill_tokens).bit_length(), _FACTORS - 1)]
+        return ms * self._factors[min(int(streams).bit_length(), _FACTORS - 1)]
 
     def learn(self, sample: StepSample) -> None:
         """Take in a step that has happened."""
         shape = (sample.prefill_tokens, sample.prefill_context, sample.decode_streams, sample.decode_context)
         if sample.ms <= 0 or not sample.prefill_tokens + sample.decode_streams:
             return
-        expected = self.step_ms(*shape)
         known = self.samples >= _KNOWN_AFTER
+        if known and not sample.prefill_tokens and sample.ms < _QUICK_MS:  # there are many, one like the other
+            self._passed_over = (self._passed_over + 1) % _ONE_IN
+            if self._passed_over:
+                return
+        expected = self.step_ms(*shape)
         ms = min(sample.ms, _OUTLIER * expected) if known else sample.ms
         self.error += (_ERROR_RATE if known else 1 / (self.samples + 1)) * (abs(expected - ms) / ms - self.error)
         self.samples += 1
@@ -80,9 +89,10 @@ class StepModel:
         self._drift += _DRIFT_RATE * (_bounded(ms / _linear(self._calibrated, shape), 10.0) - self._drift)
         if self.samples % _SOLVE_EVERY == 0 or self.samples in _FIRST_SOLVES:
             self._solve(_SWEEPS)
-        size = _size(*shape[::2])
-        ratio = _bounded(ms / _linear(self.coefficients, shape), 4.0)
-        self._factors[size] += _FACTOR_RATE * (ratio - self._factors[size])
+        if known:
+            size = _size(*shape[::2])
+            ratio = _bounded(ms / _linear(self.coefficients, shape), 4.0)
+            self._factors[size] += _FACTOR_RATE * (ratio - self._factors[size])
 
     def _solve(self, sweeps: int) -> None:
         """Coordinate descent on sum of w (x . c - 1)^2 over the three memories, c >= 0, from the present solution."""
@@ -148,13 +158,13 @@ def prefill_ms(
     chunk: tokens of one step, shared with `streams` running streams of `context` tokens in all. Of other prompts that are
     there, `ahead` tokens are computed before, and up to `beside` in the same steps. On average half a step is under way.
     """
-    room = max(chunk - streams, 1)
+    room = chunk - streams if chunk > streams else 1
     total = ahead + tokens
-    steps, rest = divmod(total, room)
-    if rest == 0:
-        steps, rest = steps - 1, room
+    if total <= room and not (ahead or beside or streams):  # the common case, spelt out because it is asked for so often
+        return model.step_ms(tokens, tokens * (cached + tokens / 2), 0, 0)
     per_token = (tokens * (cached + tokens / 2) + ahead * min(ahead, chunk) / 2) / total
-    last = min(rest + beside, room)
+    steps = (total - 1) // room  # before the last
+    last = min(total - steps * room + beside, room)
     ms = model.step_ms(last, last * per_token, streams, context)
     if steps:
         ms += steps * model.step_ms(room, room * per_token, streams, context)

@@ -40,6 +40,7 @@ class WorkerView:
         self.token_bytes = heartbeat.layout.token_bytes
         self.pool_tokens = heartbeat.load.total_blocks * heartbeat.layout.block_size
         self.requests = 0  # routed here and not ended
+        self.streams = 0  # those whose prompt is computed
         self.prompts: dict[Charge, int] = {}  # prompts to be computed here, oldest first, with the tokens left of each
         self.prefill_tokens = 0  # their sum
         self.context_tokens = 0  # prompts and outputs of the requests here
@@ -49,11 +50,6 @@ class WorkerView:
         self.link: LinkModel = former.link if former and known else LinkModel()
         self.hop_ms: float = former.hop_ms if former and known else _FIRST_HOP_MS
         self.load_ms = 0.0  # what the workers of a role are ordered by
-
-    @property
-    def streams(self) -> int:
-        """Requests here whose prompt is computed."""
-        return self.requests - len(self.prompts)
 
     def crowd(self, step_tokens: int) -> int:
         """Prompt tokens in the way of new ones. Of a very long prompt one step: half of each step is for others."""
@@ -93,6 +89,7 @@ class WorkerView:
     def finished(self, charge: Charge) -> None:
         """A prompt is computed. What had been counted as done of others instead of it is not done."""
         missed = self.prompts.pop(charge) - 1
+        self.streams += 1
         self.prefill_tokens -= 1
         if not self.prompts:
             self.prefill_tokens = 0
@@ -135,6 +132,8 @@ class Charge:
             if prefill_tokens:
                 worker.prompts[self] = prefill_tokens
                 worker.prefill_tokens += prefill_tokens
+            else:
+                worker.streams += 1
             fleet.reorder(worker)
 
     def prefilled(self) -> None:
@@ -154,8 +153,11 @@ class Charge:
         """The request has left the worker. Idempotent."""
         worker, self._worker = self._worker, None
         if worker is not None:
-            worker.prefill_tokens -= worker.prompts.pop(self, 0)
             worker.requests -= 1
+            if self in worker.prompts:
+                worker.prefill_tokens -= worker.prompts.pop(self)
+            else:
+                worker.streams -= 1
             worker.context_tokens -= self._context
             worker.kv_tokens -= self._kv_tokens
             self._fleet.reorder(worker)

@@ -19,18 +19,19 @@ another worker computes it, and has it, too. Nor does a conversation: its last w
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
 from enum import Enum
 from itertools import islice
 from random import Random
 from typing import Protocol
+
+import msgspec
 
 from python_backends.core.types import Role, WorkerId
 from router.cost_model import prefill_ms
 from router.fleet import Fleet, WorkerView
 from router.types import RouteDecision, Slo, Way, Wish
 
-_LOOKED_AT = 4  # of the least loaded workers of a role; as many again that have most of the prompt
+_LOOKED_AT = 3  # of the least loaded workers of a role; as many again that have most of the prompt
 _NEAR = 1.03  # costs that differ less are the same ...
 _NEAR_MS = 0.5  # ... and so are these
 _TOKENS_VALUED = 10  # a millisecond more between tokens is worth so many to the first token
@@ -44,8 +45,7 @@ class Cached(Protocol):
         """Leading prompt tokens that the worker is believed to have."""
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
+class Limits(msgspec.Struct, frozen=True):
     """Of the deployment's engines."""
 
     step_tokens: int
@@ -64,8 +64,7 @@ class Limits:
         return worker.requests < self.max_batch and worker.has_kv_for(kv_tokens)
 
 
-@dataclass(frozen=True, slots=True)
-class Query:
+class Query(msgspec.Struct, frozen=True):
     """What the choice depends on besides the fleet."""
 
     num_tokens: int
@@ -87,8 +86,7 @@ class Room(Enum):
     AGGREGATED = "aggregated"  # an aggregated worker that does
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(msgspec.Struct, frozen=True):
     """Where to go. `lacks` is None when the request can go there now.
 
     Otherwise it is better off waiting in the router, where its turn is kept: nobody else who has room would do as well.
@@ -100,33 +98,45 @@ class Choice:
     alone_ms: float  # to the first token if the worker had nothing else to do
 
 
-@dataclass(slots=True)
 class _Option:
-    """One way to serve the request. Times in ms."""
+    """One way to serve the request. Times in ms. `excess`: how far it misses the targets."""
 
-    way: Way
-    worker: WorkerView  # who decodes
-    prefill: WorkerView | None
-    uncached: int
-    ttft: float
-    itl: float
-    peak: float  # the longest gap that running streams see
-    cost: float
-    lacks: Room | None
-    excess: float = 0.0  # how far the targets are missed
+    __slots__ = ("cost", "excess", "itl", "lacks", "peak", "prefill", "ttft", "uncached", "way", "worker")
 
-    def measure(self, slo: Slo) -> None:
-        if slo.ttft_ms:
-            self.excess += max(0.0, self.ttft / slo.ttft_ms - 1)
-        if slo.itl_ms:  # for each of those who see it
-            self.excess += max(self.worker.streams, 1) * max(0.0, max(self.itl, self.peak) / slo.itl_ms - 1)
+    def __init__(
+        self,
+        way: Way,
+        worker: WorkerView,
+        prefill: WorkerView | None,
+        uncached: int,
+        ttft: float,
+        itl: float,
+        peak: float,
+        cost: float,
+        lacks: Room | None,
+        slo: Slo,
+    ) -> None:
+        """worker: who decodes. itl: between two tokens of this stream. peak: the longest gap that running streams see."""
+        self.way = way
+        self.worker = worker
+        self.prefill = prefill
+        self.uncached = uncached
+        self.ttft = ttft
+        self.itl = itl
+        self.peak = peak
+        self.cost = cost
+        self.lacks = lacks
+        self.excess = 0.0
+        if slo.ttft_ms and ttft > slo.ttft_ms:
+            self.excess = ttft / slo.ttft_ms - 1
+        gap = max(itl, peak)
+        if slo.itl_ms and gap > slo.itl_ms:  # for each of those who see it
+            self.excess += max(worker.streams, 1) * (gap / slo.itl_ms - 1)
 
 
 def choose(query: Query, fleet: Fleet, limits: Limits, random: Random) -> Choice | None:
     """None when no worker that is up can serve the request. `random` settles what is nearly equal."""
     options = _options(query, fleet, limits, random)
-    for option in options:
-        option.measure(query.slo)
     if not options:
         return None
     best = _pick(options, random)
@@ -196,15 +206,25 @@ def _hits(query: Query, get: Callable[[WorkerId], WorkerView | None]) -> Iterabl
 def _remote(query: Query, fleet: Fleet, decodes: Sequence[WorkerView], limits: Limits, random: Random) -> list[_Option]:
     """Each prefill worker with the decode worker that suits best."""
     receivers = [_receiving(query, worker, limits) for worker in decodes]
-    for option in receivers:
-        option.measure(Slo(itl_ms=query.slo.itl_ms))
     decode = _pick([option for option in receivers if option.lacks is None] or receivers, random)
     options = []
     for worker in _candidates(query, fleet, Role.PREFILL, random, decode.worker.fingerprint):
-        uncached, ttft = _first_token(query, worker, limits)
-        lacks = decode.lacks or (None if limits.takes_prompt(worker) and worker.has_kv_for(uncached) else Room.PROMPT)
-        cost = ttft + decode.cost
-        options.append(_Option(Way.REMOTE, decode.worker, worker, uncached, ttft, decode.itl, decode.peak, cost, lacks))
+        uncached, ttft, has_room = _first_token(query, worker, limits)
+        lacks = decode.lacks or (None if has_room and worker.has_kv_for(uncached) else Room.PROMPT)
+        options.append(
+            _Option(
+                Way.REMOTE,
+                decode.worker,
+                worker,
+                uncached,
+                ttft,
+                decode.itl,
+                decode.peak,
+                ttft + decode.cost,
+                lacks,
+                query.slo,
+            )
+        )
     return options
 
 
@@ -212,41 +232,44 @@ def _receiving(query: Query, worker: WorkerView, limits: Limits) -> _Option:
     """The decode worker's part of a remote way; the cost is that of this part."""
     missing = query.num_tokens - query.cached.get(worker.id)
     itl = _itl(query, worker)
-    wait = worker.link.transfer_ms(missing * worker.token_bytes)
+    peak = _peak(worker, 0, 0, limits) if worker.prompts and query.slo.itl_ms else itl
+    cost = _TOKENS_VALUED * itl + worker.link.transfer_ms(missing * worker.token_bytes)
     lacks = None if limits.takes_stream(worker, missing + query.output_tokens) else Room.STREAM
-    peak = _peak(worker, 0, 0, limits) if worker.prompts else itl
-    return _Option(Way.REMOTE, worker, None, missing, 0.0, itl, peak, _TOKENS_VALUED * itl + wait, lacks)
+    return _Option(Way.REMOTE, worker, None, missing, 0.0, itl, peak, cost, lacks, query.slo)
 
 
 def _alone(query: Query, worker: WorkerView, limits: Limits, way: Way) -> _Option:
     """The worker computes the uncached rest of the prompt itself, and goes on."""
-    uncached, ttft = _first_token(query, worker, limits)
+    uncached, ttft, has_room = _first_token(query, worker, limits)
     itl, streams = _itl(query, worker), worker.streams
-    peak = delay = 0.0
+    cost, peak = ttft + _TOKENS_VALUED * itl, 0.0
     if streams:
         peak = _peak(worker, uncached, query.num_tokens, limits)
-        delay = _DELAY_VALUED * streams * max(0.0, ttft - worker.hop_ms)
-    room = limits.takes_prompt(worker) and limits.takes_stream(worker, uncached + query.output_tokens)
-    lacks = None if room else Room.AGGREGATED if way is Way.AGGREGATED else Room.BOTH
+        cost += _DELAY_VALUED * streams * max(0.0, ttft - worker.hop_ms)
+    lacks = None
+    if not has_room or not limits.takes_stream(worker, uncached + query.output_tokens):
+        lacks = Room.AGGREGATED if way is Way.AGGREGATED else Room.BOTH
     if way is Way.LOCAL and _has_every_full_block(query, uncached, worker.block_size):
         way = Way.CACHED
-    return _Option(way, worker, None, uncached, ttft, itl, peak, ttft + _TOKENS_VALUED * itl + delay, lacks)
+    return _Option(way, worker, None, uncached, ttft, itl, peak, cost, lacks, query.slo)
 
 
-def _first_token(query: Query, worker: WorkerView, limits: Limits) -> tuple[int, float]:
-    """Uncached tokens, and ms until the first token is here."""
+def _first_token(query: Query, worker: WorkerView, limits: Limits) -> tuple[int, float, bool]:
+    """Uncached tokens, ms until the first token is here, and whether the worker takes the prompt now."""
     cached = query.cached.get(worker.id)
     uncached = query.num_tokens - cached
-    ahead = worker.tokens_before(uncached)
-    crowd = worker.crowd(limits.step_tokens)
-    if crowd >= limits.prefill_window:  # to overtake them all would be at the cost of the long ones
-        ahead = max(ahead, crowd)
-    if query.contended and uncached > limits.step_tokens // 2:  # shorter ones will keep coming, and take half of each step
-        ahead = worker.prefill_tokens + uncached
-    streams, context = worker.streams, worker.context_tokens
-    beside = max(worker.prefill_tokens - ahead, 0)
-    ms = prefill_ms(worker.model, limits.step_tokens, uncached, cached, ahead, beside, streams, context)
-    return uncached, worker.hop_ms + ms
+    ahead, has_room = 0, True
+    if worker.prompts:
+        ahead = worker.tokens_before(uncached)
+        crowd = worker.crowd(limits.step_tokens)
+        has_room = crowd < limits.prefill_window
+        if not has_room:  # to overtake them all would be at the cost of the long ones
+            ahead = max(ahead, crowd)
+        if query.contended and uncached > limits.step_tokens // 2:  # shorter ones keep coming, and take half of each step
+            ahead = worker.prefill_tokens + uncached
+    beside = worker.prefill_tokens - ahead if worker.prefill_tokens > ahead else 0
+    ms = prefill_ms(worker.model, limits.step_tokens, uncached, cached, ahead, beside, worker.streams, worker.context_tokens)
+    return uncached, worker.hop_ms + ms, has_room
 
 
 def _peak(worker: WorkerView, uncached: int, length: int, limits: Limits) -> float:
@@ -265,14 +288,19 @@ def _has_every_full_block(query: Query, uncached: int, block_size: int) -> bool:
 
 
 def _pick(options: Sequence[_Option], random: Random) -> _Option:
-    """The option that misses the targets least, then the cheapest; of near equals the less busy of two that are drawn."""
+    """The option that misses the targets least, then the cheapest.
+
+    Of near equals those that compute least, and of these the less busy of two that are drawn.
+    """
     least = min(options, key=lambda option: (option.excess, option.cost))
     if len(options) == 1:
         return least
     most = least.cost * _NEAR + _NEAR_MS
     near = [option for option in options if option.cost <= most and option.excess <= least.excess]
+    fewest = min([option.uncached for option in near])
+    near = [option for option in near if option.uncached == fewest]
     if len(near) == 1:
-        return least
+        return near[0]
     first, second = near[random.randrange(len(near))], near[random.randrange(len(near))]
     return first if _busy(first) <= _busy(second) else second
 

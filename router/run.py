@@ -136,7 +136,7 @@ class Run:
             return False
         self._decision = decision = choice.decision
         self._house.observer.decided(decision.way)
-        self._account.routed(decision, self._attempts)
+        self._account.routed(decision, self._attempts, len(self._prompt_ids))
         fleet, num_tokens = self._house.fleet, len(self._prompt)
         here = 0 if decision.prefill else decision.prefill_tokens
         kv_tokens = choice.missing + min(self._sampling.max_tokens, int(self._house.output_tokens))

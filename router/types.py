@@ -104,6 +104,8 @@ class Proof(msgspec.Struct, frozen=True):
     itl_ms: float = 0.0  # mean time between two tokens
     predicted_ttft_ms: float = 0.0  # when the route was chosen
     predicted_itl_ms: float = 0.0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
 
 
 class Outcome(str, Enum):

@@ -1,6 +1,6 @@
 """What simulated workers are able to do: their step times, their memory, their link.
 
-From a YAML of published figures (configs/gpus.yaml): a GPU's datasheet, a model's size, and how much of the datasheet
+From a YAML of published figures (configs/simulation/gpus.yaml): a GPU's datasheet, a model's size, and how much of the datasheet
 engines reach; or as measured, from the coefficients that a router has learned.
 """
 
@@ -86,7 +86,7 @@ class Efficiency(Section, frozen=True, kw_only=True):
 
 
 class Catalogue(Section, frozen=True):
-    """configs/gpus.yaml."""
+    """configs/simulation/gpus.yaml."""
 
     gpus: dict[str, Gpu]
     models: dict[str, Model]
