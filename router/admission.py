@@ -29,7 +29,7 @@ _LEAST_RETRY_S = 0.1
 _LEAST_RATE = 1e-3  # tokens per ms
 _RATE_MEMORY_MS = 10_000.0  # how far back the measured rate goes
 _RATE_PRIOR_MS = 2_000.0  # so long it is the predicted one
-_ON_TIME = 0.98  # share of accepted requests that are to be on time: so many predictions must not be too short
+_ON_TIME = 0.98  # share of the accepted requests that are to be on time
 _MARGIN_STEP = 0.05
 _MARGIN_RANGE = (0.7, 4.0)
 
@@ -60,8 +60,13 @@ class Guest(Protocol):
 class Admission:
     """Belongs to the router's event loop. `room_changed` is to be called when a worker may be able to take more."""
 
-    def __init__(self, config: RouterConfig, clock: Clock, capacity: Callable[[], float]) -> None:
-        """capacity: prompt tokens per ms that the workers can compute, as far as is predicted."""
+    def __init__(self, config: RouterConfig, clock: Clock, capacity: Callable[[], float], long_prompt: int) -> None:
+        """capacity: prompt tokens per ms that the workers can compute, as far as is predicted.
+
+        long_prompt: tokens from which on prompts have a queue of their own: a worker that has one takes no other, and
+        short ones are not to wait for that.
+        """
+        self._long_prompt = long_prompt
         self._config = config
         self._clock = clock
         self._queue: FairQueue[Place] = FairQueue()
@@ -121,31 +126,32 @@ class Admission:
         if not self._tenants[tenant]:
             del self._tenants[tenant]
 
-    def _predict(self, place: Place, forecast: Forecast, slo: Slo) -> float:
-        """Time to first token, ms. Raises QueueFull when waiting makes it miss its target."""
+    def _check_wait(self, place: Place, forecast: Forecast, slo: Slo) -> float | None:
+        """Raises QueueFull when waiting would make the first token late. Returns when it is due, ms; None: at no time."""
         ahead = self._queue.ahead(place.tokens, place.flow, place.priority)
+        if not slo.ttft_ms or not ahead:
+            return None
         wait_ms = ahead / self._rate.tokens_per_ms()
         margin = self._margins[place.tokens.bit_length()]
-        if slo.ttft_ms and ahead:
-            hopeless = forecast.alone_ms > slo.ttft_ms
-            allowed_ms = slo.ttft_ms * _HOPELESS_SHARE if hopeless else slo.ttft_ms - forecast.now_ms * margin
-            late_ms = wait_ms * margin - allowed_ms
-            if late_ms > 0:
-                retry_s = max(late_ms / 1e3, _LEAST_RETRY_S)
-                raise QueueFull(
-                    f"the first token would come in {(wait_ms + forecast.now_ms) * margin:.0f} ms, and the target is "
-                    f"{slo.ttft_ms:.0f} ms (router.slo.ttft_ms); try again in {retry_s:.1f} s",
-                    retry_s,
-                )
-        return wait_ms + forecast.now_ms
+        hopeless = forecast.alone_ms > slo.ttft_ms
+        allowed_ms = slo.ttft_ms * _HOPELESS_SHARE if hopeless else slo.ttft_ms - forecast.now_ms * margin
+        late_ms = wait_ms * margin - allowed_ms
+        if late_ms > 0:
+            retry_s = max(late_ms / 1e3, _LEAST_RETRY_S)
+            raise QueueFull(
+                f"the first token would come in {(wait_ms + forecast.now_ms) * margin:.0f} ms, and the target is "
+                f"{slo.ttft_ms:.0f} ms (router.slo.ttft_ms); try again in {retry_s:.1f} s",
+                retry_s,
+            )
+        return None if hopeless else slo.ttft_ms
 
-    def _learn_margin(self, tokens: int, predicted_ms: float, real_ms: float) -> None:
-        """Keep the factor on predictions where real <= predicted x margin for the wanted share of requests.
+    def _learn_margin(self, tokens: int, late: bool) -> None:
+        """More care after an accepted request was late, a little less after each that was not.
 
-        A quantile by stochastic approximation (Robbins and Monro, "A Stochastic Approximation Method", 1951), in logarithms.
+        Settles where the wanted share is on time: a quantile by stochastic approximation (Robbins and Monro, "A Stochastic
+        Approximation Method", 1951), in logarithms.
         """
         size = tokens.bit_length()
-        late = real_ms > predicted_ms * self._margins[size]
         margin = self._margins[size] * math.exp(_MARGIN_STEP * (_ON_TIME if late else _ON_TIME - 1))
         self._margins[size] = min(max(margin, _MARGIN_RANGE[0]), _MARGIN_RANGE[1])
 
@@ -162,7 +168,7 @@ class Place:
         self._left = False
         self._counted = 0
         self._since = admission._clock.now()
-        self._predicted_ms: float | None = None
+        self._due_ms: float | None = None  # after arrival, when the first token is to be there
         self._guest: Guest | None = None
         self._turn: asyncio.Future[None] | None = None
         self._wish = Wish.AUTO
@@ -171,9 +177,9 @@ class Place:
         self.priority = 0
 
     @property
-    def flow(self) -> tuple[str, Wish]:
-        """Who shares fairly with whom. Requests that force a way wait for other workers, so they don't hold up the rest."""
-        return self.tenant, self._wish
+    def flow(self) -> tuple[str, tuple[Wish, bool]]:
+        """Who shares fairly with whom. What waits for other workers than the rest does not hold up the rest."""
+        return self.tenant, self._kind()
 
     def queue(self, tokens: int, tenant: str = "", priority: int = 0, wish: Wish = Wish.AUTO) -> None:
         """The prompt waits for its first token from now on. Raises QueueFull."""
@@ -194,7 +200,7 @@ class Place:
             return
         forecast = guest.forecast()
         if forecast is not None and not again:
-            self._predicted_ms = admission._predict(self, forecast, guest.slo)
+            self._due_ms = admission._check_wait(self, forecast, guest.slo)
         await self._wait(guest)
 
     async def _wait(self, guest: Guest) -> None:
@@ -232,18 +238,17 @@ class Place:
         self._turn.set_result(None)
         return True
 
-    def _kind(self) -> Wish:
-        return self._wish
+    def _kind(self) -> tuple[Wish, bool]:
+        return self._wish, self.tokens > self._admission._long_prompt
 
     def first_token(self) -> None:
         """The prompt waits no more."""
         if self._counted:
             self._admission._uncount(self._counted, self.tenant)
             self._counted = 0
-            if self._predicted_ms:
-                self._admission._learn_margin(
-                    self.tokens, self._predicted_ms, (self._admission._clock.now() - self._since) * 1e3
-                )
+            if self._due_ms is not None:
+                passed_ms = (self._admission._clock.now() - self._since) * 1e3
+                self._admission._learn_margin(self.tokens, late=passed_ms > self._due_ms)
 
     def leave(self) -> None:
         if self._counted:

@@ -12,15 +12,45 @@ from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from random import Random
 
+import msgspec
+
 from python_backends.core.messages import Heartbeat, StepSample
 from python_backends.core.types import Epoch, Role, WorkerId
 from router.cost_model import LinkModel, StepModel
 
 _FIRST_HOP_MS = 2.0  # until it is known
 _HOP_RATE = 0.1
-_VERY_LONG = 4  # steps
 _NEAR = 1.05  # loads that differ less are the same ...
 _NEAR_MS = 0.5  # ... and so are these
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """Of the deployment's engines."""
+
+    step_tokens: int
+    max_batch: int
+
+    @property
+    def prefill_window(self) -> int:
+        """Prompt tokens given to a worker in advance: enough that it never waits for more; the rest waits in the router."""
+        return 2 * self.step_tokens
+
+    @property
+    def long_prompt(self) -> int:
+        """Tokens from which on a prompt is long: it shares its worker with short ones, but with no other long one."""
+        return 4 * self.step_tokens
+
+    def takes_prompt(self, worker: WorkerView, tokens: int = 1) -> bool:
+        """Whether the worker is to be given a prompt of so many uncached tokens now."""
+        if not worker.prompts:
+            return True
+        if worker.crowd(self) >= self.prefill_window:
+            return False
+        return tokens <= self.long_prompt or not worker.has_long(self)
+
+    def takes_stream(self, worker: WorkerView, kv_tokens: int) -> bool:
+        """kv_tokens: that the request will need of the pool."""
+        return worker.requests < self.max_batch and worker.has_kv_for(kv_tokens)
 
 
 class WorkerView:
@@ -51,23 +81,29 @@ class WorkerView:
         self.hop_ms: float = former.hop_ms if former and known else _FIRST_HOP_MS
         self.load_ms = 0.0  # what the workers of a role are ordered by
 
-    def crowd(self, step_tokens: int) -> int:
-        """Prompt tokens in the way of new ones. Of a very long prompt one step: half of each step is for others."""
-        if not self.prompts:
-            return 0
-        oldest = next(iter(self.prompts.values()))
-        others = self.prefill_tokens - oldest
-        return others + (oldest if oldest <= _VERY_LONG * step_tokens else step_tokens)
+    def crowd(self, limits: Limits) -> int:
+        """Prompt tokens in the way of a new prompt. A long one leaves half of each step to others, so it counts as a step."""
+        short = [left for left in self.prompts.values() if left <= limits.long_prompt]
+        return sum(short) + (limits.step_tokens if len(short) < len(self.prompts) else 0)
 
-    def tokens_before(self, tokens: int) -> int:
+    def has_long(self, limits: Limits) -> bool:
+        return any(left > limits.long_prompt for left in self.prompts.values())
+
+    def tokens_before(self, tokens: int, limits: Limits, contended: bool, may_overtake: bool = True) -> int:
         """Prompt tokens of others that are computed here before a new prompt of so many is done.
 
         The paged engine gives half of a step to the oldest prompt and the rest to the shortest (its scheduler.py).
+        contended: shorter ones will keep coming. may_overtake: without it the new prompt is to wait for those before it.
         """
         if not self.prompts:
             return 0
+        if contended and tokens > limits.step_tokens // 2:
+            if tokens > limits.long_prompt or not self.has_long(limits):
+                return self.prefill_tokens + tokens
+            return 2 * self.crowd(limits) + tokens
         shorter = sum([left for left in self.prompts.values() if left <= tokens])
-        return min(self.prefill_tokens, 2 * shorter + tokens)
+        overtaking = min(self.prefill_tokens, 2 * shorter + tokens)
+        return overtaking if may_overtake else max(overtaking, self.crowd(limits))
 
     def computed(self, tokens: int) -> None:
         """So many prompt tokens were computed: count down the prompts, shared among them as above.

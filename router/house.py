@@ -18,10 +18,10 @@ from python_backends.core.messages import BlockEvents, Heartbeat, Outputs, Prefi
 from python_backends.core.types import RequestId, Role, WorkerId
 from router.admission import Admission
 from router.clock import Clock
-from router.fleet import Fleet
+from router.fleet import Fleet, Limits
 from router.lifecycle import State
 from router.mailroom import Mailroom
-from router.policy import Choice, Limits, Query, Room, choose, has_room
+from router.policy import Choice, Query, Room, choose, has_room
 from router.prefix_index import PrefixIndex
 from router.prompt import Hasher, Prompt
 from router.seams import Calls, Observer, Snapshot
@@ -63,11 +63,11 @@ class House:
         self.fleet = Fleet(_standby(deployment))
         self.index = PrefixIndex()
         self.mailroom = Mailroom()
-        self.admission = Admission(self.config, self.clock, self._tokens_per_ms)
+        self._limits = Limits(deployment.engine.step_tokens, deployment.engine.max_batch)
+        self.admission = Admission(self.config, self.clock, self._tokens_per_ms, self._limits.long_prompt)
         self.fleet.on_room = self.admission.room_changed
         self.output_tokens = float(self.config.default_max_tokens)  # expected of a request
         self.lost_at = 0.0  # monotonic s, when a worker was lost last
-        self._limits = Limits(deployment.engine.step_tokens, deployment.engine.max_batch)
         self._hasher = hasher
         self._random = random or Random()
         self._encoders = ThreadPoolExecutor(1, thread_name_prefix="tokenize")

@@ -28,14 +28,16 @@ import msgspec
 
 from python_backends.core.types import Role, WorkerId
 from router.cost_model import prefill_ms
-from router.fleet import Fleet, WorkerView
+from router.fleet import Fleet, Limits, WorkerView
 from router.types import RouteDecision, Slo, Way, Wish
 
+_HIT = 0.5  # who has to compute at most so much of what others have to compute, has most of the prompt
 _LOOKED_AT = 3  # of the least loaded workers of a role; as many again that have most of the prompt
 _NEAR = 1.03  # costs that differ less are the same ...
 _NEAR_MS = 0.5  # ... and so are these
 _TOKENS_VALUED = 10  # a millisecond more between tokens is worth so many to the first token
-_DELAY_VALUED = 0.05  # a running stream's delay against a delay of this request's first token
+_DELAY_VALUED = 0.05  # a running stream's delay against a delay of this request's first token; more ...
+_LEAST_SLACK = 0.05  # ... the fuller the worker is, up to 1 / this: time spent there is missed by streams to come, as well
 
 
 class Cached(Protocol):
@@ -43,25 +45,6 @@ class Cached(Protocol):
 
     def get(self, worker: WorkerId) -> int:
         """Leading prompt tokens that the worker is believed to have."""
-
-
-class Limits(msgspec.Struct, frozen=True):
-    """Of the deployment's engines."""
-
-    step_tokens: int
-    max_batch: int
-
-    @property
-    def prefill_window(self) -> int:
-        """Prompt tokens given to a worker in advance: enough that it never waits for more; the rest waits in the router."""
-        return 2 * self.step_tokens
-
-    def takes_prompt(self, worker: WorkerView) -> bool:
-        return worker.crowd(self.step_tokens) < self.prefill_window
-
-    def takes_stream(self, worker: WorkerView, kv_tokens: int) -> bool:
-        """kv_tokens: that the request will need of the pool."""
-        return worker.requests < self.max_batch and worker.has_kv_for(kv_tokens)
 
 
 class Query(msgspec.Struct, frozen=True):
@@ -140,9 +123,7 @@ def choose(query: Query, fleet: Fleet, limits: Limits, random: Random) -> Choice
     if not options:
         return None
     best = _pick(options, random)
-    lacks = best.lacks
-    if lacks and any(option.lacks is None and option.excess <= best.excess for option in options):
-        lacks = None  # others would take it; that it is better to queue here after all is what the prediction says
+    lacks = None if _is_worth_queueing(best, options) else best.lacks
     why = _why(query, best, options) if lacks is None else ""
     decision = RouteDecision(
         best.way, best.prefill.id if best.prefill else None, best.worker.id, best.uncached, why, best.ttft, best.itl
@@ -150,6 +131,12 @@ def choose(query: Query, fleet: Fleet, limits: Limits, random: Random) -> Choice
     computes, cached = best.prefill or best.worker, query.num_tokens - best.uncached
     alone = computes.hop_ms + prefill_ms(computes.model, limits.step_tokens, best.uncached, cached)
     return Choice(decision, lacks, query.num_tokens - query.cached.get(best.worker.id), alone)
+
+
+def _is_worth_queueing(best: _Option, options: Sequence[_Option]) -> bool:
+    """Whether the best way is to be taken even if its worker has no room: it has most of the prompt, and who has room not."""
+    others = [option.uncached for option in options if option.lacks is None and option.excess <= best.excess]
+    return bool(others) and best.uncached <= _HIT * min(others)
 
 
 def has_room(lacked: Room, fleet: Fleet, limits: Limits) -> bool:
@@ -245,7 +232,12 @@ def _alone(query: Query, worker: WorkerView, limits: Limits, way: Way) -> _Optio
     cost, peak = ttft + _TOKENS_VALUED * itl, 0.0
     if streams:
         peak = _peak(worker, uncached, query.num_tokens, limits)
-        cost += _DELAY_VALUED * streams * max(0.0, ttft - worker.hop_ms)
+        cost += (
+            _DELAY_VALUED
+            * streams
+            * max(0.0, ttft - worker.hop_ms)
+            / max(1 - _pressure(query, worker, limits, itl), _LEAST_SLACK)
+        )
     lacks = None
     if not has_room or not limits.takes_stream(worker, uncached + query.output_tokens):
         lacks = Room.AGGREGATED if way is Way.AGGREGATED else Room.BOTH
@@ -260,16 +252,17 @@ def _first_token(query: Query, worker: WorkerView, limits: Limits) -> tuple[int,
     uncached = query.num_tokens - cached
     ahead, has_room = 0, True
     if worker.prompts:
-        ahead = worker.tokens_before(uncached)
-        crowd = worker.crowd(limits.step_tokens)
-        has_room = crowd < limits.prefill_window
-        if not has_room:  # to overtake them all would be at the cost of the long ones
-            ahead = max(ahead, crowd)
-        if query.contended and uncached > limits.step_tokens // 2:  # shorter ones keep coming, and take half of each step
-            ahead = worker.prefill_tokens + uncached
+        has_room = limits.takes_prompt(worker, uncached)
+        ahead = worker.tokens_before(uncached, limits, query.contended, may_overtake=has_room)
     beside = worker.prefill_tokens - ahead if worker.prefill_tokens > ahead else 0
     ms = prefill_ms(worker.model, limits.step_tokens, uncached, cached, ahead, beside, worker.streams, worker.context_tokens)
     return uncached, worker.hop_ms + ms, has_room
+
+
+def _pressure(query: Query, worker: WorkerView, limits: Limits, itl: float) -> float:
+    """How near a worker is to having all the streams it can: its time is the dearer."""
+    full = max(worker.requests / limits.max_batch, worker.kv_tokens / max(worker.pool_tokens, 1))
+    return max(full, itl / query.slo.itl_ms) if query.slo.itl_ms else full
 
 
 def _peak(worker: WorkerView, uncached: int, length: int, limits: Limits) -> float:

@@ -1,7 +1,7 @@
 """What simulated workers are able to do: their step times, their memory, their link.
 
-From a YAML of published figures (configs/simulation/gpus.yaml): a GPU's datasheet, a model's size, and how much of the datasheet
-engines reach; or as measured, from the coefficients that a router has learned.
+From a YAML of published figures (configs/simulation/gpus.yaml): a GPU's datasheet, a model's size, and how much of the
+datasheet engines reach; or as measured, from the coefficients that a router has learned.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ class Result:
 
     scenario: Scenario
     workload: str
-    seconds: float = 0.0  # simulated, to the last answer
+    seconds: float = 0.0  # in which requests arrived
     arrived: int = 0
     completed: int = 0
     refused: int = 0
@@ -172,7 +172,7 @@ class _Simulation:
 
     def _finish(self) -> Result:
         result, seconds = self.result, self._clock.now()
-        result.seconds = seconds
+        result.seconds = self._workload.arrivals[-1].at_s if self._workload.arrivals else 0.0
         for role, count in self._scenario.workers.items():
             busy = sum(worker.busy_s for worker in self._workers.values() if worker.role is role)
             result.busy[role] = busy / (count * seconds) if count and seconds else 0.0

@@ -41,6 +41,8 @@ class Histogram:
                 return _LEAST * math.exp((bucket + 0.5) * _GROWTH)
         return math.nan
 
-    def share_above(self, value: float) -> float:
-        above = sum(times for bucket, times in self._buckets.items() if _LEAST * math.exp((bucket + 0.5) * _GROWTH) > value)
-        return above / self.count if self.count else 0.0
+    def quantiles(self) -> dict[str, float]:
+        """mean, p50, p90, p99; 0 when there are no measurements."""
+        if not self.count:
+            return {"mean": 0.0, "p50": 0.0, "p90": 0.0, "p99": 0.0}
+        return {"mean": self.mean} | {f"p{percent}": self.quantile(percent / 100) for percent in (50, 90, 99)}

@@ -60,7 +60,7 @@ class Visitor:
 
 def door(max_requests: int = 300, max_queued_tokens: int = 100_000, tokens_per_ms: float = 1.0) -> Admission:
     config = RouterConfig(max_requests=max_requests, max_queued_tokens=max_queued_tokens)
-    return Admission(config, Time(), lambda: tokens_per_ms)
+    return Admission(config, Time(), lambda: tokens_per_ms, long_prompt=10_000)
 
 
 def place(admission: Admission, tokens: int = 100, tenant: str = "", priority: int = 0, wish: Wish = Wish.AUTO) -> Place:
@@ -360,28 +360,30 @@ def test_what_can_not_be_on_time_even_alone_may_wait_a_little() -> None:
     run(scenario)
 
 
-def test_predictions_that_were_too_short_make_the_door_more_careful() -> None:
-    admission = door()
-    assert isinstance(admission._clock, Time)
+@pytest.mark.parametrize(("took_s", "care"), [(0.5, 2.0), (0.05, 0.99)])
+def test_accepted_requests_that_are_late_make_the_door_more_careful(took_s: float, care: float) -> None:
+    """Where none is late it becomes a little less careful each time."""
 
-    async def wait_and_be_late() -> None:
+    async def one(admission: Admission, clock: Time) -> None:
         workers = Workers()
-        entered = place(admission, 100)
-        waiting = asyncio.create_task(entered.turn(Visitor(workers, forecast=Forecast(50, 50))))
+        ahead = asyncio.create_task(place(admission, 1).turn(Visitor(workers)))
         await turns()
-        workers.room = 1
+        entered = place(admission, 100)
+        waiting = asyncio.create_task(entered.turn(with_slo(workers, 300, Forecast(10, 10))))
+        await turns()
+        workers.room = 2
         admission.room_changed()
-        await waiting
-        assert isinstance(admission._clock, Time)
-        admission._clock.seconds += 0.2  # predicted were 50 ms
+        await asyncio.gather(ahead, waiting)
+        clock.seconds += took_s
         entered.first_token()
-        entered.leave()
 
     async def scenario() -> None:
-        before = admission._margins[7]
+        admission = door()
+        clock = admission._clock
+        assert isinstance(clock, Time)
         for _ in range(30):
-            await wait_and_be_late()
-        assert admission._margins[7] > 2 * before
+            await one(admission, clock)
+        assert (admission._margins[7] > care) if care > 1 else (0.9 < admission._margins[7] < care)
         assert admission._margins[12] == 1.0  # of prompts of another size nothing was learned
 
     run(scenario)

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from python_backends.core.types import Role, WorkerId
-from router.fleet import Fleet
-from router.policy import Choice, Limits, Query, Room, choose, has_room
+from router.fleet import Fleet, Limits
+from router.policy import Choice, Query, Room, choose, has_room
 from router.types import RouteDecision, Slo, Way, Wish
 from tests.unit.router.fleet_views import put
 
