@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 from python_backends.core.messages import StepSample
 
@@ -143,8 +144,14 @@ class LinkModel:
             self._ms = 0.95 * self._ms + transfer_ms
 
 
+class Steps(Protocol):
+    """Whatever knows how long steps take."""
+
+    def step_ms(self, prefill_tokens: float, prefill_context: float, streams: float, context: float) -> float: ...
+
+
 def prefill_ms(
-    model: StepModel,
+    model: Steps,
     chunk: int,
     tokens: int,
     cached: int,

@@ -96,16 +96,18 @@ class Client:
                 raise Unavailable(problem)
             time.sleep(_PROBE_EVERY_S)
 
-    def stream(self, prompt: str | Sequence[Message], *, timeout_s: float = 600.0, **fields: object) -> Stream:
+    def stream(self, prompt: str | Sequence[Message] | None, *, timeout_s: float = 600.0, **fields: object) -> Stream:
         """Send a request now; iterate over the result for its chunks.
 
-        `prompt`: text, or the messages of a chat. `fields`: any other input of the router by its name in
-        core/tensors.py (max_tokens, temperature, stop_words, route, ...); None is left out. `timeout_s`: from now to
-        the last chunk. Raises InvalidRequest when a field is unknown or of a wrong type.
+        `prompt`: text, or the messages of a chat; None when `fields` has input_ids. `fields`: any other input of the router
+        by its name in core/tensors.py (max_tokens, temperature, stop_words, route, ...); None is left out. `timeout_s`: from
+        now to the last chunk. Raises InvalidRequest when a field is unknown or of a wrong type.
         """
-        text, messages = (
-            (prompt, None) if isinstance(prompt, str) else (None, json.dumps([dict(message) for message in prompt]))
-        )
+        text = messages = None
+        if isinstance(prompt, str):
+            text = prompt
+        elif prompt is not None:
+            messages = json.dumps([dict(message) for message in prompt])
         request = encode_request({"text_input": text, "messages": messages, **fields, **_ALWAYS}, timeout_s)
         call = self._stub.ModelStreamInfer(iter([request]), timeout=timeout_s + _GRACE_S, metadata=_WITH_CODES)
         return Stream(self, call)

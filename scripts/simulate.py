@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
+import msgspec
 from rich.console import Console
 
 from python_backends.core.config import EngineConfig, RouterConfig, SloConfig
@@ -27,11 +28,14 @@ from python_backends.core.types import Role
 from scripts.simulation.hardware import Rates, load_catalogue, load_rates
 from scripts.simulation.report import Summary, print_table, summarise, write_json, write_plot
 from scripts.simulation.simulator import Scenario, simulate
+from scripts.simulation.validation import print_comparison, validate
 from scripts.simulation.workload import Workload, generate, read_trace
 from scripts.terminal import print_error
+from scripts.tritonserver import TritonServer
 
 MODES = ("adaptive", "always-remote", "always-local")
 _CATALOGUE = repository_root() / "configs" / "simulation" / "gpus.yaml"
+_VALIDATED = repository_root() / "configs" / "default.yaml"
 _UNBOUNDED = 10**9
 
 
@@ -174,6 +178,11 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     add_workload_options(parser)
     add_hardware_options(parser)
+    parser.add_argument("--validate", action="store_true", help="compare with a real server of --config on this machine")
+    parser.add_argument("--config", type=Path, default=_VALIDATED, metavar="FILE", help="--validate: the deployment")
+    parser.add_argument("--load", type=_positive, default=0.6, help="--validate: how busy the workers are to be")
+    parser.add_argument("--warm-up", type=_positive, default=30.0, metavar="S", help="--validate: for so long, to learn from")
+    parser.add_argument("--save-rates", type=Path, metavar="FILE", help="--validate: write what was learned, for --rates")
     parser.add_argument(
         "--modes", type=_modes, default=list(MODES), metavar="LIST", help=f"of {', '.join(MODES)}; default: all"
     )
@@ -183,10 +192,26 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def _validate(options: argparse.Namespace, console: Console) -> int:
+    """Raises BatonError."""
+    workload = choose_workload(options)
+    with TritonServer(options.config) as server:
+        validation = validate(server, workload, options.modes, options.load, options.warm_up, console)
+    print_comparison(console, validation)
+    if options.json:
+        options.json.write_bytes(msgspec.json.format(msgspec.json.encode(validation.comparisons), indent=1))
+    if options.save_rates:
+        rates = validation.rates.get(Role.DECODE) or next(iter(validation.rates.values()))
+        options.save_rates.write_bytes(msgspec.json.format(msgspec.json.encode(rates), indent=1))
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     console = Console()
     try:
+        if options.validate:
+            return _validate(options, console)
         workload = choose_workload(options)
         fleets = (
             [parse_fleet(text) for text in options.fleets.split(",")] if options.fleets else default_fleets(options.workers)

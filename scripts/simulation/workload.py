@@ -83,6 +83,13 @@ class Workload:
             size,
         )
 
+    def split(self, share: float) -> tuple[Workload, Workload]:
+        """The first `share` of the requests, and the others, as if they came first."""
+        at = int(len(self.arrivals) * share)
+        begin = self.arrivals[at].at_s
+        rest = [replace(arrival, at_s=arrival.at_s - begin) for arrival in self.arrivals[at:]]
+        return Workload(self.name, self.arrivals[:at], self.block_size), Workload(self.name, rest, self.block_size)
+
     def repeated(self, times: int) -> Workload:
         """One after the other; every repetition has prefixes of its own."""
         if not self.arrivals:
