@@ -7,14 +7,18 @@ import statistics
 import urllib.request
 from collections import defaultdict
 from collections.abc import Mapping
+from random import Random
 
 from python_backends.core.errors import Unavailable
 from python_backends.core.types import Role
 from router.cost_model import TERMS
 from scripts.simulation.hardware import Rates
+from scripts.simulation.workload import PLAIN_BLOCK, Arrival, Workload
 
 _LINE = re.compile(r"^(baton_\w+)(?:\{(.*)\})? (\S+)$", re.MULTILINE)
 _LABEL = re.compile(r'(\w+)="([^"]*)"')
+_SOURCES = ("reused", "received", "recomputed", "computed")
+_MANY_TOKENS = 1 << 20  # of a pool whose size is of no interest
 _MOST_NOISE = 0.5
 _DEVIATION = 1.25  # of a normal distribution's mean absolute deviation
 
@@ -74,3 +78,51 @@ def _median(metrics: Metrics, name: str, workers: list[str], **labels: str) -> f
 def _over_decode(metrics: Metrics, name: str) -> float:
     found = [number for _, number in metrics.get(name, [])]
     return statistics.median(found) if found else 1e9 if name.endswith("per_second") else 0.0
+
+
+class MeasuredServer:
+    """A server between two looks at its metrics."""
+
+    def __init__(self, before: Metrics, after: Metrics, seconds: float) -> None:
+        """Raises Unavailable when it has served nobody yet."""
+        self._after = after
+        self._tokens = {part: _lengths(after, part) for part in ("prompt", "output")}
+        if not all(self._tokens.values()):
+            raise Unavailable("the server has served no request yet; ask again when it has")
+        requests = "baton_requests_total"
+        self.rate = (value(after, requests) - value(before, requests)) / seconds
+        self.workers = int(value(after, "baton_worker_up"))
+        sources = {source: value(after, "baton_prompt_tokens_total", source=source) for source in _SOURCES}
+        self.reused = sources["reused"] / max(sum(sources.values()), 1.0)
+        if self.rate <= 0:
+            raise Unavailable(f"no request ended within {seconds:.0f} s; watch longer, or when there is load (--watch)")
+
+    def workload(self, seconds: float, random: Random) -> Workload:
+        """Requests as the server has seen them: Poisson arrivals, lengths as counted. What was reused is left out."""
+        arrivals, at = [], random.expovariate(self.rate)
+        while at < seconds:
+            prompt, output = (_draw_length(self._tokens[part], random) for part in ("prompt", "output"))
+            arrivals.append(Arrival(at, max(int(prompt * (1 - self.reused)), 1), output))
+            at += random.expovariate(self.rate)
+        if not arrivals:
+            raise Unavailable(f"{self.rate:.3f} requests per second are too few to say anything")
+        return Workload("measured", arrivals, PLAIN_BLOCK)
+
+    def rates(self) -> dict[Role, Rates]:
+        received = value(self._after, "baton_prompt_tokens_total", source="received")
+        token_bytes = int(value(self._after, "baton_kv_received_bytes_total") / received) if received else 1
+        rates = learned_rates(self._after, token_bytes, dict.fromkeys(Role, _MANY_TOKENS))
+        if Role.DECODE not in rates:
+            rates[Role.DECODE] = rates.get(Role.AGGREGATED) or next(iter(rates.values()))
+        return rates
+
+
+def _lengths(metrics: Metrics, part: str) -> list[tuple[int, float]]:
+    """(next power of two, requests)."""
+    found = metrics.get("baton_requests_by_tokens_total", [])
+    return [(int(labels["tokens"]), count) for labels, count in found if labels.get("part") == part]
+
+
+def _draw_length(counts: list[tuple[int, float]], random: Random) -> int:
+    (most,) = random.choices([size for size, _ in counts], [count for _, count in counts])
+    return random.randint(most // 2 + 1, most)

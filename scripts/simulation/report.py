@@ -34,6 +34,7 @@ class Summary(msgspec.Struct, frozen=True):
     output_tokens_per_s: float
     reused: float  # of the prompt tokens, those found in a prefill or aggregated worker's cache
     ways: dict[str, int]
+    ways_by_tokens: dict[str, dict[str, int]]  # by uncached prompt tokens: the next power of two
     busy: dict[str, float]
     prediction_error: dict[str, float]  # of TTFT: |predicted - real| / real
 
@@ -59,6 +60,7 @@ def summarise(result: Result) -> Summary:
         output_tokens_per_s=result.output_tokens / seconds,
         reused=result.reused_tokens / max(result.input_tokens, 1),
         ways=dict(result.ways),
+        ways_by_tokens={str(size): dict(ways) for size, ways in sorted(result.ways_by_tokens.items())},
         busy={role.value: round(share, 3) for role, share in result.busy.items()},
         prediction_error=result.ttft_error.quantiles(),
     )

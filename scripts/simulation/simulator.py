@@ -13,7 +13,7 @@ from typing import cast
 import msgspec
 
 from python_backends.core.block_hash import block_hashes
-from python_backends.core.config import Deployment, EngineConfig, RouterConfig, WorkerConfig
+from python_backends.core.config import Deployment, EngineConfig, RouterConfig, TransferConfig, WorkerConfig
 from python_backends.core.errors import BatonError
 from python_backends.core.messages import Work
 from python_backends.core.types import BlockHash, RequestId, Role, SamplingParams, WorkerId
@@ -31,7 +31,6 @@ from scripts.simulation.workload import SILENT, Arrival, Tokens, Workload
 
 _BEAT_S = 0.5  # between two heartbeats of a worker ...
 _BEATS_PER_S = 64  # ... but all together send no more per simulated second
-_LEASE_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +42,7 @@ class Scenario:
     rates: Mapping[Role, Rates]
     router: RouterConfig
     engine: EngineConfig
+    transfer: TransferConfig = field(default_factory=TransferConfig)
     seed: int = 0
 
 
@@ -64,6 +64,7 @@ class Result:
     ttft_error: Histogram = field(default_factory=Histogram)  # |predicted - real| / real
     good: int = 0  # requests that kept the targets
     ways: Counter[str] = field(default_factory=Counter)
+    ways_by_tokens: dict[int, Counter[str]] = field(default_factory=dict)  # by the next power of two of the prompt's tokens
     input_tokens: int = 0
     output_tokens: int = 0
     reused_tokens: int = 0  # prompt tokens that nobody computed
@@ -110,6 +111,7 @@ class _Simulation:
             random=Random(scenario.seed + 1),
         )
         self._left = 0
+        self._broken: BaseException | None = None
         self._done = asyncio.Event()
 
     def _make_workers(self) -> list[SimulatedWorker]:
@@ -120,6 +122,7 @@ class _Simulation:
                 role,
                 scenario.rates[role],
                 scenario.engine,
+                scenario.transfer,
                 self._workload.block_size,
                 self.result.itl,
                 Random(f"{scenario.seed}/{role.value}/{index}"),
@@ -130,17 +133,21 @@ class _Simulation:
 
     async def run(self) -> Result:
         for worker in self._workers.values():
-            worker.join(self._house, self._workers, _LEASE_S)
+            worker.join(self._house, self._workers)
         beating = asyncio.ensure_future(self._beat())
         self._left = len(self._workload.arrivals)
         loop = asyncio.get_running_loop()
         for arrival in self._workload.arrivals:
             await asyncio.sleep(arrival.at_s - self._clock.now())
+            if self._broken is not None:
+                break
             task = loop.create_task(self._serve(arrival))
             task.add_done_callback(self._ended)
-        while self._left:
+        if self._left:
             await self._done.wait()
         beating.cancel()
+        if self._broken is not None:
+            raise self._broken
         return self._finish()
 
     async def _serve(self, arrival: Arrival) -> None:
@@ -156,9 +163,9 @@ class _Simulation:
         await serve(Run(request, _Reply(self, now), self._house, now))
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        task.result()  # a bug in the router ends the simulation
         self._left -= 1
-        if not self._left:
+        self._broken = self._broken or task.exception()  # a bug in the router ends the simulation
+        if not self._left or self._broken is not None:
             self._done.set()
 
     async def _beat(self) -> None:
@@ -221,6 +228,8 @@ class _Simulation:
         in_time = not slo.ttft_ms or proof.ttft_ms <= slo.ttft_ms
         result.good += in_time and (not slo.itl_ms or proof.itl_ms <= slo.itl_ms)
         result.reused_tokens += proof.prefill_tokens_reused
+        size = 1 << max(proof.prompt_tokens - proof.prefill_tokens_reused - 1, 0).bit_length()
+        result.ways_by_tokens.setdefault(size, Counter())[proof.route] += 1
 
 
 class _Reply:

@@ -17,7 +17,8 @@ from random import Random
 
 import numpy as np
 
-from python_backends.core.config import EngineConfig
+from python_backends.core.config import EngineConfig, TransferConfig
+from python_backends.core.errors import RefusalReason
 from python_backends.core.layout import KVLayout
 from python_backends.core.messages import (
     BlockEvents,
@@ -83,6 +84,7 @@ class SimulatedWorker:
         role: Role,
         rates: Rates,
         engine: EngineConfig,
+        transfer: TransferConfig,
         block_size: int,
         itl: Histogram,
         random: Random,
@@ -93,6 +95,7 @@ class SimulatedWorker:
         self.busy_s = 0.0
         self._rates = rates
         self._engine = engine
+        self._transfer = transfer
         self._size = block_size
         self._itl = itl
         self._random = random
@@ -125,9 +128,9 @@ class SimulatedWorker:
         self._shape = (0, 0.0)  # of the chunks: tokens, and tokens x context
         self._slowness = 1.0
 
-    def join(self, house: House, peers: dict[WorkerId, SimulatedWorker], lease_s: float) -> None:
+    def join(self, house: House, peers: dict[WorkerId, SimulatedWorker]) -> None:
         """Report for duty."""
-        self._house, self._peers, self._lease_s = house, peers, lease_s
+        self._house, self._peers = house, peers
         self._loop = asyncio.get_running_loop()
         house.hear_heartbeat(self.heartbeat(), self._loop.time())
         house.hear_events(BlockEvents(self.id, self._epoch, 0, [], [], reset=True))
@@ -279,7 +282,7 @@ class SimulatedWorker:
         if finish:
             self._pool.release(sequence.blocks)
         else:
-            self._leases[sequence.id] = (now + self._lease_s, sequence.blocks)
+            self._leases[sequence.id] = (now + self._transfer.lease_s, sequence.blocks)
         del self._live[sequence.id]
         self._outputs.append(
             PrefillDone(
@@ -347,9 +350,14 @@ class SimulatedWorker:
             if not self._take_blocks(sequence):
                 return
             del self._waiting[0]
-            if sequence.ticket is None or not self._fetch(sequence, sequence.ticket):
-                sequence.began = sequence.began or self._loop.time()
-                self._prompts.append(sequence)
+            if sequence.ticket is not None:
+                self._fetch(sequence, sequence.ticket)
+            else:
+                self._compute(sequence)
+
+    def _compute(self, sequence: _Sequence) -> None:
+        sequence.began = sequence.began or self._loop.time()
+        self._prompts.append(sequence)
 
     def _occupied(self) -> int:
         return len(self._prompts) + self._streams + self._fetching + len(self._ready)
@@ -374,20 +382,40 @@ class SimulatedWorker:
         for lease_id in [lease_id for lease_id, (expiry, _) in self._leases.items() if expiry < now]:
             self._pool.release(self._leases.pop(lease_id)[1])
 
-    def _fetch(self, sequence: _Sequence, ticket: bytes) -> bool:
-        """Begin a transfer. Returns False when the KV is not there any more: then the prompt is computed here."""
+    def _fetch(self, sequence: _Sequence, ticket: bytes) -> None:
+        """Begin a transfer; when the KV is not there any more, or would come too late, the prompt is computed here."""
         sequence.ticket = None
         source, _, lease_id = ticket.decode().partition(" ")
         lease = self._peers[WorkerId(source)]._leases.get(lease_id)
         now = self._loop.time()
         if lease is None or lease[0] < now:
-            return False
+            self._refuse(sequence, RefusalReason.EXPIRED)
+            self._compute(sequence)
+            return
         num_bytes = (sequence.left - 1) * self._rates.token_bytes
-        self._link_free = max(self._link_free, now) + num_bytes / self._rates.link_bytes_per_ms / 1e3
-        arrival = self._link_free + self._rates.link_ms / 1e3
+        latest = now + self._transfer.timeout_s
+        arrival = max(self._link_free, now) + num_bytes / self._rates.link_bytes_per_ms / 1e3 + self._rates.link_ms / 1e3
+        self._link_free = min(arrival - self._rates.link_ms / 1e3, max(latest, self._link_free))
         self._fetching += 1
-        self._loop.call_at(arrival, self._fetched, sequence, num_bytes, (arrival - now) * 1e3)
-        return True
+        if arrival > latest:
+            self._loop.call_at(latest, self._missed, sequence)
+        else:
+            self._loop.call_at(arrival, self._fetched, sequence, num_bytes, (arrival - now) * 1e3)
+
+    def _refuse(self, sequence: _Sequence, reason: RefusalReason) -> None:
+        sequence.report = KVReport(sequence.reused, 0, sequence.left - 1, digest=reason.value, transport="simulated")
+        self._outputs.append(KVReady(sequence.id, None, sequence.report))
+
+    def _missed(self, sequence: _Sequence) -> None:
+        """A transfer took too long."""
+        self._fetching -= 1
+        if sequence.gone:
+            self._pool.release(sequence.blocks)
+            return
+        self._refuse(sequence, RefusalReason.TRANSFER_TIMEOUT)
+        self._tell()
+        self._compute(sequence)
+        self._interrupt()
 
     def _fetched(self, sequence: _Sequence, num_bytes: int, ms: float) -> None:
         self._fetching -= 1
