@@ -28,6 +28,7 @@ class Summary(msgspec.Struct, frozen=True):
     itl_ms: dict[str, float]
     tpot_ms: dict[str, float]
     queue_ms: dict[str, float]
+    refusal_ms: dict[str, float]  # from arrival to the refusal
     goodput: float
     in_target: float  # of those that were completed
     input_tokens_per_s: float
@@ -54,6 +55,7 @@ def summarise(result: Result) -> Summary:
         itl_ms=result.itl.quantiles(),
         tpot_ms=result.tpot.quantiles(),
         queue_ms=result.queue.quantiles(),
+        refusal_ms=result.refusal.quantiles(),
         goodput=result.good / seconds,
         in_target=result.good / max(result.completed, 1),
         input_tokens_per_s=result.input_tokens / seconds,

@@ -61,6 +61,8 @@ class Result:
     itl: Histogram = field(default_factory=Histogram)  # every gap between two tokens
     tpot: Histogram = field(default_factory=Histogram)  # mean gap of each request
     queue: Histogram = field(default_factory=Histogram)
+    refusal: Histogram = field(default_factory=Histogram)  # from arrival to the refusal
+    ttft_by_tenant: dict[str, Histogram] = field(default_factory=dict)
     ttft_error: Histogram = field(default_factory=Histogram)  # |predicted - real| / real
     good: int = 0  # requests that kept the targets
     ways: Counter[str] = field(default_factory=Counter)
@@ -84,15 +86,15 @@ def simulate(scenario: Scenario, workload: Workload) -> Result:
     collecting = gc.isenabled()
     gc.disable()  # there is much that lives long, and nothing in circles worth looking for
     try:
-        return loop.run_until_complete(_Simulation(scenario, workload, VirtualClock(loop)).run())
+        return loop.run_until_complete(Simulation(scenario, workload, VirtualClock(loop)).run())
     finally:
         if collecting:
             gc.enable()
         loop.close()
 
 
-class _Simulation:
-    """Implements router.seams.Calls and Observer."""
+class Simulation:
+    """Implements router.seams.Calls and Observer. `house` and `workers` are there to be looked at afterwards."""
 
     def __init__(self, scenario: Scenario, workload: Workload, clock: VirtualClock) -> None:
         self._scenario = scenario
@@ -100,8 +102,8 @@ class _Simulation:
         self._clock = clock
         self._random = Random(scenario.seed)
         self.result = Result(scenario, workload.name)
-        self._workers = {worker.id: worker for worker in self._make_workers()}
-        self._house = House(
+        self.workers = {worker.id: worker for worker in self._make_workers()}
+        self.house = House(
             _deployment(scenario),
             cast(Tokenizer, _NoText()),
             self,
@@ -132,8 +134,8 @@ class _Simulation:
         ]
 
     async def run(self) -> Result:
-        for worker in self._workers.values():
-            worker.join(self._house, self._workers)
+        for worker in self.workers.values():
+            worker.join(self.house, self.workers)
         beating = asyncio.ensure_future(self._beat())
         self._left = len(self._workload.arrivals)
         loop = asyncio.get_running_loop()
@@ -160,7 +162,7 @@ class _Simulation:
             salt=arrival.tenant,
         )
         now = self._clock.now()
-        await serve(Run(request, _Reply(self, now), self._house, now))
+        await serve(Run(request, _Reply(self.result, self._clock, arrival.tenant), self.house, now))
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._left -= 1
@@ -170,32 +172,32 @@ class _Simulation:
 
     async def _beat(self) -> None:
         """Heartbeats: each worker in turn, so that large fleets don't drown in them."""
-        pause = max(_BEAT_S / len(self._workers), 1 / _BEATS_PER_S)
+        pause = max(_BEAT_S / len(self.workers), 1 / _BEATS_PER_S)
         while True:
-            for worker in self._workers.values():
+            for worker in self.workers.values():
                 await asyncio.sleep(pause)
-                self._house.hear_heartbeat(worker.heartbeat(), self._clock.now())
-                self.result.most_waiting = max(self.result.most_waiting, self._house.admission.waiting)
+                self.house.hear_heartbeat(worker.heartbeat(), self._clock.now())
+                self.result.most_waiting = max(self.result.most_waiting, self.house.admission.waiting)
 
     def _finish(self) -> Result:
         result, seconds = self.result, self._clock.now()
         result.seconds = self._workload.arrivals[-1].at_s if self._workload.arrivals else 0.0
         for role, count in self._scenario.workers.items():
-            busy = sum(worker.busy_s for worker in self._workers.values() if worker.role is role)
+            busy = sum(worker.busy_s for worker in self.workers.values() if worker.role is role)
             result.busy[role] = busy / (count * seconds) if count and seconds else 0.0
-        self._house.close()
+        self.house.close()
         return result
 
     # --- router.seams.Calls ---
 
     def submit(self, worker: WorkerId, work: Work) -> None:
-        self._workers[worker].submit(work)
+        self.workers[worker].submit(work)
 
     def abort(self, worker: WorkerId, request_id: RequestId) -> None:
-        self._workers[worker].abort(request_id)
+        self.workers[worker].abort(request_id)
 
     def release(self, worker: WorkerId, lease_id: str) -> None:
-        self._workers[worker].release(lease_id)
+        self.workers[worker].release(lease_id)
 
     # --- router.seams.Observer ---
 
@@ -235,14 +237,20 @@ class _Simulation:
 class _Reply:
     """Implements router.seams.Reply."""
 
-    def __init__(self, simulation: _Simulation, arrival: float) -> None:
-        self._result = simulation.result
+    def __init__(self, result: Result, clock: VirtualClock, tenant: str) -> None:
+        self._result = result
+        self._clock = clock
+        self._tenant = tenant
+        self._arrival = clock.now()
 
     def send(self, piece: Piece) -> None:
         self._result.output_tokens += len(piece.token_ids)
+        if piece.proof is not None and self._tenant:
+            self._result.ttft_by_tenant.setdefault(self._tenant, Histogram()).add(piece.proof.ttft_ms)
 
     def fail(self, error: BatonError) -> None:
         self._result.errors[type(error).__name__] += 1
+        self._result.refusal.add((self._clock.now() - self._arrival) * 1e3)
 
 
 class _NoText:

@@ -63,7 +63,8 @@ class _Sequence:
         self.reused = 0  # tokens
         self.report = KVReport()
         self.began: float | None = None  # s, of its first chunk
-        self.last_token = now  # s; of a handed-over stream the arrival, which is when its client got the first token
+        self.has_tokens = bool(request.output_ids)  # the client got some, here or elsewhere
+        self.last_token = now  # s; when that was: of a handed-over stream the arrival
         self.joined_at = -1  # the count of steps when it became a stream
         self.gone = False
 
@@ -301,8 +302,13 @@ class SimulatedWorker:
     def _finish_local(self, sequence: _Sequence) -> None:
         """The prompt is computed, and the first token after it is there."""
         now = self._loop.time()
-        if sequence.joined_at >= 0:  # it was a stream before it was preempted
+        if sequence.has_tokens:
             self._itl.add((now - sequence.last_token) * 1e3, 1)
+        else:
+            compute_ms = (now - (sequence.began or now)) * 1e3
+            computed = sequence.length - sequence.reused
+            sequence.report = KVReport(sequence.reused, computed_tokens=computed, compute_ms=compute_ms)
+        sequence.has_tokens = True
         sequence.last_token = now
         sequence.output -= 1
         sequence.length += 1
@@ -478,6 +484,7 @@ class SimulatedWorker:
         self._say_tokens(sequence, None)
         self._leave(sequence)
         sequence.computed = sequence.published = 0
+        sequence.joined_at = -1
         sequence.last_token = self._loop.time()
         insort(self._waiting, sequence)
 
