@@ -17,10 +17,12 @@ from typing import Protocol
 import msgspec
 
 from python_backends.core.config import RouterConfig
-from python_backends.core.errors import BatonError, QueueFull
+from python_backends.core.errors import BatonError, QueueFull, Unavailable
 from router.clock import Clock
 from router.fair_queue import FairQueue
 from router.types import Slo, Wish
+
+SHUTTING_DOWN = "the server is shutting down; send the request again elsewhere or later"
 
 _TENANT_SHARE = 4.0  # a tenant may queue so many times what is still free: alone, 4/5 of the bound
 _AT_FRONT = -(2**63)  # the priority of requests that were at a worker already, and lost it
@@ -74,6 +76,7 @@ class Admission:
         self._rate = _Rate(clock, capacity)
         self._margins: defaultdict[int, float] = defaultdict(lambda: 1.0)  # by size of prompt, in powers of two
         self._tenants: Counter[str] = Counter()  # their part of queued_tokens
+        self._closed = False
         self.requests = 0
         self.queued_tokens = 0  # of prompts without a first token, wherever they are
 
@@ -82,8 +85,14 @@ class Admission:
         """Requests that are not at a worker yet."""
         return len(self._queue)
 
+    def close(self) -> None:
+        """Refuse everybody from now on."""
+        self._closed = True
+
     def enter(self) -> Place:
-        """Take a place. Raises QueueFull."""
+        """Take a place. Raises QueueFull, or Unavailable when closed."""
+        if self._closed:
+            raise Unavailable(SHUTTING_DOWN)
         if self.requests >= self._config.max_requests:
             raise QueueFull(
                 f"{self.requests} requests are being served (router.max_requests); try again in a moment", self._retry_s(0)

@@ -86,6 +86,14 @@ class House:
         door = self.admission
         return Snapshot(states, door.requests, door.waiting, door.queued_tokens, len(self.index), list(self.fleet))
 
+    @property
+    def trouble(self) -> str:
+        """Why requests can't be served now; empty when they can."""
+        if self.fleet.ranked[Role.DECODE] or self.fleet.ranked[Role.AGGREGATED]:
+            return ""
+        up = ", ".join(worker.id for worker in self.fleet.up()) or "none"
+        return f"no decode or aggregated worker is up (up: {up})"
+
     # --- for a request ---
 
     def new_request_id(self) -> RequestId:

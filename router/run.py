@@ -163,8 +163,8 @@ class Run:
         if not self._house.serves(len(self._prompt)):
             patience_s -= now - max(self._waiting_since, self._house.lost_at)
             if patience_s <= 0:
-                up = ", ".join(worker.id for worker in self._house.fleet.up()) or "none"
-                return Unavailable(f"no decode or aggregated worker is up (up: {up}); try again in a moment")
+                why = self._house.trouble or "no worker that is up can take the request"
+                return Unavailable(f"{why}; try again in a moment")
         return min(patience_s, latest - now)
 
     def _choose(self) -> Choice | None:

@@ -18,6 +18,7 @@ from python_backends.core.config import Deployment
 from python_backends.core.errors import Cancelled, DeadlineExceeded, EngineFailure, Unavailable
 from python_backends.core.messages import Abort, ReleaseLease, Work
 from python_backends.core.types import RequestId, WorkerId
+from router.admission import SHUTTING_DOWN
 from router.channel import RouterChannel
 from router.house import House
 from router.run import Run
@@ -149,8 +150,9 @@ class RouterService:
         ]
 
     async def _shut(self) -> None:
+        self.house.admission.close()
         for run, task in list(self._tasks.items()):
-            run.interruption = Unavailable("the server is shutting down; send the request again elsewhere or later")
+            run.interruption = Unavailable(SHUTTING_DOWN)
             task.cancel()
         running = [*self._tasks.values()]
         for chore in self._chores:

@@ -107,6 +107,16 @@ def test_waiting_tokens_are_bounded_but_one_prompt_may_always_wait() -> None:
     assert admission.queued_tokens == 0
 
 
+def test_a_closed_door_refuses_everybody() -> None:
+    admission = door()
+    inside = place(admission)
+    admission.close()
+    with pytest.raises(Unavailable, match="shutting down"):
+        admission.enter()
+    inside.leave()
+    assert admission.requests == 0
+
+
 def test_one_tenant_can_not_take_all_of_the_queue() -> None:
     admission = door(max_queued_tokens=1000)
     while True:
