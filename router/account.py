@@ -11,7 +11,9 @@ from router.types import Proof, RouteDecision
 class Account:
     """All instants are monotonic seconds; 0 means not yet."""
 
-    def __init__(self, arrival: float, clock: Clock) -> None:
+    def __init__(self, arrival: float, clock: Clock, resumed: int = 0) -> None:
+        """resumed: tokens that an earlier life of the router has sent."""
+        self._resumed = resumed
         self._clock = clock
         self._arrival = arrival
         self._arrival_ns = int((clock.wall() - (clock.now() - arrival)) * 1e9)
@@ -20,7 +22,6 @@ class Account:
         self._second_token = 0.0
         self._last_token = 0.0
         self._num_output = 0
-        self._prompt_tokens = 0
         self._predicted_ttft_ms = 0.0  # by the decision that led to the first token
         self._decision: RouteDecision | None = None
         self._attempts = 0
@@ -28,9 +29,8 @@ class Account:
         self._prefill_ms: float | None = None  # of the attempt that made the first token, once known
         self._report = KVReport()
 
-    def routed(self, decision: RouteDecision, attempt: int, prompt_tokens: int = 0) -> None:
+    def routed(self, decision: RouteDecision, attempt: int) -> None:
         """A new attempt: what an earlier one moved does not count."""
-        self._prompt_tokens = prompt_tokens
         self._decision = decision
         self._attempts = attempt
         if not self._first_token:
@@ -88,9 +88,7 @@ class Account:
             first_decode_ms=(self._second_token - ready) * 1e3 if handed_over and self._second_token else 0.0,
             e2e_ms=(now - self._arrival) * 1e3,
             arrival_ns=self._arrival_ns,
-            itl_ms=(self._last_token - self._first_token) * 1e3 / max(self._num_output - 1, 1),
+            itl_ms=(self._last_token - self._first_token) * 1e3 / max(self._num_output - self._resumed - 1, 1),
             predicted_ttft_ms=self._predicted_ttft_ms,
             predicted_itl_ms=decision.itl_ms,
-            prompt_tokens=self._prompt_tokens,
-            output_tokens=self._num_output,
         )

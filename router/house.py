@@ -6,6 +6,7 @@ One owner per piece of state, all on the router's event loop. What workers say c
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -15,18 +16,21 @@ from python_backends.core.block_hash import block_hashes
 from python_backends.core.config import Deployment
 from python_backends.core.errors import InvalidRequest
 from python_backends.core.messages import BlockEvents, Heartbeat, Outputs, PrefillDone
-from python_backends.core.types import RequestId, Role, WorkerId
+from python_backends.core.types import LeaseEnd, RequestId, Role, WorkerId
 from router.admission import Admission
 from router.clock import Clock
 from router.fleet import Fleet, Limits
+from router.journal import Journal
 from router.lifecycle import State
 from router.mailroom import Mailroom
 from router.policy import Choice, Query, Room, choose, has_room
 from router.prefix_index import PrefixIndex
 from router.prompt import Hasher, Prompt
-from router.seams import Calls, Observer, Snapshot
+from router.seams import Calls, Destination, Observer, Snapshot
 from router.tokenizer import Tokenizer
 from router.types import ClientRequest, Slo, Wish
+
+log = logging.getLogger(__name__)
 
 _LONG_PROMPT_BYTES = 4_000  # from here on a prompt is tokenised off the event loop
 _HITS = 3  # workers of each role that have most of a prompt and are looked at
@@ -63,6 +67,7 @@ class House:
         self.fleet = Fleet(_standby(deployment))
         self.index = PrefixIndex()
         self.mailroom = Mailroom()
+        self.journal = Journal()
         self._limits = Limits(deployment.engine.step_tokens, deployment.engine.max_batch)
         self.admission = Admission(self.config, self.clock, self._tokens_per_ms, self._limits.long_prompt)
         self.fleet.on_room = self.admission.room_changed
@@ -72,6 +77,7 @@ class House:
         self._random = random or Random()
         self._encoders = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
         self._requests = 0
+        self._orphans: dict[WorkerId, set[RequestId]] = {}  # what lost workers may still compute, should they come back
         self._seen_version = -1  # of the fleet, for the three below
         self._members: dict[Role, int] = {}
         self._models: list[tuple[str, int]] = []  # fingerprint, block size
@@ -93,6 +99,11 @@ class House:
             return ""
         up = ", ".join(worker.id for worker in self.fleet.up()) or "none"
         return f"no decode or aggregated worker is up (up: {up})"
+
+    def destination(self, worker: WorkerId) -> Destination | None:
+        """Where a worker is, up or not; None when it was never heard of."""
+        known = self.fleet.get(worker)
+        return None if known is None else Destination(worker, known.heartbeat.model, known.heartbeat.server)
 
     # --- for a request ---
 
@@ -186,8 +197,13 @@ class House:
         known = self.fleet.get(heartbeat.worker)
         if known is not None and known.up and known.epoch != heartbeat.epoch:
             self.lose(heartbeat.worker, f"worker {heartbeat.worker} was restarted")
+        told = known is None or known.epoch != heartbeat.epoch or known.heartbeat.load.tells_blocks
         self.fleet.hear(heartbeat, now)
         self.admission.room_changed()  # it may have KV blocks again
+        if told and not heartbeat.load.tells_blocks:
+            log.warning("worker %s does not tell what its prefix cache holds: prefixes are not routed to it", heartbeat.worker)
+        for request_id in self._orphans.pop(heartbeat.worker, ()):  # of a life that was only cut off or held up
+            self.calls.abort(heartbeat.worker, request_id)
         return self.index.is_behind(heartbeat.worker, heartbeat.epoch, heartbeat.events_sequence)
 
     def hear_outputs(self, outputs: Outputs) -> None:
@@ -196,7 +212,7 @@ class House:
         self.fleet.stepped(outputs.worker, outputs.steps)
         for output in self.mailroom.deliver(outputs.outputs):
             if isinstance(output, PrefillDone) and output.lease_id is not None:
-                self.calls.release(outputs.worker, output.lease_id)  # its request is gone
+                self.calls.release(outputs.worker, output.lease_id, LeaseEnd.UNWANTED)  # its request is gone
 
     def hear_events(self, events: BlockEvents) -> bool:
         """Returns whether the worker's blocks must be asked for again."""
@@ -207,7 +223,7 @@ class House:
         was_up = self.fleet.lose(worker)
         self.lost_at = self.clock.now()
         self.index.forget(worker)
-        self.mailroom.lose(worker, why)
+        self._orphans.setdefault(worker, set()).update(self.mailroom.lose(worker, why))
         return was_up
 
 

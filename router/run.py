@@ -19,6 +19,7 @@ from python_backends.core.errors import (
     EngineFailure,
     InvalidRequest,
     QueueFull,
+    RefusalReason,
     TritonCode,
     Unavailable,
     WorkerLost,
@@ -33,15 +34,17 @@ from python_backends.core.messages import (
     TokenChunk,
     Work,
 )
-from python_backends.core.types import FinishReason, GenerateRequest, KVReport, RequestId, SamplingParams, WorkerId
+from python_backends.core.types import FinishReason, GenerateRequest, KVReport, LeaseEnd, RequestId, SamplingParams, WorkerId
 from router.account import Account
 from router.admission import Forecast, Place
 from router.detokenizer import Detokenizer
 from router.fleet import Charge
 from router.house import House
+from router.journal import Entry
 from router.lifecycle import Event, Held, Lifecycle, State
 from router.mailroom import Box
 from router.policy import Choice, Room
+from router.prompt import Prompt
 from router.seams import Reply
 from router.types import ClientRequest, Outcome, Piece, RouteDecision
 
@@ -66,10 +69,11 @@ class Run:
         self._attempts = 0
         self._avoid: set[WorkerId] = set()
         self._prompt_ids: list[int] = []
-        self._output_ids: list[int] = []
+        self._output_ids: list[int] = [*request.output_ids]
         self._cumulative_logprob = 0.0
         self._sampling = request.sampling
-        self._account = Account(arrival, house.clock)
+        self._account = Account(arrival, house.clock, len(request.output_ids))
+        self._entry = Entry(self._id, request, arrival, house.clock.now)
         self._decision: RouteDecision | None = None
         self._waiting_since = arrival
         self._submitted = arrival
@@ -85,6 +89,7 @@ class Run:
         self._prefill_leg: tuple[WorkerId, RequestId] | None = None
         self._decode_leg: tuple[WorkerId, RequestId] | None = None
         self._lease: tuple[WorkerId, str] | None = None
+        self._lease_end = LeaseEnd.UNWANTED
 
     @property
     def state(self) -> State:
@@ -98,12 +103,15 @@ class Run:
 
     async def enter(self) -> None:
         """Take a place, tokenise, validate. Raises InvalidRequest or QueueFull."""
+        self._house.journal.begin(self._entry)
         self._place = self._house.admission.enter()
         self._prompt_ids = await self._house.tokenize(self._request)
         self._sampling = self._check_tokens(self._request.sampling)
-        self._prompt = self._house.prompt(self._prompt_ids, self._request.salt)
+        self._entry.tokenized(self._prompt_ids)
+        self._prompt = self._known_tokens()
         self._place.queue(len(self._prompt_ids), self._request.salt, self._request.priority, self._wish)
         self._text = Detokenizer(self._house.tokenizer, self._sampling.stop, self._sampling.min_tokens, self._prompt_ids)
+        self._text.push(self._output_ids)  # the client has this text
 
     async def route(self) -> RouteDecision:
         """Wait for a worker that has room, and go there. Raises QueueFull, Unavailable, InvalidRequest, DeadlineExceeded."""
@@ -111,13 +119,18 @@ class Run:
         self._lacks = None
         again = self._attempts > 1
         if again:
-            self._prompt = self._house.prompt(self._prompt_ids + self._output_ids, self._request.salt)
+            self._prompt = self._known_tokens()
             await self._pause_if_nobody_else()
         self._waiting_since = self._clock.now()
         assert self._place is not None
         await self._place.turn(self, again=again)
         assert self._decision is not None
         return self._decision
+
+    def _known_tokens(self) -> Prompt:
+        """The prompt, and what the client has already got after it."""
+        token_ids = self._prompt_ids + self._output_ids if self._output_ids else self._prompt_ids
+        return self._house.prompt(token_ids, self._request.salt)
 
     async def _pause_if_nobody_else(self) -> None:
         """If there is only the worker that failed just now: one that is being loaded or restarted needs a moment."""
@@ -136,7 +149,8 @@ class Run:
             return False
         self._decision = decision = choice.decision
         self._house.observer.decided(decision.way)
-        self._account.routed(decision, self._attempts, len(self._prompt_ids))
+        self._account.routed(decision, self._attempts)
+        self._entry.routed(decision)
         fleet, num_tokens = self._house.fleet, len(self._prompt)
         here = 0 if decision.prefill else decision.prefill_tokens
         kv_tokens = choice.missing + min(self._sampling.max_tokens, int(self._house.output_tokens))
@@ -188,8 +202,8 @@ class Run:
             self._learn_hop(worker, done.compute_ms)
         if self._prefill_charge is not None:
             self._prefill_charge.undo()
-        if done.lease_id is not None:
-            self._lease = (worker, done.lease_id)
+        self._lease = (worker, done.lease_id) if done.lease_id is not None else None
+        self._lease_end = LeaseEnd.UNWANTED
         self._account.prefilled(done)
         self._take(TokenChunk(done.request_id, [done.token_id], [done.logprob] if done.logprob else None, done.finish_reason))
         return done.ticket
@@ -212,6 +226,7 @@ class Run:
 
     def retry(self, error: BatonError) -> None:
         """After a failed attempt: another one. Raises the error when the attempts are used up."""
+        self._entry.failed_attempt(str(error))
         if self._attempts >= self._house.config.max_attempts:
             raise error
         log.warning("request %s: attempt %d failed (%s); trying again", self._id, self._attempts, error)
@@ -224,9 +239,9 @@ class Run:
             return
         self._move(Event.CANCEL if isinstance(error, Cancelled) else Event.FAIL)
         self._reply.fail(error)
-        self._house.observer.ended(_outcome(error), None)
+        self._house.observer.ended(self._house.journal.end(self._entry, _outcome(error), str(error)))
 
-    def interrupt(self, task: asyncio.Task[None], why: Cancelled | DeadlineExceeded) -> None:
+    def interrupt(self, task: asyncio.Task[None], why: BatonError) -> None:
         """End the request from outside, wherever it is."""
         self.interruption = why
         task.cancel()
@@ -240,6 +255,9 @@ class Run:
             self._decode_charge.grow(len(chunk.token_ids))
         self._output_ids += chunk.token_ids
         self._account.tokens(len(self._output_ids), chunk.report)
+        gap_s = self._entry.tokens(len(chunk.token_ids))
+        if gap_s:
+            self._house.observer.tokens(len(chunk.token_ids), gap_s)
         logprobs = chunk.logprobs or []
         self._cumulative_logprob += sum(entry.logprob for entry in logprobs)
         # The token that stopped the engine is not text.
@@ -264,13 +282,14 @@ class Run:
         if piece.finish_reason is None:
             self._reply.send(piece)
             return
-        proof = self._account.proof()
+        proof = msgspec.structs.replace(self._account.proof(), request_id=self._id, trace_id=self._entry.trace_id)
         self._house.ended(len(self._output_ids))
         self._reply.send(msgspec.structs.replace(piece, proof=proof))
-        self._house.observer.ended(Outcome.OK, proof)
+        self._house.observer.ended(self._house.journal.end(self._entry, Outcome.OK, proof=proof))
 
     def _kv_ready(self, worker: WorkerId, report: KVReport) -> None:
         self._account.kv_ready(report)
+        self._lease_end = lease_end(report)
         view = self._house.fleet.get(worker)
         if view is not None:
             view.link.learn(report.received_bytes, report.transfer_ms, (self._clock.now() - self._submitted) * 1e3)
@@ -319,7 +338,12 @@ class Run:
         size = self._house.tokenizer.vocab_size
         if not self._prompt_ids:
             raise InvalidRequest("the prompt is empty: give text_input, messages or input_ids with at least one token")
-        named = {"input_ids": self._prompt_ids, "logit_bias": sampling.logit_bias, "stop_token_ids": sampling.stop_token_ids}
+        named = {
+            "input_ids": self._prompt_ids,
+            "output_ids": self._output_ids,
+            "logit_bias": sampling.logit_bias,
+            "stop_token_ids": sampling.stop_token_ids,
+        }
         for field, ids in named.items():
             if ids and not (min(ids) >= 0 and max(ids) < size):
                 outside = next(token for token in ids if not 0 <= token < size)
@@ -332,6 +356,7 @@ class Run:
         """Advance the lifecycle and give back what the new state does not hold."""
         for held in self._life.on(event):
             self._give_back(held)
+        self._entry.state = self.state
 
     def _give_back(self, held: Held) -> None:
         calls = self._house.calls
@@ -344,9 +369,16 @@ class Run:
         elif held is Held.PREFILL and self._prefill_leg is not None:
             calls.abort(*self._prefill_leg)
         elif held is Held.LEASE and self._lease is not None:
-            calls.release(*self._lease)
+            calls.release(*self._lease, self._lease_end)
         elif held is Held.DECODE and self._decode_leg is not None:
             calls.abort(*self._decode_leg)
+
+
+def lease_end(report: KVReport) -> LeaseEnd:
+    """What a decode worker's report means for the lease of the KV it was handed."""
+    if report.received_tokens + report.reused_tokens:
+        return LeaseEnd.FETCHED
+    return LeaseEnd.LOST if report.digest == RefusalReason.TRANSFER_TIMEOUT.value else LeaseEnd.UNWANTED
 
 
 def _outcome(error: BatonError) -> Outcome:

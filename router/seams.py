@@ -8,10 +8,20 @@ from typing import Protocol
 
 from python_backends.core.errors import BatonError
 from python_backends.core.messages import Work
-from python_backends.core.types import RequestId, WorkerId
+from python_backends.core.types import LeaseEnd, RequestId, WorkerId
 from router.fleet import WorkerView
+from router.journal import Record
 from router.lifecycle import State
-from router.types import Outcome, Piece, Proof, Way
+from router.types import Piece, Way
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """A worker as work is sent to it: its Triton model, and HOST:PORT of its server's gRPC (empty: this server)."""
+
+    worker: WorkerId
+    model: str
+    server: str
 
 
 class Calls(Protocol):
@@ -24,7 +34,7 @@ class Calls(Protocol):
 
     def abort(self, worker: WorkerId, request_id: RequestId) -> None: ...
 
-    def release(self, worker: WorkerId, lease_id: str) -> None: ...
+    def release(self, worker: WorkerId, lease_id: str, end: LeaseEnd) -> None: ...
 
 
 class Reply(Protocol):
@@ -57,4 +67,10 @@ class Observer(Protocol):
 
     def retried(self) -> None: ...
 
-    def ended(self, outcome: Outcome, proof: Proof | None) -> None: ...
+    def warmed(self, verdict: str) -> None:
+        """A first handoff between two workers was tried: what became of the KV (KVReport.digest), or why nothing did."""
+
+    def tokens(self, count: int, gap_s: float) -> None:
+        """A running request has so many more tokens, so long after those before."""
+
+    def ended(self, record: Record) -> None: ...

@@ -7,6 +7,7 @@ from enum import Enum
 import msgspec
 
 from python_backends.core.types import FinishReason, SamplingParams, TokenLogprob, WorkerId
+from router.trace_context import TraceContext
 
 
 class Way(str, Enum):
@@ -34,6 +35,13 @@ class Slo(msgspec.Struct, frozen=True):
     itl_ms: float = 0.0  # of this stream, and of those that it joins
 
 
+class FrontEndTimes(msgspec.Struct, frozen=True):
+    """What a front end did before it asked the router."""
+
+    received_ns: int  # wall clock, when the request's head was there
+    tokenize_ms: float
+
+
 class ClientRequest(msgspec.Struct, frozen=True):
     """A client's request, validated field by field. Exactly one of text, messages, input_ids is given."""
 
@@ -47,7 +55,11 @@ class ClientRequest(msgspec.Struct, frozen=True):
     slo_ttft_ms: float | None = None  # None: the deployment's
     slo_itl_ms: float | None = None
     timeout_s: float | None = None  # None: router.default_deadline_s
-    client_id: str = ""  # only logged
+    client_id: str = ""  # the client's own name for it; only kept in the journal
+    answer_id: str = ""  # likewise, of the answer
+    trace: TraceContext | None = None  # None: a new one begins
+    front_end: FrontEndTimes | None = None
+    output_ids: list[int] = []  # the answer's first tokens, which the client has had from a router that died since
 
 
 class RouteDecision(msgspec.Struct, frozen=True):
@@ -93,7 +105,7 @@ class Proof(msgspec.Struct, frozen=True):
     kv_bytes: int
     transfer_ms: float
     transport: str
-    digest: str  # verified | none (nothing moved) | why it was refused
+    digest: str  # verified | unchecked (moved by the engine itself) | none (nothing moved) | why it was refused
     ttft_ms: float
     queue_ms: float
     prefill_ms: float
@@ -104,8 +116,8 @@ class Proof(msgspec.Struct, frozen=True):
     itl_ms: float = 0.0  # mean time between two tokens
     predicted_ttft_ms: float = 0.0  # when the route was chosen
     predicted_itl_ms: float = 0.0
-    prompt_tokens: int = 0
-    output_tokens: int = 0
+    request_id: str = ""  # the router's; scripts/trace finds the request by it ...
+    trace_id: str = ""  # ... and by this one
 
 
 class Outcome(str, Enum):

@@ -26,13 +26,14 @@ from python_backends.core.errors import BatonError
 from python_backends.core.layout import KVLayout
 from python_backends.core.messages import BlockEvents, Heartbeat, Outputs, TokenChunk, Work
 from python_backends.core.paths import DEMO_MODEL, resolve_model
-from python_backends.core.types import Epoch, RequestId, Role, SamplingParams, WorkerId, WorkerLoad
+from python_backends.core.types import Epoch, LeaseEnd, RequestId, Role, SamplingParams, WorkerId, WorkerLoad
 from router.house import House
+from router.journal import Record
 from router.run import Run
 from router.seams import Snapshot
 from router.serve import serve
 from router.tokenizer import Tokenizer
-from router.types import ClientRequest, Outcome, Piece, Proof, Slo, Way, Wish
+from router.types import ClientRequest, Piece, Slo, Way, Wish
 from scripts.terminal import print_error
 
 _BLOCK = 16
@@ -58,11 +59,13 @@ class _Nowhere:
         self.last = work.request.request_id
 
     def abort(self, worker: WorkerId, request_id: RequestId) -> None: ...
-    def release(self, worker: WorkerId, lease_id: str) -> None: ...
+    def release(self, worker: WorkerId, lease_id: str, end: LeaseEnd) -> None: ...
     def refresh(self, snapshot: Snapshot) -> None: ...
     def decided(self, way: Way) -> None: ...
     def retried(self) -> None: ...
-    def ended(self, outcome: Outcome, proof: Proof | None) -> None: ...
+    def warmed(self, verdict: str) -> None: ...
+    def tokens(self, count: int, gap_s: float) -> None: ...
+    def ended(self, record: Record) -> None: ...
 
 
 class _Reply:
@@ -104,7 +107,20 @@ class Bench:
     def _heartbeat(self, worker: WorkerConfig) -> Heartbeat:
         layout = KVLayout(32, 8, 128, _BLOCK, "bfloat16")
         load = WorkerLoad(total_blocks=10**6)
-        return Heartbeat(worker.id, worker.role, self._epoch, 0, load, layout, _FINGERPRINT, 10**6, events_sequence=0)
+        return Heartbeat(
+            worker=worker.id,
+            model=worker.name,
+            server="",
+            role=worker.role,
+            epoch=self._epoch,
+            pid=0,
+            host="nowhere",
+            load=load,
+            layout=layout,
+            fingerprint=_FINGERPRINT,
+            max_context=10**6,
+            events_sequence=0,
+        )
 
     def _busy(self, workers: Sequence[WorkerConfig]) -> None:
         for worker in workers:

@@ -14,9 +14,9 @@ import msgspec
 import yaml
 from msgspec import Meta
 
-from python_backends.core.config import Section
 from python_backends.core.errors import ConfigError
 from python_backends.core.messages import StepSample
+from python_backends.core.section import Section
 from router.cost_model import TERMS
 
 # prompt tokens, of which so many are cached; streams, of so many tokens each

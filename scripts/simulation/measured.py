@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 import urllib.request
@@ -53,20 +54,20 @@ def learned_rates(metrics: Metrics, token_bytes: int, pool_tokens: Mapping[Role,
 
     token_bytes: of KV. Raises Unavailable when the router has learned nothing yet.
     """
-    workers = {(found["worker"], Role(found["role"])) for found, _ in metrics.get("baton_step_model_ms", [])}
+    workers = {(found["worker"], Role(found["role"])) for found, _ in metrics.get("baton_step_cost_seconds", [])}
     if not workers:
         raise Unavailable("the server's router has learned no step times yet; try again when it has served some requests")
     rates = {}
     for role in {role for _, role in workers}:
         names = [name for name, its_role in workers if its_role is role]
         rates[role] = Rates(
-            coefficients=tuple(_median(metrics, "baton_step_model_ms", names, term=term) for term in TERMS),
+            coefficients=tuple(_median(metrics, "baton_step_cost_seconds", names, term=term) * 1e3 for term in TERMS),
             token_bytes=token_bytes,
             pool_tokens=pool_tokens[role],
             link_bytes_per_ms=max(_over_decode(metrics, "baton_link_bytes_per_second") / 1e3, 1.0),
             link_ms=_over_decode(metrics, "baton_link_overhead_seconds") * 1e3,
             hop_ms=_median(metrics, "baton_hop_seconds", names) * 1e3,
-            noise=min(_median(metrics, "baton_step_model_error_ratio", names) * _DEVIATION, _MOST_NOISE),
+            noise=min(_median(metrics, "baton_step_cost_error_ratio", names) * _DEVIATION, _MOST_NOISE),
         )
     return rates
 
@@ -117,12 +118,19 @@ class MeasuredServer:
         return rates
 
 
-def _lengths(metrics: Metrics, part: str) -> list[tuple[int, float]]:
-    """(next power of two, requests)."""
-    found = metrics.get("baton_requests_by_tokens_total", [])
-    return [(int(labels["tokens"]), count) for labels, count in found if labels.get("part") == part]
+def _lengths(metrics: Metrics, part: str) -> list[tuple[int, int, float]]:
+    """(shortest, longest, requests) of each of a histogram's buckets that has any."""
+    found = metrics.get(f"baton_request_{part}_tokens_bucket", [])
+    upto = sorted((float(labels["le"]), count) for labels, count in found if "le" in labels)
+    buckets, below, before = [], 0, 0.0
+    for bound, count in upto:
+        longest = int(bound) if math.isfinite(bound) else 2 * below
+        if count > before:
+            buckets.append((below + 1, longest, count - before))
+        below, before = longest, count
+    return buckets
 
 
-def _draw_length(counts: list[tuple[int, float]], random: Random) -> int:
-    (most,) = random.choices([size for size, _ in counts], [count for _, count in counts])
-    return random.randint(most // 2 + 1, most)
+def _draw_length(buckets: list[tuple[int, int, float]], random: Random) -> int:
+    ((shortest, longest, _),) = random.choices(buckets, [count for _, _, count in buckets])
+    return random.randint(shortest, longest)

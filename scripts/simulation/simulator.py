@@ -16,8 +16,9 @@ from python_backends.core.block_hash import block_hashes
 from python_backends.core.config import Deployment, EngineConfig, RouterConfig, TransferConfig, WorkerConfig
 from python_backends.core.errors import BatonError
 from python_backends.core.messages import Work
-from python_backends.core.types import BlockHash, RequestId, Role, SamplingParams, WorkerId
+from python_backends.core.types import BlockHash, LeaseEnd, RequestId, Role, SamplingParams, WorkerId
 from router.house import House
+from router.journal import Record
 from router.run import Run
 from router.seams import Snapshot
 from router.serve import serve
@@ -196,7 +197,7 @@ class Simulation:
     def abort(self, worker: WorkerId, request_id: RequestId) -> None:
         self.workers[worker].abort(request_id)
 
-    def release(self, worker: WorkerId, lease_id: str) -> None:
+    def release(self, worker: WorkerId, lease_id: str, end: LeaseEnd) -> None:
         self.workers[worker].release(lease_id)
 
     # --- router.seams.Observer ---
@@ -210,16 +211,22 @@ class Simulation:
     def retried(self) -> None:
         self.result.errors["retried"] += 1
 
-    def ended(self, outcome: Outcome, proof: Proof | None) -> None:
+    def warmed(self, verdict: str) -> None:
+        """Simulated workers need no first handoff."""
+
+    def tokens(self, count: int, gap_s: float) -> None:
+        """Gaps are counted where they happen: the workers tell of several steps at once."""
+
+    def ended(self, record: Record) -> None:
         result = self.result
-        if outcome is Outcome.REFUSED:
+        if record.outcome is Outcome.REFUSED:
             result.refused += 1
-        elif proof is None:
+        elif record.proof is None:
             result.failed += 1
         else:
-            self._completed(proof)
+            self._completed(record, record.proof)
 
-    def _completed(self, proof: Proof) -> None:
+    def _completed(self, record: Record, proof: Proof) -> None:
         result, slo = self.result, self._scenario.router.slo
         result.completed += 1
         result.ttft.add(proof.ttft_ms)
@@ -230,7 +237,7 @@ class Simulation:
         in_time = not slo.ttft_ms or proof.ttft_ms <= slo.ttft_ms
         result.good += in_time and (not slo.itl_ms or proof.itl_ms <= slo.itl_ms)
         result.reused_tokens += proof.prefill_tokens_reused
-        size = 1 << max(proof.prompt_tokens - proof.prefill_tokens_reused - 1, 0).bit_length()
+        size = 1 << max(record.prompt_tokens - proof.prefill_tokens_reused - 1, 0).bit_length()
         result.ways_by_tokens.setdefault(size, Counter())[proof.route] += 1
 
 

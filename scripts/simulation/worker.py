@@ -150,9 +150,12 @@ class SimulatedWorker:
         )
         return Heartbeat(
             worker=self.id,
+            model=self.id,
+            server="",
             role=self.role,
             epoch=self._epoch,
             pid=0,
+            host="simulated",
             load=load,
             layout=KVLayout(1, 1, max(self._rates.token_bytes // 8, 1), self._size, "float32"),  # any of this size
             fingerprint=_FINGERPRINT,

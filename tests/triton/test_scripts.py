@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -19,12 +19,13 @@ import pytest
 
 from python_backends.core.paths import repository_root
 from scripts.tritonserver import TritonServer, find_tritonserver
-from tests.triton.asking import metrics
+from tests.triton.asking import metrics, total
 
 pytestmark = [pytest.mark.triton, pytest.mark.weights]
 
 ROOT = repository_root()
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
+FREE_PORTS = ("--openai-port", "0", "--http-port", "0", "--grpc-port", "0", "--metrics-port", "0")
 FAKE = "workers: [{role: prefill, engine: fake}, {role: decode, engine: fake}]\nengine: {kv_pool_mib: 32}\n"
 
 
@@ -82,7 +83,7 @@ def test_chat_answers_lines_of_a_pipe(real_server: TritonServer) -> None:
 
 
 def test_ctrl_c_in_the_chat_stops_the_answer_at_the_server(fake_server: TritonServer) -> None:
-    before = metrics(fake_server)['baton_requests_total{outcome="cancelled"}']
+    before = total(metrics(fake_server), "baton_requests_total", outcome="cancelled")
     chat = subprocess.Popen(
         _command("chat", "--server", _grpc(fake_server)),
         stdin=subprocess.PIPE,
@@ -96,9 +97,9 @@ def test_ctrl_c_in_the_chat_stops_the_answer_at_the_server(fake_server: TritonSe
         assert chat.stdout is not None
         chat.stdin.write("/set max_tokens 3000\nTell me a long story\n")
         chat.stdin.flush()
-        _wait_for_metric(fake_server, "baton_router_requests", 1)
+        _wait_for(lambda: metrics(fake_server)["baton_router_requests"] == 1)
         chat.send_signal(signal.SIGINT)
-        _wait_for_metric(fake_server, 'baton_requests_total{outcome="cancelled"}', before + 1)
+        _wait_for(lambda: total(metrics(fake_server), "baton_requests_total", outcome="cancelled") == before + 1)
         chat.stdin.write("/help\n")
         chat.stdin.close()
         assert "(stopped)" in (told := chat.stdout.read())
@@ -106,10 +107,10 @@ def test_ctrl_c_in_the_chat_stops_the_answer_at_the_server(fake_server: TritonSe
         assert chat.wait(20) == 0
 
 
-def _wait_for_metric(server: TritonServer, name: str, value: float) -> None:
+def _wait_for(condition: Callable[[], bool]) -> None:
     end = time.monotonic() + 10
-    while metrics(server)[name] != value:
-        assert time.monotonic() < end, f"{name} is {metrics(server)[name]}"
+    while not condition():
+        assert time.monotonic() < end, "not within 10 s"
         time.sleep(0.05)
 
 
@@ -125,7 +126,7 @@ def fake_deployment(tmp_path: Path) -> Path:
 
 def test_serve_prints_a_curl_line_that_works_and_stops_on_ctrl_c(fake_deployment: Path, tmp_path: Path) -> None:
     """Two servers at once, from another directory; one with streams in flight when it is stopped."""
-    ports = ("--http-port", "0", "--grpc-port", "0", "--metrics-port", "0")
+    ports = FREE_PORTS
     first, second = (_serving("--config", fake_deployment.name, *ports, cwd=tmp_path) for _ in range(2))
     (one, one_curl), (two, two_curl) = first, second
     assert '"text_output":"' in _pasted(one_curl)
@@ -175,14 +176,13 @@ def test_serve_says_in_one_sentence_what_is_wrong(tmp_path: Path, fake_deploymen
         port = taken.getsockname()[1]
         done = _run("serve", "--config", fake_deployment, "--http-port", port)
         assert f"port {port} on 127.0.0.1: Address already in use; give another with --http-port" in _one_error(done)
-    free = ("--http-port", "0", "--grpc-port", "0", "--metrics-port", "0")
-    assert "nowhere.yaml: No such file" in _one_error(_run("serve", "--config", "nowhere.yaml", *free))
+    assert "nowhere.yaml: No such file" in _one_error(_run("serve", "--config", "nowhere.yaml", *FREE_PORTS))
     fake_deployment.write_text("workers: [{role: decode}]\nmodel: {path: /no/such/model}\n")
-    assert "'/no/such/model' is not a directory" in _one_error(_run("serve", "--config", fake_deployment, *free))
+    assert "'/no/such/model' is not a directory" in _one_error(_run("serve", "--config", fake_deployment, *FREE_PORTS))
     fake_deployment.write_text("workers: [{role: decode}]\nengine: {block_sice: 16}\n")
-    assert "block_sice" in _one_error(_run("serve", "--config", fake_deployment, *free))
+    assert "block_sice" in _one_error(_run("serve", "--config", fake_deployment, *FREE_PORTS))
     fake_deployment.write_text("workers: [{role: decode}]\nengine: {kv_pool_mib: 99000000}\n")
-    assert "lower engine.kv_pool_mib" in _one_error(_run("serve", "--config", fake_deployment, *free))
+    assert "lower engine.kv_pool_mib" in _one_error(_run("serve", "--config", fake_deployment, *FREE_PORTS))
 
 
 def test_a_missing_libpython_is_told_with_the_fix(fake_deployment: Path) -> None:
@@ -191,7 +191,7 @@ def test_a_missing_libpython_is_told_with_the_fix(fake_deployment: Path) -> None
         "from scripts.serve import main; sys.exit(main(sys.argv[1:]))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program, "--config", str(fake_deployment), "--http-port", "0", "--grpc-port", "0"],
+        [sys.executable, "-c", program, "--config", str(fake_deployment), *FREE_PORTS],
         capture_output=True,
         text=True,
         timeout=60,
@@ -262,8 +262,11 @@ def test_curl_lines_of_the_readme_work(real_server: TritonServer) -> None:
     blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     lines: Sequence[str] = [line for block in blocks for line in block.splitlines() if line.startswith("curl ")]
     assert len(lines) >= 2
+    ports = {"127.0.0.1:8000": real_server.http_port, "127.0.0.1:9000": real_server.openai_port}
     for line in lines:
-        assert "text_output" in _pasted(line.replace("127.0.0.1:8000", f"{real_server.host}:{real_server.http_port}")), line
+        for address, port in ports.items():
+            line = line.replace(address, f"{real_server.host}:{port}")
+        assert re.search('"text_output"|"choices"', _pasted(line)), line
 
 
 def test_scripts_of_the_readme_explain_themselves() -> None:

@@ -12,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -246,13 +247,32 @@ def test_thirty_two_streams_at_once_are_right_and_prompt(fake_server: TritonServ
 
 def test_first_tokens_do_not_wait_for_other_streams(fake_server: TritonServer, asking: Asking) -> None:
     """A router whose streams block each other sends them after seconds; the bound is far above what a busy machine needs."""
-    sent, first = time.monotonic(), {}
+    sent = time.monotonic()
+    first: dict[str, float] = {}
     for i in range(32):
         asking.send(f"t{i}", text_input=f"{i} first tokens", max_tokens=100, stream=True)
     while len(first) < 32:
         first.setdefault(asking.next_response(), time.monotonic() - sent)
     assert statistics.median(first.values()) < 1.0
     asking.collect(*first)
+
+
+def test_responses_can_be_kept_apart_and_then_carry_several_tokens(tmp_path: Path, asking: Asking) -> None:
+    fields: dict[str, Any] = {"text_input": PROMPT, "max_tokens": 100, "seed": 4, "temperature": 0.8, "return_output_ids": True}
+    expected = asking.ask(**fields)
+    config = tmp_path / "interval.yaml"
+    config.write_text(
+        "workers: [{role: aggregated, engine: fake}]\nengine: {fake: {step_us: 4000}}\nrouter: {stream_interval_ms: 100}\n"
+    )
+    with TritonServer(config) as server:
+        client = Asking(server)
+        answer = client.ask(**fields, stream=True, return_num_output_tokens=True)
+        client.close()
+    assert (answer.text, answer.ids) == (expected.text, expected.ids)
+    counts = [response["num_output_tokens"][0] for response in answer.responses]
+    assert sum(counts) == 100
+    assert counts[0] <= 2, "the first token was held back"
+    assert 3 <= len(counts) <= 20
 
 
 # --- cancellation and death --------------------------------------------------------------------------------------------
@@ -339,6 +359,8 @@ def test_stops_cleanly_with_streams_in_flight(fake_server: TritonServer, tmp_pat
     began = time.monotonic()
     server.stop()
     assert time.monotonic() - began < 12
+    for answer in client.collect(*[f"x{i}" for i in range(8)]):
+        assert "the server is shutting down" in str(answer.error)
     client.close(cancel=True)
     assert not any(psutil.pid_exists(pid) for pid in children)
     assert not server.run_dir.exists()

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from python_backends.core.block_hash import block_hash, block_hashes
 from python_backends.core.handoff import KVHandoff
 from python_backends.core.types import BlockHash, FinishReason, GenerateRequest, RequestId
+from python_backends.engines.paged.guide import Guide
+from python_backends.engines.paged.speculation import Drafts
 
 
 @dataclass(slots=True, eq=False)
@@ -28,6 +30,7 @@ class Sequence:
     lease_id: str | None = None  # of that ticket; reported in KVReady
     was_handed: bool = False  # a ticket came with the request, good or bad: what is computed here is a recompute
     refusal: str = "none"  # KVReport.digest
+    guide: Guide | None = None
 
     token_ids: list[int] = field(init=False)
     num_given: int = field(init=False)  # tokens that came with the request
@@ -37,6 +40,8 @@ class Sequence:
     num_published: int = 0
     transfer: Future[None] | None = None  # that fetches the handed KV
     doomed: bool = False  # aborted while a transfer writes into its blocks: freed when the transfer ends
+
+    drafts: Drafts = field(default_factory=Drafts)
 
     started: float = 0.0  # monotonic, s: first step
     compute_ms: float = 0.0  # from then to the first token sampled here
@@ -64,6 +69,10 @@ class Sequence:
         return self.token_ids[len(self.request.prompt_ids) :]
 
     @property
+    def num_output(self) -> int:
+        return len(self.token_ids) - len(self.request.prompt_ids)
+
+    @property
     def order(self) -> tuple[int, int]:
         """Who is served first: priority, then arrival."""
         return (self.request.priority, self.arrival)
@@ -74,6 +83,8 @@ class Sequence:
 
     def append(self, token_id: int) -> None:
         self.token_ids.append(token_id)
+        if self.guide is not None:
+            self.guide.take(token_id)
         if len(self.token_ids) % self.block_size == 0:
             parent = self.hashes[-1] if self.hashes else self.root
             self.hashes.append(block_hash(parent, self.token_ids[-self.block_size :]))
@@ -81,13 +92,12 @@ class Sequence:
     def finish_reason(self, eos_token_ids: tuple[int, ...], max_context: int) -> FinishReason | None:
         """Of the token appended last."""
         sampling = self.request.sampling
-        num_output = len(self.token_ids) - len(self.request.prompt_ids)
         last = self.token_ids[-1]
-        if num_output > sampling.min_tokens and (
+        if self.num_output > sampling.min_tokens and (
             last in sampling.stop_token_ids or (last in eos_token_ids and not sampling.ignore_eos)
         ):
             return FinishReason.STOP
-        if num_output >= sampling.max_tokens or len(self.token_ids) >= max_context:
+        if self.num_output >= sampling.max_tokens or len(self.token_ids) >= max_context:
             return FinishReason.LENGTH
         return None
 

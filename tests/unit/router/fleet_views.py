@@ -25,9 +25,12 @@ def heartbeat(
 ) -> Heartbeat:
     return Heartbeat(
         worker=WorkerId(name),
+        model=name,
+        server="",
         role=role,
         epoch=Epoch(epoch),
         pid=1,
+        host="here",
         load=WorkerLoad(total_blocks=total_blocks, held_blocks=held_blocks),
         layout=LAYOUT,
         fingerprint=fingerprint,

@@ -77,6 +77,15 @@ def test_the_summary_names_the_route_and_where_kv_came_from() -> None:
     assert told.endswith("2 attempts")
 
 
+def test_kv_that_the_engine_moved_is_not_called_verified() -> None:
+    """TensorRT-LLM tells neither bytes nor digests of what it moves."""
+    moved = _changed(kv_bytes=0, transport="UCX", digest="unchecked")
+    verdict = handoff_verdict(moved, "Paris")
+    assert verdict.ok
+    assert verdict.text == "handoff OK: 92 tokens, 4.0 ms by UCX, 0 recomputed, digest unchecked"
+    assert "4.0 ms by UCX, digest unchecked" in summary(moved, 5)
+
+
 def test_a_proof_survives_its_json() -> None:
     assert read_proof(msgspec.to_builtins(PROOF)) == PROOF
     with pytest.raises(msgspec.ValidationError, match="kv_bytes"):

@@ -72,18 +72,23 @@ METRICS = """
 baton_worker_up{role="prefill",worker="prefill"} 1
 baton_worker_up{role="decode",worker="decode"} 1
 baton_requests_total{outcome="ok"} %d
-baton_requests_by_tokens_total{part="prompt",tokens="1024"} 30
-baton_requests_by_tokens_total{part="prompt",tokens="64"} 10
-baton_requests_by_tokens_total{part="output",tokens="16"} 40
+baton_request_prompt_tokens_bucket{le="32"} 0
+baton_request_prompt_tokens_bucket{le="64"} 10
+baton_request_prompt_tokens_bucket{le="512"} 10
+baton_request_prompt_tokens_bucket{le="1024"} 40
+baton_request_prompt_tokens_bucket{le="+Inf"} 40
+baton_request_output_tokens_bucket{le="8"} 0
+baton_request_output_tokens_bucket{le="16"} 40
+baton_request_output_tokens_bucket{le="+Inf"} 40
 baton_prompt_tokens_total{source="reused"} 250
 baton_prompt_tokens_total{source="received"} 500
 baton_prompt_tokens_total{source="computed"} 250
 baton_kv_received_bytes_total 50000
-baton_step_model_ms{role="prefill",worker="prefill",term="constant"} 8
-baton_step_model_ms{role="prefill",worker="prefill",term="prefill_token"} 0.03
-baton_step_model_ms{role="decode",worker="decode",term="constant"} 9
-baton_step_model_ms{role="decode",worker="decode",term="decode_stream"} 0.5
-baton_step_model_error_ratio{role="decode",worker="decode"} 0.08
+baton_step_cost_seconds{role="prefill",worker="prefill",term="constant"} 0.008
+baton_step_cost_seconds{role="prefill",worker="prefill",term="prefill_token"} 3e-05
+baton_step_cost_seconds{role="decode",worker="decode",term="constant"} 0.009
+baton_step_cost_seconds{role="decode",worker="decode",term="decode_stream"} 0.0005
+baton_step_cost_error_ratio{role="decode",worker="decode"} 0.08
 baton_hop_seconds{role="decode",worker="decode"} 0.002
 baton_link_bytes_per_second{role="decode",worker="decode"} 2e9
 baton_link_overhead_seconds{role="decode",worker="decode"} 0.004
@@ -100,7 +105,7 @@ def test_a_running_server_tells_its_requests_and_its_rates() -> None:
     assert sum(arrival.input_length > 48 for arrival in workload.arrivals) == pytest.approx(750, rel=0.2)
     assert all(9 <= arrival.output_length <= 16 for arrival in workload.arrivals)
     decode = server.rates()[Role.DECODE]
-    assert decode.coefficients == (9, 0, 0, 0.5, 0)
+    assert decode.coefficients == pytest.approx((9, 0, 0, 0.5, 0))
     assert (decode.token_bytes, decode.link_bytes_per_ms, decode.link_ms, decode.hop_ms) == (100, 2e6, 4, 2)
     assert decode.noise == pytest.approx(0.1)
 

@@ -15,7 +15,8 @@ CATALOGUE = repository_root() / "configs" / "simulation" / "gpus.yaml"
 
 def test_every_entry_names_its_source_and_fits_somewhere() -> None:
     catalogue = load_catalogue(CATALOGUE)
-    assert all(entry.source for entry in (*catalogue.gpus.values(), *catalogue.models.values(), catalogue.efficiency))
+    sources = [gpu.source for gpu in catalogue.gpus.values()] + [model.source for model in catalogue.models.values()]
+    assert all([*sources, catalogue.efficiency.source])
     for model in catalogue.models:
         assert catalogue.rates("h100-80gb", model, 4).pool_tokens > 100_000
 
