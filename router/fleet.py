@@ -12,45 +12,20 @@ from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from random import Random
 
-import msgspec
-
 from python_backends.core.messages import Heartbeat, StepSample
 from python_backends.core.types import Epoch, Role, WorkerId
 from router.cost_model import LinkModel, StepModel
 
 _FIRST_HOP_MS = 2.0  # until it is known
 _HOP_RATE = 0.1
+_BURST_RATE = 0.05
 _NEAR = 1.05  # loads that differ less are the same ...
 _NEAR_MS = 0.5  # ... and so are these
 
 
-class Limits(msgspec.Struct, frozen=True):
-    """Of the deployment's engines."""
-
-    step_tokens: int
-    max_batch: int
-
-    @property
-    def prefill_window(self) -> int:
-        """Prompt tokens given to a worker in advance: enough that it never waits for more; the rest waits in the router."""
-        return 2 * self.step_tokens
-
-    @property
-    def long_prompt(self) -> int:
-        """Tokens from which on a prompt is long: it shares its worker with short ones, but with no other long one."""
-        return 4 * self.step_tokens
-
-    def takes_prompt(self, worker: WorkerView, tokens: int = 1) -> bool:
-        """Whether the worker is to be given a prompt of so many uncached tokens now."""
-        if not worker.prompts:
-            return True
-        if worker.crowd(self) >= self.prefill_window:
-            return False
-        return tokens <= self.long_prompt or not worker.has_long(self)
-
-    def takes_stream(self, worker: WorkerView, kv_tokens: int) -> bool:
-        """kv_tokens: that the request will need of the pool."""
-        return worker.requests < self.max_batch and worker.has_kv_for(kv_tokens)
+def long_prompt(step_tokens: int) -> int:
+    """See WorkerView.long_prompt."""
+    return 4 * step_tokens
 
 
 class WorkerView:
@@ -66,6 +41,8 @@ class WorkerView:
         self.epoch = heartbeat.epoch
         self.fingerprint = heartbeat.fingerprint
         self.max_context = heartbeat.max_context
+        self.step_tokens = heartbeat.step_tokens
+        self.max_batch = heartbeat.max_batch
         self.block_size = heartbeat.layout.block_size
         self.token_bytes = heartbeat.layout.token_bytes
         self.pool_tokens = heartbeat.load.total_blocks * heartbeat.layout.block_size
@@ -75,41 +52,81 @@ class WorkerView:
         self.prefill_tokens = 0  # their sum
         self.context_tokens = 0  # prompts and outputs of the requests here
         self.kv_tokens = 0  # what they will need of the pool beyond what was cached
+        self.foreign_tokens = 0  # prompt tokens that other routers wait for here, as the last heartbeat said
+        self.foreign_requests = 0
+        self.tells_steps = bool(heartbeat.calibration)  # or its rates are learned from the times of requests
+        self.tokens_per_step = 1.0  # that a stream gets; more where it guesses ahead
         known = former is not None and former.fingerprint == heartbeat.fingerprint
         self.model: StepModel = former.model if former and known else StepModel(heartbeat.calibration, like)
         self.link: LinkModel = former.link if former and known else LinkModel()
         self.hop_ms: float = former.hop_ms if former and known else _FIRST_HOP_MS
         self.load_ms = 0.0  # what the workers of a role are ordered by
 
-    def crowd(self, limits: Limits) -> int:
+    @property
+    def prefill_window(self) -> int:
+        """Prompt tokens given to the worker in advance: enough that it never waits for more; the rest waits in the router."""
+        return 2 * self.step_tokens
+
+    @property
+    def long_prompt(self) -> int:
+        """Tokens from which on a prompt is long: it shares the worker with short ones, but with no other long one."""
+        return long_prompt(self.step_tokens)
+
+    def takes_prompt(self, tokens: int = 1) -> bool:
+        """Whether the worker is to be given a prompt of so many uncached tokens now."""
+        if not self.prompts:
+            return True
+        if self.crowd() >= self.prefill_window:
+            return False
+        return tokens <= self.long_prompt or not self.has_long()
+
+    def takes_stream(self, kv_tokens: int) -> bool:
+        """kv_tokens: that the request will need of the pool."""
+        return self.requests < self.max_batch and self.has_kv_for(kv_tokens)
+
+    def beat(self, heartbeat: Heartbeat, now: float) -> None:
+        """What is there and not from here, other routers have sent; or it came back from another worker."""
+        self.heartbeat, self.heard = heartbeat, now
+        load = heartbeat.load
+        self.foreign_tokens = max(load.queued_tokens - self.prefill_tokens, 0)
+        self.foreign_requests = max(load.queued_requests + load.running_requests - self.requests, 0)
+
+    def crowd(self) -> int:
         """Prompt tokens in the way of a new prompt. A long one leaves half of each step to others, so it counts as a step."""
-        short = [left for left in self.prompts.values() if left <= limits.long_prompt]
-        return sum(short) + (limits.step_tokens if len(short) < len(self.prompts) else 0)
+        short = [left for left in self.prompts.values() if left <= self.long_prompt]
+        return sum(short) + (self.step_tokens if len(short) < len(self.prompts) else 0)
 
-    def has_long(self, limits: Limits) -> bool:
-        return any(left > limits.long_prompt for left in self.prompts.values())
+    def has_long(self) -> bool:
+        return any(left > self.long_prompt for left in self.prompts.values())
 
-    def tokens_before(self, tokens: int, limits: Limits, contended: bool, may_overtake: bool = True) -> int:
+    def tokens_before(self, tokens: int, contended: bool, may_overtake: bool = True) -> int:
         """Prompt tokens of others that are computed here before a new prompt of so many is done.
 
         The paged engine gives half of a step to the oldest prompt and the rest to the shortest (its scheduler.py).
         contended: shorter ones will keep coming. may_overtake: without it the new prompt is to wait for those before it.
         """
-        if not self.prompts:
-            return 0
-        if contended and tokens > limits.step_tokens // 2:
-            if tokens > limits.long_prompt or not self.has_long(limits):
+        return self.foreign_tokens + (self._own_before(tokens, contended, may_overtake) if self.prompts else 0)
+
+    def _own_before(self, tokens: int, contended: bool, may_overtake: bool) -> int:
+        if contended and tokens > self.step_tokens // 2:
+            if tokens > self.long_prompt or not self.has_long():
                 return self.prefill_tokens + tokens
-            return 2 * self.crowd(limits) + tokens
+            return 2 * self.crowd() + tokens
         shorter = sum([left for left in self.prompts.values() if left <= tokens])
         overtaking = min(self.prefill_tokens, 2 * shorter + tokens)
-        return overtaking if may_overtake else max(overtaking, self.crowd(limits))
+        return overtaking if may_overtake else max(overtaking, self.crowd())
 
     def computed(self, tokens: int) -> None:
         """So many prompt tokens were computed: count down the prompts, shared among them as above.
 
         Until its first token is here, a prompt counts as not quite done.
         """
+        if self.foreign_tokens:
+            others = tokens * self.foreign_tokens // (self.foreign_tokens + self.prefill_tokens)
+            self.foreign_tokens = max(self.foreign_tokens - others, 0)
+            tokens -= others
+        if not self.prompts:
+            return
         oldest = next(iter(self.prompts))
         shares = {oldest: min(self.prompts[oldest] - 1, -(-tokens // 2))}
         left = tokens - shares[oldest]
@@ -134,9 +151,28 @@ class WorkerView:
             self.prompts[oldest] += missed
 
     def has_kv_for(self, tokens: int) -> bool:
-        """Whether so many more tokens fit into the pool. One request always does."""
+        """Whether so many more tokens fit into the pool, as far as its size is known. One request always does."""
+        if not self.pool_tokens:
+            return True
         held = max(self.kv_tokens, self.heartbeat.load.held_blocks * self.block_size)
         return self.requests == 0 or held + tokens <= self.pool_tokens
+
+    def prefill_rate(self) -> float:
+        """Prompt tokens per ms, in full steps beside the streams that are here."""
+        ms = self.model.step_ms(self.step_tokens, 0, self.streams, self.context_tokens)
+        return self.step_tokens / max(ms, 1e-3)
+
+    def learn_step(self, step: StepSample) -> None:
+        """Of a worker that tells its steps."""
+        self.tells_steps = True
+        self.model.learn(step)
+        if step.decode_tokens:
+            self.tokens_per_step += _BURST_RATE * (step.decode_tokens / step.decode_streams - self.tokens_per_step)
+
+    def learn_times(self, seen: StepSample) -> None:
+        """Of one that does not: what a request of its took, as if it had been one step."""
+        if not self.tells_steps:
+            self.model.learn(seen)
 
     def learn_hop(self, ms: float) -> None:
         """ms: what a request took that found the worker idle, without the computing."""
@@ -144,11 +180,12 @@ class WorkerView:
 
     def weigh(self) -> float:
         """Sets and returns `load_ms`: time until new work gets its turn, or what a step takes where streams run."""
-        backlog = self.model.step_ms(self.prefill_tokens, 0, 0, 0) if self.prefill_tokens else 0.0
+        tokens = self.prefill_tokens + self.foreign_tokens
+        backlog = self.model.step_ms(tokens, 0, 0, 0) if tokens else 0.0
         if self.role is Role.PREFILL:
             self.load_ms = backlog
         else:
-            self.load_ms = self.model.step_ms(0, 0, self.requests, self.context_tokens) + backlog
+            self.load_ms = self.model.step_ms(0, 0, self.requests + self.foreign_requests, self.context_tokens) + backlog
         return self.load_ms
 
 
@@ -278,7 +315,8 @@ class Fleet:
         """Take in a heartbeat. Returns whether the worker is up only since now: new, restarted or back again."""
         known = self._workers.get(heartbeat.worker)
         if known is not None and known.epoch == heartbeat.epoch and known.up:
-            known.heartbeat, known.heard = heartbeat, now
+            known.beat(heartbeat, now)
+            self.reorder(known)
             return False
         if known is not None and known.epoch != heartbeat.epoch:
             self.bury(known.epoch)
@@ -331,12 +369,11 @@ class Fleet:
         if known is None:
             return
         for step in steps:
-            known.model.learn(step)
+            known.learn_step(step)
         computed = sum(step.prefill_tokens for step in steps)
         if not computed:
             return
-        if known.prompts:
-            known.computed(computed)
+        known.computed(computed)
         self.reorder(known)
         self.on_room()
 

@@ -19,7 +19,7 @@ from python_backends.core.messages import BlockEvents, Heartbeat, Outputs, Prefi
 from python_backends.core.types import LeaseEnd, RequestId, Role, WorkerId
 from router.admission import Admission
 from router.clock import Clock
-from router.fleet import Fleet, Limits
+from router.fleet import Fleet, long_prompt
 from router.journal import Journal
 from router.lifecycle import State
 from router.mailroom import Mailroom
@@ -68,8 +68,7 @@ class House:
         self.index = PrefixIndex()
         self.mailroom = Mailroom()
         self.journal = Journal()
-        self._limits = Limits(deployment.engine.step_tokens, deployment.engine.max_batch)
-        self.admission = Admission(self.config, self.clock, self._tokens_per_ms, self._limits.long_prompt)
+        self.admission = Admission(self.config, self.clock, self._tokens_per_ms, long_prompt(deployment.engine.step_tokens))
         self.fleet.on_room = self.admission.room_changed
         self.output_tokens = float(self.config.default_max_tokens)  # expected of a request
         self.lost_at = 0.0  # monotonic s, when a worker was lost last
@@ -156,11 +155,11 @@ class House:
         output = min(max_tokens, int(self.output_tokens))
         contended = self.admission.waiting > 0
         query = Query(len(prompt), match, hits, wish, slo, output, contended, avoid)
-        return choose(query, self.fleet, self._limits, self._random)
+        return choose(query, self.fleet, self._random)
 
     def has_room(self, lacked: Room) -> bool:
         """Whether `choose` may now say something else to a request that lacked this."""
-        return has_room(lacked, self.fleet, self._limits)
+        return has_room(lacked, self.fleet)
 
     def serves(self, num_tokens: int) -> bool:
         """Whether a worker is up that can take a prompt of so many tokens to its end."""
@@ -183,10 +182,9 @@ class House:
         rate, when = self._capacity
         now = self.clock.now()
         if now - when >= _CAPACITY_AGE_S:
-            chunk = self._limits.step_tokens
             ranked = self.fleet.ranked
             workers = ranked[Role.PREFILL] or ranked[Role.DECODE] or ranked[Role.AGGREGATED]
-            rate = sum(chunk / max(w.model.step_ms(chunk, 0, w.streams, w.context_tokens), 1e-3) for w in workers)
+            rate = sum(w.prefill_rate() for w in workers)
             self._capacity = (rate, now)
         return rate
 

@@ -28,7 +28,7 @@ import msgspec
 
 from python_backends.core.types import Role, WorkerId
 from router.cost_model import prefill_ms
-from router.fleet import Fleet, Limits, WorkerView
+from router.fleet import Fleet, WorkerView
 from router.types import RouteDecision, Slo, Way, Wish
 
 _HIT = 0.5  # who has to compute at most so much of what others have to compute, has most of the prompt
@@ -117,9 +117,9 @@ class _Option:
             self.excess += max(worker.streams, 1) * (gap / slo.itl_ms - 1)
 
 
-def choose(query: Query, fleet: Fleet, limits: Limits, random: Random) -> Choice | None:
+def choose(query: Query, fleet: Fleet, random: Random) -> Choice | None:
     """None when no worker that is up can serve the request. `random` settles what is nearly equal."""
-    options = _options(query, fleet, limits, random)
+    options = _options(query, fleet, random)
     if not options:
         return None
     best = _pick(options, random)
@@ -129,7 +129,7 @@ def choose(query: Query, fleet: Fleet, limits: Limits, random: Random) -> Choice
         best.way, best.prefill.id if best.prefill else None, best.worker.id, best.uncached, why, best.ttft, best.itl
     )
     computes, cached = best.prefill or best.worker, query.num_tokens - best.uncached
-    alone = computes.hop_ms + prefill_ms(computes.model, limits.step_tokens, best.uncached, cached)
+    alone = computes.hop_ms + prefill_ms(computes.model, computes.step_tokens, best.uncached, cached)
     return Choice(decision, lacks, query.num_tokens - query.cached.get(best.worker.id), alone)
 
 
@@ -139,31 +139,31 @@ def _is_worth_queueing(best: _Option, options: Sequence[_Option]) -> bool:
     return bool(others) and best.uncached <= _HIT * min(others)
 
 
-def has_room(lacked: Room, fleet: Fleet, limits: Limits) -> bool:
+def has_room(lacked: Room, fleet: Fleet) -> bool:
     """Whether it is worth asking `choose` again for a request that lacked this."""
     role = {Room.PROMPT: Role.PREFILL, Room.AGGREGATED: Role.AGGREGATED}.get(lacked, Role.DECODE)
     return any(
-        (lacked is Room.STREAM or limits.takes_prompt(worker)) and (lacked is Room.PROMPT or limits.takes_stream(worker, 1))
+        (lacked is Room.STREAM or worker.takes_prompt()) and (lacked is Room.PROMPT or worker.takes_stream(1))
         for worker in islice(fleet.ranked[role], _LOOKED_AT)
     )
 
 
-def _options(query: Query, fleet: Fleet, limits: Limits, random: Random) -> list[_Option]:
+def _options(query: Query, fleet: Fleet, random: Random) -> list[_Option]:
     """All ways that wish and fleet allow. A wish that nobody can serve is served another way."""
     decodes = _candidates(query, fleet, Role.DECODE, random)
     aggregated = _candidates(query, fleet, Role.AGGREGATED, random)
     if aggregated and (query.wish is Wish.AGGREGATED or not decodes):
-        return [_alone(query, worker, limits, Way.AGGREGATED) for worker in aggregated]
+        return [_alone(query, worker, Way.AGGREGATED) for worker in aggregated]
     if not decodes:
         return []
-    remote = _remote(query, fleet, decodes, limits, random) if query.wish is not Wish.LOCAL else []
+    remote = _remote(query, fleet, decodes, random) if query.wish is not Wish.LOCAL else []
     if query.wish is Wish.REMOTE and remote:
         return remote
-    local = [_alone(query, worker, limits, Way.LOCAL) for worker in decodes]
+    local = [_alone(query, worker, Way.LOCAL) for worker in decodes]
     if query.wish is Wish.LOCAL:
         return local
     others = [w for w in aggregated if w.id not in fleet.standby] if query.wish is Wish.AUTO else []
-    return [*remote, *local, *(_alone(query, worker, limits, Way.AGGREGATED) for worker in others)]
+    return [*remote, *local, *(_alone(query, worker, Way.AGGREGATED) for worker in others)]
 
 
 def _candidates(query: Query, fleet: Fleet, role: Role, random: Random, fingerprint: str | None = None) -> list[WorkerView]:
@@ -190,13 +190,13 @@ def _hits(query: Query, get: Callable[[WorkerId], WorkerView | None]) -> Iterabl
     return (worker for name in query.hits if (worker := get(name)) is not None)
 
 
-def _remote(query: Query, fleet: Fleet, decodes: Sequence[WorkerView], limits: Limits, random: Random) -> list[_Option]:
+def _remote(query: Query, fleet: Fleet, decodes: Sequence[WorkerView], random: Random) -> list[_Option]:
     """Each prefill worker with the decode worker that suits best."""
-    receivers = [_receiving(query, worker, limits) for worker in decodes]
+    receivers = [_receiving(query, worker) for worker in decodes]
     decode = _pick([option for option in receivers if option.lacks is None] or receivers, random)
     options = []
     for worker in _candidates(query, fleet, Role.PREFILL, random, decode.worker.fingerprint):
-        uncached, ttft, has_room = _first_token(query, worker, limits)
+        uncached, ttft, has_room = _first_token(query, worker)
         lacks = decode.lacks or (None if has_room and worker.has_kv_for(uncached) else Room.PROMPT)
         options.append(
             _Option(
@@ -215,65 +215,61 @@ def _remote(query: Query, fleet: Fleet, decodes: Sequence[WorkerView], limits: L
     return options
 
 
-def _receiving(query: Query, worker: WorkerView, limits: Limits) -> _Option:
+def _receiving(query: Query, worker: WorkerView) -> _Option:
     """The decode worker's part of a remote way; the cost is that of this part."""
     missing = query.num_tokens - query.cached.get(worker.id)
     itl = _itl(query, worker)
-    peak = _peak(worker, 0, 0, limits) if worker.prompts and query.slo.itl_ms else itl
+    peak = _peak(worker, 0, 0) if worker.prompts and query.slo.itl_ms else itl
     cost = _TOKENS_VALUED * itl + worker.link.transfer_ms(missing * worker.token_bytes)
-    lacks = None if limits.takes_stream(worker, missing + query.output_tokens) else Room.STREAM
+    lacks = None if worker.takes_stream(missing + query.output_tokens) else Room.STREAM
     return _Option(Way.REMOTE, worker, None, missing, 0.0, itl, peak, cost, lacks, query.slo)
 
 
-def _alone(query: Query, worker: WorkerView, limits: Limits, way: Way) -> _Option:
+def _alone(query: Query, worker: WorkerView, way: Way) -> _Option:
     """The worker computes the uncached rest of the prompt itself, and goes on."""
-    uncached, ttft, has_room = _first_token(query, worker, limits)
+    uncached, ttft, has_room = _first_token(query, worker)
     itl, streams = _itl(query, worker), worker.streams
     cost, peak = ttft + _TOKENS_VALUED * itl, 0.0
     if streams:
-        peak = _peak(worker, uncached, query.num_tokens, limits)
-        cost += (
-            _DELAY_VALUED
-            * streams
-            * max(0.0, ttft - worker.hop_ms)
-            / max(1 - _pressure(query, worker, limits, itl), _LEAST_SLACK)
-        )
+        peak = _peak(worker, uncached, query.num_tokens)
+        cost += _DELAY_VALUED * streams * max(0.0, ttft - worker.hop_ms) / max(1 - _pressure(query, worker, itl), _LEAST_SLACK)
     lacks = None
-    if not has_room or not limits.takes_stream(worker, uncached + query.output_tokens):
+    if not has_room or not worker.takes_stream(uncached + query.output_tokens):
         lacks = Room.AGGREGATED if way is Way.AGGREGATED else Room.BOTH
     if way is Way.LOCAL and _has_every_full_block(query, uncached, worker.block_size):
         way = Way.CACHED
     return _Option(way, worker, None, uncached, ttft, itl, peak, cost, lacks, query.slo)
 
 
-def _first_token(query: Query, worker: WorkerView, limits: Limits) -> tuple[int, float, bool]:
+def _first_token(query: Query, worker: WorkerView) -> tuple[int, float, bool]:
     """Uncached tokens, ms until the first token is here, and whether the worker takes the prompt now."""
     cached = query.cached.get(worker.id)
     uncached = query.num_tokens - cached
     ahead, has_room = 0, True
-    if worker.prompts:
-        has_room = limits.takes_prompt(worker, uncached)
-        ahead = worker.tokens_before(uncached, limits, query.contended, may_overtake=has_room)
+    if worker.prompts or worker.foreign_tokens:
+        has_room = worker.takes_prompt(uncached)
+        ahead = worker.tokens_before(uncached, query.contended, may_overtake=has_room)
     beside = worker.prefill_tokens - ahead if worker.prefill_tokens > ahead else 0
-    ms = prefill_ms(worker.model, limits.step_tokens, uncached, cached, ahead, beside, worker.streams, worker.context_tokens)
+    ms = prefill_ms(worker.model, worker.step_tokens, uncached, cached, ahead, beside, worker.streams, worker.context_tokens)
     return uncached, worker.hop_ms + ms, has_room
 
 
-def _pressure(query: Query, worker: WorkerView, limits: Limits, itl: float) -> float:
+def _pressure(query: Query, worker: WorkerView, itl: float) -> float:
     """How near a worker is to having all the streams it can: its time is the dearer."""
-    full = max(worker.requests / limits.max_batch, worker.kv_tokens / max(worker.pool_tokens, 1))
+    full = max(worker.requests / worker.max_batch, worker.kv_tokens / max(worker.pool_tokens, 1))
     return max(full, itl / query.slo.itl_ms) if query.slo.itl_ms else full
 
 
-def _peak(worker: WorkerView, uncached: int, length: int, limits: Limits) -> float:
+def _peak(worker: WorkerView, uncached: int, length: int) -> float:
     """The longest step of the worker while it computes the rest of a prompt of that length besides those it has."""
-    chunk = min(uncached + worker.prefill_tokens, max(limits.step_tokens - worker.streams, 1))
+    chunk = min(uncached + worker.prefill_tokens, max(worker.step_tokens - worker.streams, 1))
     pairs = chunk * max(length - chunk / 2, chunk / 2)  # the last chunk sees most
     return worker.model.step_ms(chunk, pairs, worker.streams, worker.context_tokens)
 
 
 def _itl(query: Query, worker: WorkerView) -> float:
-    return worker.model.step_ms(0, 0, worker.requests + 1, worker.context_tokens + query.num_tokens)
+    streams = worker.requests + worker.foreign_requests + 1
+    return worker.model.step_ms(0, 0, streams, worker.context_tokens + query.num_tokens) / worker.tokens_per_step
 
 
 def _has_every_full_block(query: Query, uncached: int, block_size: int) -> bool:

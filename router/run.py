@@ -41,6 +41,7 @@ from router.detokenizer import Detokenizer
 from router.fleet import Charge
 from router.house import House
 from router.journal import Entry
+from router.lessons import Lessons
 from router.lifecycle import Event, Held, Lifecycle, State
 from router.mailroom import Box
 from router.policy import Choice, Room
@@ -76,8 +77,7 @@ class Run:
         self._entry = Entry(self._id, request, arrival, house.clock.now)
         self._decision: RouteDecision | None = None
         self._waiting_since = arrival
-        self._submitted = arrival
-        self._alone = False  # nobody else was at the worker when this request was submitted
+        self._lessons = Lessons(house.fleet, house.clock)
         self._forecast: Forecast | None = None
         self._lacks: Room | None = None  # when it was last decided
         self.deadline = arrival + (request.timeout_s or house.config.default_deadline_s)
@@ -198,8 +198,7 @@ class Run:
             self._move(Event.PREFILL)
             done = await self._next(box)
         assert isinstance(done, PrefillDone)
-        if self._alone:
-            self._learn_hop(worker, done.compute_ms)
+        self._lessons.prefilled(worker, done)
         if self._prefill_charge is not None:
             self._prefill_charge.undo()
         self._lease = (worker, done.lease_id) if done.lease_id is not None else None
@@ -217,11 +216,15 @@ class Run:
             self._decode_leg = (worker, request.request_id)
             self._submit(worker, DecodeWork(request, ticket))
             self._move(Event.DECODE if ticket is None else Event.HAND_OFF)
+            computes, uncached = ticket is None, self._decision.prefill_tokens if self._decision else 0
             while not self.ended:
                 output = await self._next(box)
                 if isinstance(output, KVReady):
                     self._kv_ready(worker, output.report)
                 elif isinstance(output, TokenChunk):
+                    if computes:
+                        self._lessons.first_token(worker, len(self._prompt) - uncached, uncached)
+                    computes = False
                     self._take(output)
 
     def retry(self, error: BatonError) -> None:
@@ -258,6 +261,8 @@ class Run:
         gap_s = self._entry.tokens(len(chunk.token_ids))
         if gap_s:
             self._house.observer.tokens(len(chunk.token_ids), gap_s)
+            if self.state is State.DECODING and self._decision is not None:
+                self._lessons.gap(self._decision.decode, len(self._output_ids), len(chunk.token_ids), gap_s)
         logprobs = chunk.logprobs or []
         self._cumulative_logprob += sum(entry.logprob for entry in logprobs)
         # The token that stopped the engine is not text.
@@ -290,24 +295,17 @@ class Run:
     def _kv_ready(self, worker: WorkerId, report: KVReport) -> None:
         self._account.kv_ready(report)
         self._lease_end = lease_end(report)
-        view = self._house.fleet.get(worker)
-        if view is not None:
-            view.link.learn(report.received_bytes, report.transfer_ms, (self._clock.now() - self._submitted) * 1e3)
+        self._lessons.kv_ready(worker, report)
         if self.state is State.HANDING_OFF:
             self._move(Event.KV_READY)
 
     # --- workers ---
 
     def _submit(self, worker: WorkerId, work: Work) -> None:
-        view = self._house.fleet.get(worker)
-        self._alone = view is not None and view.requests == 1
-        self._submitted = self._clock.now()
+        assert self._decision is not None
+        computes = isinstance(work, PrefillWork) or work.ticket is None
+        self._lessons.submitted(worker, self._decision.prefill_tokens if computes else 0)
         self._house.calls.submit(worker, work)
-
-    def _learn_hop(self, worker: WorkerId, compute_ms: float) -> None:
-        view = self._house.fleet.get(worker)
-        if view is not None:
-            view.learn_hop((self._clock.now() - self._submitted) * 1e3 - compute_ms)
 
     def _generate_request(self, leg: str) -> GenerateRequest:
         """What this attempt asks of a worker: to continue after the tokens already sent, under an id never used before."""

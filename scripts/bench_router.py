@@ -119,6 +119,8 @@ class Bench:
             layout=layout,
             fingerprint=_FINGERPRINT,
             max_context=10**6,
+            step_tokens=2048,
+            max_batch=256,
             events_sequence=0,
         )
 

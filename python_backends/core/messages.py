@@ -113,6 +113,7 @@ class StepSample(msgspec.Struct, frozen=True, array_like=True):
     decode_streams: int  # sequences that got one more token
     decode_context: int  # sum of their lengths, tokens
     ms: float  # from the end of the step before, if the engine was busy, to the end of this one
+    decode_tokens: int = 0  # that the streams got; 0: one each
 
 
 class Outputs(msgspec.Struct, frozen=True, tag=True):
@@ -150,6 +151,8 @@ class Heartbeat(msgspec.Struct, frozen=True, tag=True):
     layout: KVLayout
     fingerprint: str
     max_context: int  # tokens, prompt and output; bounded by model and pool
+    step_tokens: int  # computed in one step, at most: the chunk of a long prompt
+    max_batch: int  # requests in one step
     events_sequence: int  # of the last BlockEvents sent
     calibration: list[StepSample] = []  # steps timed when the model was loaded
     warm_up: bool = False  # its first handoff with each other worker is slow: make one before clients do

@@ -56,6 +56,8 @@ class EngineInfo(msgspec.Struct, frozen=True):
     layout: KVLayout
     fingerprint: str
     max_context: int  # tokens
+    step_tokens: int  # computed in one step, at most
+    max_batch: int  # requests in one step
     warm_up: bool = False  # the first handoff of each pair of workers is slow
 
 

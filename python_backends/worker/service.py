@@ -144,6 +144,8 @@ class Worker:
             layout=info.layout,
             fingerprint=info.fingerprint,
             max_context=info.max_context,
+            step_tokens=info.step_tokens,
+            max_batch=info.max_batch,
             events_sequence=self._sequence,
             calibration=list(self._engine.calibration()) if isinstance(self._engine, StepReporter) else [],
             warm_up=info.warm_up,

@@ -160,6 +160,8 @@ class SimulatedWorker:
             layout=KVLayout(1, 1, max(self._rates.token_bytes // 8, 1), self._size, "float32"),  # any of this size
             fingerprint=_FINGERPRINT,
             max_context=pool.total_blocks * self._size,
+            step_tokens=self._engine.step_tokens,
+            max_batch=self._engine.max_batch,
             events_sequence=self._events,
             calibration=self._rates.calibration(),
         )

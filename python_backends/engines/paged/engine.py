@@ -109,6 +109,8 @@ class PagedEngine:
             layout=layout,
             fingerprint=self._runner.fingerprint,
             max_context=min(max_context, num_blocks * layout.block_size),
+            step_tokens=self._config.step_tokens,
+            max_batch=self._config.max_batch,
         )
         self._guides = Guides(self._runner.tokenizer_path, self._runner.vocab_size, self._runner.eos_token_ids)
         self._calibration = calibrate(self._runner, num_blocks, self._config, self.info.max_context)
@@ -212,10 +214,13 @@ class PagedEngine:
         else:
             if streams == len(batch):
                 self._step_cost.learn(sum(len(piece.token_ids) for piece in slices), time.monotonic() - now)
+            got = sum(
+                1 + len(s.following) for (each, _), s in zip(batch, results, strict=True) if s and each.num_uncomputed == 1
+            )
             for (sequence, count), piece, sampled in zip(batch, slices, results, strict=True):
                 self._advance(sequence, count, piece.drafts, sampled)
             self._busy_since = time.monotonic()
-            self._steps.append(StepSample(*shape, ms=(self._busy_since - began) * 1e3))
+            self._steps.append(StepSample(*shape, ms=(self._busy_since - began) * 1e3, decode_tokens=got))
         return True
 
     def _slice(self, sequence: Sequence, count: int, marginal: float) -> Slice:

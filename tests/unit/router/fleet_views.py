@@ -35,6 +35,8 @@ def heartbeat(
         layout=LAYOUT,
         fingerprint=fingerprint,
         max_context=max_context,
+        step_tokens=256,
+        max_batch=8,
         events_sequence=sequence,
     )
 

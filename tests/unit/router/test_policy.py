@@ -8,13 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from python_backends.core.types import Role, WorkerId
-from router.fleet import Fleet, Limits
+from router.fleet import Fleet
 from router.policy import Choice, Query, Room, choose, has_room
 from router.types import RouteDecision, Slo, Way, Wish
 from tests.unit.router.fleet_views import put
 
 P, D, A = Role.PREFILL, Role.DECODE, Role.AGGREGATED
-LIMITS = Limits(step_tokens=256, max_batch=8)
 SLOW_PREFILL = (2.0, 1.0, 0.0, 1.0, 0.0)
 
 
@@ -45,7 +44,7 @@ def chosen(asked: Query, fleet: Fleet, seed: int = 0) -> RouteDecision:
 
 
 def choice(asked: Query, fleet: Fleet, seed: int = 0) -> Choice:
-    made = choose(asked, fleet, LIMITS, Random(seed))
+    made = choose(asked, fleet, Random(seed))
     assert made is not None
     return made
 
@@ -208,7 +207,7 @@ def test_prompts_go_only_where_they_fit(fleet: Fleet) -> None:
     put(fleet, "p", P), put(fleet, "d0", D, max_context=200), put(fleet, "d1", D, max_context=201, streams=7)
     assert chosen(query(200), fleet).decode == "d1"
     assert chosen(query(199), fleet).decode == "d0"
-    assert choose(query(201), fleet, LIMITS, Random(0)) is None
+    assert choose(query(201), fleet, Random(0)) is None
 
 
 # --- wishes ------------------------------------------------------------------------------------------------------------
@@ -257,7 +256,7 @@ def test_nobody_can_serve_without_a_worker_that_decodes(fleet: Fleet, workers: d
     for name, role in workers.items():
         put(fleet, name, role)
     put(fleet, "down", D, up=False)
-    assert choose(query(), fleet, LIMITS, Random(0)) is None
+    assert choose(query(), fleet, Random(0)) is None
 
 
 # --- room --------------------------------------------------------------------------------------------------------------
@@ -269,7 +268,7 @@ def test_a_worker_is_given_as_much_in_advance_as_it_needs_and_the_rest_waits_her
     assert choice(query(wish=Wish.REMOTE), fleet).lacks is None
     fleet.charge(prefill.id, 12)
     assert choice(query(wish=Wish.REMOTE), fleet).lacks is Room.PROMPT
-    assert not has_room(Room.PROMPT, fleet, LIMITS)
+    assert not has_room(Room.PROMPT, fleet)
     assert choice(query(), fleet).lacks is None  # the decode worker does it
 
 
@@ -288,7 +287,7 @@ def test_a_decode_worker_takes_only_what_its_batch_and_its_pool_hold(fleet: Flee
     charge = fleet.charge(decode.id, 0)
     assert choice(query(wish=Wish.REMOTE), fleet).lacks is Room.STREAM
     assert choice(query(wish=Wish.LOCAL), fleet).lacks is Room.BOTH
-    assert not has_room(Room.STREAM, fleet, LIMITS)
+    assert not has_room(Room.STREAM, fleet)
     charge.undo()
     fleet.charge(decode.id, 0, 0, kv_tokens=98).undo()
     assert choice(query(wish=Wish.REMOTE), fleet).lacks is None
@@ -308,9 +307,9 @@ def test_the_targets_decide_whether_another_worker_with_room_will_do(fleet: Flee
 def test_room_is_looked_for_where_it_was_missed(fleet: Fleet, lacked: Room, name: str) -> None:
     for each, role in (("p", P), ("d", D), ("a", A)):
         put(fleet, each, role)
-    assert has_room(lacked, fleet, LIMITS)
+    assert has_room(lacked, fleet)
     fleet.lose(WorkerId(name))
-    assert not has_room(lacked, fleet, LIMITS)
+    assert not has_room(lacked, fleet)
 
 
 # --- any fleet ---------------------------------------------------------------------------------------------------------
@@ -346,7 +345,7 @@ def test_every_decision_can_be_carried_out(fleet: Fleet, num_tokens: int, wish: 
     matched = {str(name): 16 * data.draw(st.integers(0, most)) for name in names}
     avoid = data.draw(st.sets(st.sampled_from(names))) if names else set()
     able = {w.id: w for w in fleet if w.up and num_tokens < w.max_context}
-    made = choose(query(num_tokens, matched, wish, slo, avoid), fleet, LIMITS, Random(0))
+    made = choose(query(num_tokens, matched, wish, slo, avoid), fleet, Random(0))
     if made is None:
         assert all(worker.role is P for worker in able.values())
         return
