@@ -21,7 +21,9 @@ def heartbeat(
     fingerprint: str = "f",
     sequence: int = 0,
     total_blocks: int = 1000,
-    held_blocks: int = 0,
+    load: WorkerLoad | None = None,
+    step_tokens: int = 256,
+    max_batch: int = 8,
 ) -> Heartbeat:
     return Heartbeat(
         worker=WorkerId(name),
@@ -31,12 +33,12 @@ def heartbeat(
         epoch=Epoch(epoch),
         pid=1,
         host="here",
-        load=WorkerLoad(total_blocks=total_blocks, held_blocks=held_blocks),
+        load=load or WorkerLoad(total_blocks=total_blocks),
         layout=LAYOUT,
         fingerprint=fingerprint,
         max_context=max_context,
-        step_tokens=256,
-        max_batch=8,
+        step_tokens=step_tokens,
+        max_batch=max_batch,
         events_sequence=sequence,
     )
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from python_backends.core.messages import StepSample
-from python_backends.core.types import Epoch, Role, WorkerId
+from python_backends.core.types import Epoch, Role, WorkerId, WorkerLoad
 from router.fleet import Charge, Fleet
 from tests.unit.router.fleet_views import heartbeat, put
 
@@ -196,7 +196,7 @@ def test_kv_room_is_what_is_charged_or_what_is_reported_whichever_is_more() -> N
     fleet.charge(worker.id, 0, 100, kv_tokens=100)
     assert worker.has_kv_for(60)
     assert not worker.has_kv_for(61)
-    fleet.hear(heartbeat("d", total_blocks=10, held_blocks=9), 1.0)
+    fleet.hear(heartbeat("d", load=WorkerLoad(held_blocks=9, total_blocks=10)), 1.0)
     assert not worker.has_kv_for(17)
 
 
@@ -285,3 +285,50 @@ def test_a_change_does_not_swallow_a_cancellation() -> None:
         assert waiting.cancelled()
 
     asyncio.run(scenario())
+
+
+def test_what_others_have_sent_to_a_worker_is_in_the_way_too() -> None:
+    """Several routers share it: its heartbeats tell of more than this one knows."""
+    fleet = Fleet()
+    fleet.hear(heartbeat(), now=1.0)
+    (worker,) = fleet.up()
+    fleet.charge(D, 100)
+    alone = worker.load_ms
+    told = WorkerLoad(queued_requests=1, queued_tokens=400, running_requests=3, total_blocks=1000)
+    fleet.hear(heartbeat(load=told), now=2.0)
+    assert (worker.foreign_tokens, worker.foreign_requests) == (300, 3)
+    assert worker.tokens_before(50, contended=False) == 300 + 50
+    assert worker.load_ms > alone
+    fleet.stepped(D, [step(200)])  # of both, in their shares
+    assert (worker.foreign_tokens, worker.prefill_tokens) == (150, 50)
+    fleet.hear(heartbeat(load=WorkerLoad(total_blocks=1000)), now=3.0)
+    assert (worker.foreign_tokens, worker.foreign_requests) == (0, 0)
+
+
+def test_how_much_a_worker_is_given_in_advance_is_its_own_affair() -> None:
+    fleet = Fleet()
+    fleet.hear(heartbeat("small", step_tokens=100, max_batch=2), now=1.0)
+    fleet.hear(heartbeat("large", step_tokens=8192, max_batch=64), now=1.0)
+    for name in ("small", "large"):
+        for _ in range(2):
+            fleet.charge(WorkerId(name), 300)
+    small, large = fleet.up()
+    assert (small.takes_prompt(), small.takes_stream(1)) == (False, False)
+    assert (large.takes_prompt(), large.takes_stream(1)) == (True, True)
+
+
+def test_a_pool_of_unknown_size_is_taken_to_have_room() -> None:
+    fleet = Fleet()
+    fleet.hear(heartbeat(total_blocks=0), now=1.0)
+    fleet.charge(D, 0, 100, 10**6)
+    (worker,) = fleet.up()
+    assert worker.has_kv_for(10**6)
+
+
+def test_streams_that_guess_ahead_get_their_tokens_sooner() -> None:
+    fleet = Fleet()
+    fleet.hear(heartbeat(), now=1.0)
+    (worker,) = fleet.up()
+    for _ in range(200):
+        fleet.stepped(D, [StepSample(0, 0.0, 4, 400, ms=20.0, decode_tokens=10)])
+    assert worker.tokens_per_step == pytest.approx(2.5, rel=0.01)
