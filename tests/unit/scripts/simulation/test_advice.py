@@ -29,7 +29,7 @@ def said(given: Advice) -> str:
 
 
 def test_long_prompts_beside_many_streams_are_a_yes_with_numbers() -> None:
-    given = advice(generate("mixed", 12, 60, Random(0)))
+    given = advice(generate("mixed", 12, 20, Random(0)))
     assert given.disaggregate
     assert given.gain > 1.05
     assert given.fleet.endswith("D")
@@ -40,21 +40,21 @@ def test_long_prompts_beside_many_streams_are_a_yes_with_numbers() -> None:
 
 
 def test_short_prompts_are_a_no() -> None:
-    given = advice(generate("chat", 20, 40, Random(0)).scaled(length=0.1), slo=SloConfig(ttft_ms=2000, itl_ms=60))
+    given = advice(generate("chat", 20, 15, Random(0)).scaled(length=0.1), slo=SloConfig(ttft_ms=2000, itl_ms=60))
     assert (given.disaggregate, given.fleet, given.link_gb_s) == (False, "4A", 0.0)
     assert "prompts are short" in said(given)
     assert "nothing to mend" in said(given)
 
 
 def test_few_users_are_a_no() -> None:
-    given = advice(generate("chat", 0.3, 200, Random(0)), slo=SloConfig(ttft_ms=2000, itl_ms=60))
+    given = advice(generate("chat", 0.3, 100, Random(0)), slo=SloConfig(ttft_ms=2000, itl_ms=60))
     assert not given.disaggregate
     assert "users are few" in said(given)
 
 
 def test_a_slow_link_is_named() -> None:
     slow = msgspec.structs.replace(GPU, link_bytes_per_ms=1e6 / 8)  # 1 Gbit/s
-    given = advice(generate("chat", 4, 60, Random(0)), slow, slo=SloConfig(ttft_ms=2000, itl_ms=100))
+    given = advice(generate("chat", 4, 40, Random(0)), slow, slo=SloConfig(ttft_ms=2000, itl_ms=100))
     assert not given.disaggregate
     assert "the link is slow" in said(given)
 

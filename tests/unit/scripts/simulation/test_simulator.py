@@ -160,7 +160,8 @@ def test_a_bug_in_the_router_ends_the_simulation(monkeypatch: pytest.MonkeyPatch
 def test_deciding_is_never_much_worse_than_the_better_fixed_way_and_streams_keep_their_target(workload: str) -> None:
     """The bar: at most 5% in p90 TTFT; and better than both on mixed load."""
     rates = {"chat": 22, "code": 18, "conversation": 4, "mixed": 10}
-    requests = generate(workload, rates[workload], 80, Random(5))
+    seconds = {"chat": 25, "code": 25}.get(workload, 80)
+    requests = generate(workload, rates[workload], seconds, Random(5))
     slo = SloConfig(itl_ms=60)
     p90, itl = {}, {}
     for mode in ("adaptive", "always-remote", "always-local"):
@@ -174,7 +175,7 @@ def test_deciding_is_never_much_worse_than_the_better_fixed_way_and_streams_keep
 
 
 def test_at_three_times_what_can_be_served_the_accepted_are_on_time_and_the_others_refused_at_once() -> None:
-    requests = generate("chat", 110, 60, Random(2))
+    requests = generate("chat", 110, 20, Random(2))
     slo = SloConfig(ttft_ms=1500, itl_ms=60)
     result, simulation = run(scenario({P: 2, D: 2}, "adaptive", GPU, slo, ENGINE), requests)
     assert result.refused > 0.4 * result.arrived
@@ -215,7 +216,7 @@ def test_conversations_come_back_to_who_has_them() -> None:
 
 
 def test_a_thousand_workers_are_no_trouble() -> None:
-    requests = generate("chat", 2000, 1.0, Random(0))
+    requests = generate("chat", 2000, 0.5, Random(0))
     result, _ = run(scenario({P: 400, D: 600}, "adaptive", GPU, engine=ENGINE), requests)
     assert result.completed == len(requests.arrivals)
     assert result.ttft.quantile(0.99) < 1500
