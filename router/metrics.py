@@ -119,6 +119,7 @@ FAMILIES: tuple[Family, ...] = (
     # what it has learned of its workers, and predicts from
     _gauge("baton_step_cost_seconds", "What a step of the worker takes per unit of the term", *_WORKER, "term"),
     _gauge("baton_step_cost_error_ratio", "Running mean of |predicted - measured| / measured of the worker's steps", *_WORKER),
+    _gauge("baton_step_tokens_per_stream", "Tokens that a stream gets per step; more than 1 where it guesses ahead", *_WORKER),
     _gauge("baton_link_bytes_per_second", "Rate at which KV arrives at the worker", *_WORKER),
     _gauge("baton_link_overhead_seconds", "What fetching KV takes besides the moving of bytes", *_WORKER),
     _gauge("baton_hop_seconds", "From the router to the worker's queue, and back", *_WORKER),
@@ -300,6 +301,7 @@ class Meter:
         for term, ms in zip(TERMS, worker.model.coefficients, strict=True):
             self._set("baton_step_cost_seconds", _rounded(ms / 1e3), **labels, term=term)
         self._set("baton_step_cost_error_ratio", _rounded(worker.model.error), **labels)
+        self._set("baton_step_tokens_per_stream", _rounded(worker.tokens_per_step), **labels)
         self._set("baton_hop_seconds", _rounded(worker.hop_ms / 1e3), **labels)
         if worker.role is Role.DECODE:
             self._set("baton_link_bytes_per_second", _rounded(worker.link.bytes_per_ms * 1e3), **labels)

@@ -36,6 +36,7 @@ class Rates(msgspec.Struct, frozen=True):
     link_ms: float  # that a transfer takes, however small
     hop_ms: float  # from the router's submission to the worker's queue, and back
     noise: float = 0.0  # standard deviation of the logarithm of a step's time
+    tokens_per_step: float = 1.0  # that a stream gets; more where it guesses ahead
 
     def step_ms(self, prefill_tokens: float, prefill_context: float, streams: float, context: float) -> float:
         """Of one step; the arguments are StepSample's."""

@@ -67,6 +67,7 @@ def learned_rates(metrics: Metrics, token_bytes: int, pool_tokens: Mapping[Role,
             link_bytes_per_ms=max(_over_decode(metrics, "baton_link_bytes_per_second") / 1e3, 1.0),
             link_ms=_over_decode(metrics, "baton_link_overhead_seconds") * 1e3,
             hop_ms=_median(metrics, "baton_hop_seconds", names) * 1e3,
+            tokens_per_step=max(_median(metrics, "baton_step_tokens_per_stream", names), 1.0),
             noise=min(_median(metrics, "baton_step_cost_error_ratio", names) * _DEVIATION, _MOST_NOISE),
         )
     return rates

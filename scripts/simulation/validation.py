@@ -34,7 +34,7 @@ from scripts.tritonserver import TritonServer
 
 _TIMEOUT_S = 300.0
 _LEARNING = 0.35  # share of the requests
-_METRICS_SETTLE_S = 6.0  # the router tells what it has learned every few seconds
+_METRICS_SETTLE_S = 8.0  # the router tells what it has learned every few seconds
 _ROUTES = {"adaptive": "auto", "always-remote": "remote", "always-local": "local"}
 _FIRST_TOKEN_ID, _TOKEN_IDS = 1000, 20_000  # ordinary tokens in common vocabularies
 _MEASURES = ("TTFT p50", "TTFT p90", "ITL")

@@ -341,12 +341,13 @@ class SimulatedWorker:
         """Of so many steps from the present state, each a token longer per stream."""
         first = self._rates.step_ms(0, 0, self._streams, self._context)
         longer = self._rates.coefficients[4] * self._streams
-        return self._slowness * (count * first + longer * count * (count - 1) / 2)
+        return self._slowness / self._rates.tokens_per_step * (count * first + longer * count * (count - 1) / 2)
 
     def _steps_in(self, ms: float) -> int:
         """The number of the step that is under way after so long: `_streams_ms` inverted."""
-        first = self._rates.step_ms(0, 0, self._streams, self._context) * self._slowness
-        half = self._rates.coefficients[4] * self._streams * self._slowness / 2
+        slowness = self._slowness / self._rates.tokens_per_step
+        first = self._rates.step_ms(0, 0, self._streams, self._context) * slowness
+        half = self._rates.coefficients[4] * self._streams * slowness / 2
         if half * ms < 1e-9 * first * first:
             return math.ceil(ms / first)
         linear = first - half
