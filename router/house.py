@@ -33,7 +33,7 @@ from router.types import ClientRequest, Slo, Wish
 log = logging.getLogger(__name__)
 
 _LONG_PROMPT_BYTES = 4_000  # from here on a prompt is tokenised off the event loop
-_HITS = 3  # workers of each role that have most of a prompt and are looked at
+_HITS = 2  # workers of each role that have most of a prompt and are looked at
 _OUTPUT_RATE = 0.02  # how fast the expected length of outputs learns
 _CAPACITY_AGE_S = 1.0
 

@@ -32,7 +32,7 @@ from router.fleet import Fleet, WorkerView
 from router.types import RouteDecision, Slo, Way, Wish
 
 _HIT = 0.5  # who has to compute at most so much of what others have to compute, has most of the prompt
-_LOOKED_AT = 3  # of the least loaded workers of a role; as many again that have most of the prompt
+_LOOKED_AT = 2  # of the least loaded workers of a role; as many again that have most of the prompt
 _NEAR = 1.03  # costs that differ less are the same ...
 _NEAR_MS = 0.5  # ... and so are these
 _TOKENS_VALUED = 10  # a millisecond more between tokens is worth so many to the first token
@@ -153,17 +153,18 @@ def _options(query: Query, fleet: Fleet, random: Random) -> list[_Option]:
     decodes = _candidates(query, fleet, Role.DECODE, random)
     aggregated = _candidates(query, fleet, Role.AGGREGATED, random)
     if aggregated and (query.wish is Wish.AGGREGATED or not decodes):
-        return [_alone(query, worker, Way.AGGREGATED) for worker in aggregated]
+        return [_alone(query, worker, Way.AGGREGATED, _itl(query, worker)) for worker in aggregated]
     if not decodes:
         return []
-    remote = _remote(query, fleet, decodes, random) if query.wish is not Wish.LOCAL else []
+    itls = [_itl(query, worker) for worker in decodes]
+    remote = _remote(query, fleet, decodes, itls, random) if query.wish is not Wish.LOCAL else []
     if query.wish is Wish.REMOTE and remote:
         return remote
-    local = [_alone(query, worker, Way.LOCAL) for worker in decodes]
+    local = [_alone(query, worker, Way.LOCAL, itl) for worker, itl in zip(decodes, itls, strict=True)]
     if query.wish is Wish.LOCAL:
         return local
     others = [w for w in aggregated if w.id not in fleet.standby] if query.wish is Wish.AUTO else []
-    return [*remote, *local, *(_alone(query, worker, Way.AGGREGATED) for worker in others)]
+    return [*remote, *local, *(_alone(query, worker, Way.AGGREGATED, _itl(query, worker)) for worker in others)]
 
 
 def _candidates(query: Query, fleet: Fleet, role: Role, random: Random, fingerprint: str | None = None) -> list[WorkerView]:
@@ -190,9 +191,9 @@ def _hits(query: Query, get: Callable[[WorkerId], WorkerView | None]) -> Iterabl
     return (worker for name in query.hits if (worker := get(name)) is not None)
 
 
-def _remote(query: Query, fleet: Fleet, decodes: Sequence[WorkerView], random: Random) -> list[_Option]:
+def _remote(query: Query, fleet: Fleet, decodes: Sequence[WorkerView], itls: Sequence[float], random: Random) -> list[_Option]:
     """Each prefill worker with the decode worker that suits best."""
-    receivers = [_receiving(query, worker) for worker in decodes]
+    receivers = [_receiving(query, worker, itl) for worker, itl in zip(decodes, itls, strict=True)]
     decode = _pick([option for option in receivers if option.lacks is None] or receivers, random)
     options = []
     for worker in _candidates(query, fleet, Role.PREFILL, random, decode.worker.fingerprint):
@@ -215,20 +216,19 @@ def _remote(query: Query, fleet: Fleet, decodes: Sequence[WorkerView], random: R
     return options
 
 
-def _receiving(query: Query, worker: WorkerView) -> _Option:
+def _receiving(query: Query, worker: WorkerView, itl: float) -> _Option:
     """The decode worker's part of a remote way; the cost is that of this part."""
     missing = query.num_tokens - query.cached.get(worker.id)
-    itl = _itl(query, worker)
     peak = _peak(worker, 0, 0) if worker.prompts and query.slo.itl_ms else itl
     cost = _TOKENS_VALUED * itl + worker.link.transfer_ms(missing * worker.token_bytes)
     lacks = None if worker.takes_stream(missing + query.output_tokens) else Room.STREAM
     return _Option(Way.REMOTE, worker, None, missing, 0.0, itl, peak, cost, lacks, query.slo)
 
 
-def _alone(query: Query, worker: WorkerView, way: Way) -> _Option:
+def _alone(query: Query, worker: WorkerView, way: Way, itl: float) -> _Option:
     """The worker computes the uncached rest of the prompt itself, and goes on."""
     uncached, ttft, has_room = _first_token(query, worker)
-    itl, streams = _itl(query, worker), worker.streams
+    streams = worker.streams
     cost, peak = ttft + _TOKENS_VALUED * itl, 0.0
     if streams:
         peak = _peak(worker, uncached, query.num_tokens)
@@ -256,7 +256,9 @@ def _first_token(query: Query, worker: WorkerView) -> tuple[int, float, bool]:
 
 def _pressure(query: Query, worker: WorkerView, itl: float) -> float:
     """How near a worker is to having all the streams it can: its time is the dearer."""
-    full = max(worker.requests / worker.max_batch, worker.kv_tokens / max(worker.pool_tokens, 1))
+    full = worker.requests / worker.max_batch
+    if worker.pool_tokens:
+        full = max(full, worker.kv_tokens / worker.pool_tokens)
     return max(full, itl / query.slo.itl_ms) if query.slo.itl_ms else full
 
 

@@ -71,15 +71,19 @@ class PrefixIndex:
 
     def _levels(self, hashes: Sequence[BlockHash], size: int) -> list[tuple[int, int]]:
         levels: list[tuple[int, int]] = []
-        known = self._holders
-        still = known.get(hashes[0], 0) if hashes else 0
-        count = 0
-        while still:
-            count += 1
-            after = still & known.get(hashes[count], 0) if count < len(hashes) else 0
+        get = self._holders.get
+        still, tokens = -1, 0  # everybody holds nothing
+        for block in hashes:
+            after = still & get(block, 0)
             if after != still:
-                levels.append((count * size, still ^ after))
+                if tokens:
+                    levels.append((tokens, still ^ after))
                 still = after
+                if not still:
+                    break
+            tokens += size
+        if still and tokens:
+            levels.append((tokens, still))
         levels.reverse()
         return levels
 
