@@ -3,8 +3,8 @@
 The index may be wrong - an event may be on its way - and that is never unsafe: whoever is believed to have a block looks
 into its own cache before using it. A gap in a worker's sequence numbers empties its part and asks for a resync.
 
-The holders of a block are one integer with a bit per worker, so that following a prompt costs one `&` per block, however
-many workers there are.
+The holders of a block are one integer with a bit per worker. Who has a block is taken to have those before it, too: caches
+give up the end of a prompt before its beginning. So a few blocks of a prompt tell of all.
 """
 
 from __future__ import annotations
@@ -70,21 +70,23 @@ class PrefixIndex:
         return Match(levels, self._bits, self._names)
 
     def _levels(self, hashes: Sequence[BlockHash], size: int) -> list[tuple[int, int]]:
-        levels: list[tuple[int, int]] = []
+        """Bisects for the depths where the holders get fewer: a few lookups, however long the prompt is."""
         get = self._holders.get
-        still, tokens = -1, 0  # everybody holds nothing
-        for block in hashes:
-            after = still & get(block, 0)
-            if after != still:
-                if tokens:
-                    levels.append((tokens, still ^ after))
-                still = after
-                if not still:
-                    break
-            tokens += size
-        if still and tokens:
-            levels.append((tokens, still))
-        levels.reverse()
+        first = get(hashes[0], 0) if hashes else 0
+        levels: list[tuple[int, int]] = []
+        parts = [(0, first, len(hashes), 0)] if first else []  # from a block with its holders to a later one with fewer
+        while parts:
+            low, more, high, fewer = parts.pop()
+            if high == low + 1:
+                levels.append((high * size, more ^ fewer))
+                continue
+            middle = (low + high) // 2
+            between = more & get(hashes[middle], 0)
+            fewer &= between
+            if between != more:
+                parts.append((low, more, middle, between))
+            if between != fewer:
+                parts.append((middle, between, high, fewer))  # looked at next: the deepest come first
         return levels
 
     def apply(self, events: BlockEvents) -> bool:

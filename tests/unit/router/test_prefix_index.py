@@ -38,7 +38,7 @@ def started(*workers: WorkerId, stored: str = "") -> PrefixIndex:
 def test_leading_blocks_are_matched_per_worker() -> None:
     index = started(A, B)
     index.apply(events(A, 2, "xyz"))
-    index.apply(events(B, 2, "xz"))
+    index.apply(events(B, 2, "x"))
     assert matched(index, "xyzw") == {A: 3, B: 1}
     assert matched(index, "yz") == {A: 2}
     assert matched(index, "wx") == {}
@@ -186,5 +186,23 @@ def test_like_a_plain_dictionary(messages: Sequence[tuple[WorkerId, str, str, st
         count = next((i for i, name in enumerate(asked) if name not in (names or ())), len(asked))
         if count:
             expected[worker] = count
-    assert matched(index, asked) == expected
+    found = matched(index, asked)
+    assert found.keys() == expected.keys()
+    for worker, count in expected.items():
+        held = believed[worker] or set()
+        is_closed = not any(name in held for name in asked[count:])
+        assert found[worker] == count if is_closed else found[worker] >= count
     assert len(index) == len(set().union(*(names or () for names in believed.values())))
+
+
+@given(st.lists(st.integers(0, 70), min_size=1, max_size=5), st.integers(1, 70))
+def test_depths_are_found_in_long_prompts_with_few_lookups(depths: Sequence[int], length: int) -> None:
+    chain = [BlockHash(bytes([i]) * 16) for i in range(70)]
+    workers = [WorkerId(f"w{number}") for number in range(len(depths))]
+    index = PrefixIndex()
+    for worker, depth in zip(workers, depths, strict=True):
+        index.apply(BlockEvents(worker, Epoch(1), 1, list(chain[:depth]), [], reset=True))
+    match = index.match([(16, chain[:length])])
+    assert [match.get(worker) for worker in workers] == [16 * min(depth, length) for depth in depths]
+    deepest = match.deepest(index.members(workers), 9)
+    assert [match.get(worker) for worker in deepest] == sorted((16 * min(d, length) for d in depths if d), reverse=True)
