@@ -8,6 +8,7 @@ seen the requests it is compared on.
 from __future__ import annotations
 
 import json
+import secrets
 import statistics
 import threading
 import time
@@ -120,7 +121,7 @@ def _warm_up(client: Client, workload: Workload, seconds: float) -> None:
             arrival = workload.arrivals[index % len(workload.arrivals)]
             route = ("remote", "local")[index % 2]
             index += 1
-            fields = _fields(arrival.input_length, arrival.output_length, index + 10**6, route)
+            fields = _fields(arrival.input_length, arrival.output_length, f"warm-up/{index}", route)
             threads.append(
                 threading.Thread(target=lambda fields=fields: list(client.stream(None, timeout_s=_TIMEOUT_S, **fields)))
             )
@@ -129,25 +130,26 @@ def _warm_up(client: Client, workload: Workload, seconds: float) -> None:
             thread.join(_TIMEOUT_S)
 
 
-def _fields(input_length: int, output_length: int, seed: int, route: str) -> dict[str, object]:
+def _fields(input_length: int, output_length: int, seed: str, route: str) -> dict[str, object]:
     random = Random(seed)
     return {
         "input_ids": [_FIRST_TOKEN_ID + random.randrange(_TOKEN_IDS) for _ in range(input_length)],
         "max_tokens": output_length,
         "sampling_parameters": json.dumps({"ignore_eos": True}),
-        "cache_salt": str(seed),
+        "cache_salt": seed,
         "route": route,
     }
 
 
 def _replay(client: Client, workload: Workload, mode: str) -> dict[str, float]:
-    """Each request at its time, from a thread of its own."""
+    """Each request at its time, from a thread of its own. None has been sent before, or it would be found in a cache."""
+    replay = secrets.token_hex(4)
     proofs: list[Proof] = []
     errors: list[BatonError] = []
 
     def one(index: int) -> None:
         arrival = workload.arrivals[index]
-        fields = _fields(arrival.input_length, arrival.output_length, index, _ROUTES[mode])
+        fields = _fields(arrival.input_length, arrival.output_length, f"{replay}/{index}", _ROUTES[mode])
         time.sleep(max(began + arrival.at_s - time.monotonic(), 0))
         try:
             chunks = list(client.stream(None, timeout_s=_TIMEOUT_S, **fields))
