@@ -24,7 +24,7 @@ from router.journal import Journal
 from router.lifecycle import State
 from router.mailroom import Mailroom
 from router.policy import Choice, Query, Room, choose, has_room
-from router.prefix_index import PrefixIndex
+from router.prefix_index import Match, PrefixIndex
 from router.prompt import Hasher, Prompt
 from router.seams import Calls, Destination, Observer, Snapshot
 from router.tokenizer import Tokenizer
@@ -73,7 +73,7 @@ class House:
         self.output_tokens = float(self.config.default_max_tokens)  # expected of a request
         self.lost_at = 0.0  # monotonic s, when a worker was lost last
         self._hasher = hasher
-        self._random = random or Random()
+        self._random = random or Random(secrets.randbits(64))
         self._encoders = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
         self._requests = 0
         self._orphans: dict[WorkerId, set[RequestId]] = {}  # what lost workers may still compute, should they come back
@@ -102,7 +102,7 @@ class House:
     def destination(self, worker: WorkerId) -> Destination | None:
         """Where a worker is, up or not; None when it was never heard of."""
         known = self.fleet.get(worker)
-        return None if known is None else Destination(worker, known.heartbeat.model, known.heartbeat.server)
+        return None if known is None else Destination(worker, known.heartbeat.model, known.heartbeat.server, known.epoch)
 
     # --- for a request ---
 
@@ -141,16 +141,20 @@ class House:
         given, ours = (request.slo_ttft_ms, request.slo_itl_ms), (self.config.slo.ttft_ms, self.config.slo.itl_ms)
         return Slo(*(mine if asked is None else asked for asked, mine in zip(given, ours, strict=True)))
 
-    def choose(self, prompt: Prompt, wish: Wish, slo: Slo, max_tokens: int, avoid: Collection[WorkerId]) -> Choice | None:
-        """Where the request would go now; None when nobody is up to serve it. Raises InvalidRequest if it fits nowhere."""
+    def match(self, prompt: Prompt) -> Match:
+        """How much of it the workers that are up are believed to have."""
         if self._seen_version != self.fleet.version:
             self._look_at_fleet()
+        return self.index.match([(size, prompt.hashes(model, size)) for model, size in self._models])
+
+    def choose(self, prompt: Prompt, wish: Wish, slo: Slo, max_tokens: int, avoid: Collection[WorkerId]) -> Choice | None:
+        """Where the request would go now; None when nobody is up to serve it. Raises InvalidRequest if it fits nowhere."""
+        match = self.match(prompt)
         if len(prompt) >= (self._longest or len(prompt) + 1):
             raise InvalidRequest(
                 f"the prompt has {len(prompt)} tokens; with at least one new token it must fit into {self._longest} "
                 "(the model's context, or engine.kv_pool_mib)"
             )
-        match = self.index.match([(size, prompt.hashes(model, size)) for model, size in self._models])
         hits = [worker for members in self._members.values() for worker in match.deepest(members, _HITS)]
         output = min(max_tokens, int(self.output_tokens))
         contended = self.admission.waiting > 0

@@ -170,7 +170,7 @@ class Bench:
         taken = []
         for step in range(steps):
             token = token_ids[step % len(token_ids)]
-            chunks = [(worker, TokenChunk(request_id, [token])) for worker, request_id, _, _ in running]
+            chunks = [(worker, TokenChunk(request_id, [token], step)) for worker, request_id, _, _ in running]
             by_worker: dict[WorkerId, list[TokenChunk]] = {}
             for worker, chunk in chunks:
                 by_worker.setdefault(worker, []).append(chunk)

@@ -63,6 +63,7 @@ class _Sequence:
         self.reused = 0  # tokens
         self.report = KVReport()
         self.began: float | None = None  # s, of its first chunk
+        self.told = len(request.output_ids)  # tokens of the output that the router knows
         self.has_tokens = bool(request.output_ids)  # the client got some, here or elsewhere
         self.last_token = now  # s; when that was: of a handed-over stream the arrival
         self.joined_at = -1  # the count of steps when it became a stream
@@ -319,7 +320,7 @@ class SimulatedWorker:
         sequence.length += 1
         sequence.computed += 1
         finish = None if sequence.output else FinishReason.LENGTH
-        self._outputs.append(TokenChunk(sequence.id, [SILENT], None, finish, sequence.report if finish else None))
+        self._outputs.append(_chunk(sequence, 1, finish))
         if finish:
             self._pool.release(sequence.blocks)
             del self._live[sequence.id]
@@ -468,7 +469,7 @@ class SimulatedWorker:
         made = self._steps - sequence.joined_at
         sequence.length += made
         sequence.output -= made
-        self._outputs.append(TokenChunk(sequence.id, [SILENT] * made, None, finish, sequence.report if finish else None))
+        self._outputs.append(_chunk(sequence, made, finish))
 
     def _leave(self, sequence: _Sequence) -> None:
         self._streams -= 1
@@ -493,6 +494,13 @@ class SimulatedWorker:
         sequence.joined_at = -1
         sequence.last_token = self._loop.time()
         insort(self._waiting, sequence)
+
+
+def _chunk(sequence: _Sequence, count: int, finish: FinishReason | None) -> TokenChunk:
+    """So many tokens more."""
+    start, sequence.told = sequence.told, sequence.told + count
+    report = sequence.report if finish else None
+    return TokenChunk(sequence.id, [SILENT] * count, start, finish_reason=finish, report=report)
 
 
 def _chunks(prompts: list[_Sequence], budget: int) -> list[tuple[_Sequence, int]]:

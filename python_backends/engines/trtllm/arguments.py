@@ -11,8 +11,6 @@ from python_backends.core.config import Deployment, WorkerConfig
 from python_backends.core.trtllm import KvCacheConfig, kv_timeout_ms
 from python_backends.core.types import Role
 
-DEFAULT_MAX_NUM_TOKENS = 8192  # NVIDIA's, when the file gives none
-
 
 def llm_arguments(deployment: Deployment, worker: WorkerConfig, model_dir: Path) -> dict[str, Any]:
     """Only keys that every supported release knows, unless the file asks for more. What is left out is NVIDIA's default."""
