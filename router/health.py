@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable
 from enum import Enum
 
@@ -117,8 +116,8 @@ class Health:
 
     async def _until_started(self) -> None:
         """Triton 24.10 aborts at times when models are called while others are still loading for the first time."""
-        end = time.monotonic() + _START_S
-        while not self._own <= {view.id for view in self._house.fleet} and time.monotonic() < end:
+        end = self._house.clock.now() + _START_S
+        while not self._own <= {view.id for view in self._house.fleet} and self._house.clock.now() < end:
             await self._house.fleet.wait_for_change(_LOOK_EVERY_S)
         await asyncio.sleep(self._config.canary_s)
 
@@ -130,13 +129,13 @@ class Health:
         patience_s = self._config.canary_timeout_s
         while (view := fleet.get(worker)) is not None and fleet.is_current(worker, epoch):
             breaker.probe()
-            began = time.monotonic()
+            began = self._house.clock.now()
             why = await self._probe(view, breaker, _SLOW_S if view.heartbeat.warm_up else patience_s)
             if not fleet.is_current(worker, epoch):
                 return
             self._judge(view, breaker, Verdict.FAILED if why else Verdict.PASSED, why)
             if not why:
-                took_s = time.monotonic() - began
+                took_s = self._house.clock.now() - began
                 forgotten = 0.5 ** ((took_s + self._config.canary_s) / _REMEMBERED_S)
                 patience_s = max(self._config.canary_timeout_s, min(_SLOW_S, 2 * took_s), patience_s * forgotten)
             repeat = why and breaker.circuit is Circuit.CLOSED
@@ -148,14 +147,14 @@ class Health:
         answer = asyncio.create_task(self._canary.compute(view, max(_ANSWER_S, patience_s)))
         try:
             while True:
-                began = time.monotonic()
+                began = self._house.clock.now()
                 await asyncio.wait({answer}, timeout=patience_s)
                 if answer.done():
                     return answer.result()
                 current = fleet.get(view.id)
                 if current is None or not fleet.is_current(view.id, view.epoch):
                     return "it was lost"
-                held_up = time.monotonic() - began > patience_s + _HELD_UP_S
+                held_up = self._house.clock.now() - began > patience_s + _HELD_UP_S
                 verdict = Verdict.BUSY if held_up or current.spoke > began else Verdict.FAILED
                 self._judge(view, breaker, verdict, f"no answer within {patience_s:.1f} s")
         finally:

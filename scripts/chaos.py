@@ -45,7 +45,7 @@ def deployment(engine: str, settings: dict[str, object]) -> dict[str, Any]:
     usual: dict[str, dict[str, Any]] = {
         "engine": {"kv_pool_mib": 16, "fake": _FAKE} if engine == "fake" else {"kv_pool_mib": 192},
         "transfer": {"lease_s": 2.0, "faults": {"delay": 0.5}},
-        "router": {"mode": "remote", "worker_wait_s": 30, "default_deadline_s": 60},
+        "router": {"mode": "always-remote", "worker_wait_s": 30, "default_deadline_s": 60},
         "health": {"heartbeat_s": 0.1, "silent_s": SILENT_S},
     }
     for section, values in settings.items():

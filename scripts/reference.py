@@ -41,9 +41,10 @@ them, with streaming, `n`, `stop`, `seed`, `logprobs`, `logit_bias`, penalties, 
 the workers, also across a handoff or the death of a worker; a model whose chat template knows no tools is told of them in
 the system message. Further fields: `top_k`,
 `min_p`, `repetition_penalty`, `min_tokens`, `stop_token_ids`, `ignore_eos`, `priority`, and `baton`: an object with `route`
-(auto, remote, local, aggregated), `proof` (true returns the proof as `baton.proof`), `cache_salt` and `timeout_s`. A field it
-does not know is an error that names it. Errors have OpenAI's form; 429 (queue full) and 503 carry `Retry-After`, 504 means
-that the deadline passed. What the engine trtllm can't do is refused by name: [tensorrt-llm.md](tensorrt-llm.md).
+(auto, remote, local, aggregated), `proof` (true returns the proof as `baton.proof`), `cache_salt`, `timeout_s`, and the
+targets `slo_ttft_ms` and `slo_itl_ms`. A field it does not know is an error that names it. Errors have OpenAI's form; 429
+(queue full) and 503 carry `Retry-After`, as predicted, 504 means that the deadline passed. What the engine trtllm can't do
+is refused by name: [tensorrt-llm.md](tensorrt-llm.md).
 `/health` says whether requests can be served now, `/metrics` passes Triton's metrics on. Keys,
 tenants, origins and limits: `http.*` in [configuration.md](configuration.md). The headers `traceparent` and `x-request-id`
 are taken and returned; the page at `/` and the endpoints under `/baton` are told of in [observability.md](observability.md).

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -120,6 +121,8 @@ def decode_request(request: Any, default_max_tokens: int) -> tuple[ClientRequest
         wish=_wish(tensors),
         salt=tensors.scalar("cache_salt") or "",
         priority=tensors.scalar("priority") or 0,
+        slo_ttft_ms=_target(tensors, "slo_ttft_ms"),
+        slo_itl_ms=_target(tensors, "slo_itl_ms"),
         timeout_s=request.timeout() / 1e6 if request.timeout() else None,
         client_id=request.request_id(),
         trace=continue_trace(*_trace_headers(request)),
@@ -244,6 +247,15 @@ def _wish(tensors: _Tensors) -> Wish | None:
     except ValueError:
         known = ", ".join(wish.value for wish in Wish)
         raise InvalidRequest(f"route is {route!r}; it must be one of {known}") from None
+
+
+def _target(tensors: _Tensors, name: str) -> float | None:
+    value = tensors.scalar(name)
+    if value is None:
+        return None
+    if not (math.isfinite(value) and value >= 0):
+        raise InvalidRequest(f"{name} is {value!r}; it must be 0 (no target) or more, in ms")
+    return float(value)
 
 
 def _check_unsupported(tensors: _Tensors) -> None:

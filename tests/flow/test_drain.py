@@ -20,7 +20,7 @@ from router.seams import Destination
 from tests.flow.house import TIMEOUT_S, Answer, FlowHouse, deployment, eventually, fake_engine, prompt, reference
 
 SAMPLING = SamplingParams(seed=4, max_tokens=60)
-ROUTER = RouterConfig(mode="remote", worker_wait_s=15)
+ROUTER = RouterConfig(mode="always-remote", worker_wait_s=15)
 
 
 def _wait(house: FlowHouse, coroutine: Coroutine[Any, Any, None]) -> None:

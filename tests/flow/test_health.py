@@ -17,7 +17,7 @@ from router.lifecycle import State
 from tests.flow.house import Answer, FlowHouse, deployment, eventually, fake_engine, prompt, reference
 
 SAMPLING = SamplingParams(seed=3, max_tokens=40)
-ROUTER = RouterConfig(mode="remote", worker_wait_s=8)
+ROUTER = RouterConfig(mode="always-remote", worker_wait_s=8)
 
 
 def _deployment(prefill: int = 2, decode: int = 2) -> Any:

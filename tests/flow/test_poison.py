@@ -50,7 +50,7 @@ def _killing(house: FlowHouse, answer: Answer, state: State) -> Iterator[list[st
 
 @pytest.mark.parametrize("state", [State.PREFILLING, State.DECODING])
 def test_it_does_not_walk_through_the_fleet(state: State) -> None:
-    router = RouterConfig(mode="remote", worker_wait_s=15)
+    router = RouterConfig(mode="always-remote", worker_wait_s=15)
     engine = fake_engine(prefill_us_per_token=500, step_us=4000)
     with FlowHouse(deployment(3, 3, router=router, engine=engine), processes=True, restart=True) as house:
         deadly = house.begin(DEADLY, SAMPLING)
@@ -73,7 +73,7 @@ def test_it_does_not_walk_through_the_fleet(state: State) -> None:
 
 def test_a_long_answer_may_outlive_any_number_of_workers() -> None:
     """What it has produced in between shows that it kills nobody."""
-    router = RouterConfig(mode="remote", worker_wait_s=15)
+    router = RouterConfig(mode="always-remote", worker_wait_s=15)
     sampling = SamplingParams(seed=6, max_tokens=160)
     with FlowHouse(deployment(1, 2, router=router, engine=fake_engine(step_us=10_000)), processes=True, restart=True) as house:
         answer = house.begin(prompt(40, 1), sampling)

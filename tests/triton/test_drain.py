@@ -21,7 +21,7 @@ pytestmark = pytest.mark.triton
 DEPLOYMENT = """
 workers: [{role: prefill, engine: fake}, {role: decode, engine: fake}, {role: decode, engine: fake}]
 engine: {kv_pool_mib: 32, fake: {prefill_us_per_token: 100, step_us: 6000}}
-router: {mode: remote}
+router: {mode: always-remote}
 """
 
 

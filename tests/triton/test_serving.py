@@ -364,7 +364,7 @@ def test_a_killed_worker_costs_no_request_and_comes_back(fake_server: TritonServ
     while total(metrics(fake_server), "baton_worker_up") < 3 or not _is_up_again(fake_server, role, victim.pid):
         assert time.monotonic() < end, f"{role} did not come back"
         time.sleep(0.1)
-    again = asking.ask(text_input=f"again {role} {PROMPT}", return_proof=True, max_tokens=5)
+    again = asking.ask(text_input=f"again {role} {PROMPT}", route="remote", return_proof=True, max_tokens=5)
     proof = json.loads(again.last("proof"))
     assert proof["route"] == "remote"
     assert proof["kv_tokens_recomputed"] == 0

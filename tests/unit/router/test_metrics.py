@@ -32,7 +32,7 @@ class Port:
             self.values[key] = before + change.amount
 
 
-EMPTY = Snapshot({}, 0, 0, 0, [])
+EMPTY = Snapshot({}, 0, 0, 0, 0, [])
 
 
 def _metered() -> tuple[Meter, Port]:
@@ -94,7 +94,7 @@ def test_several_tokens_share_the_time_before_them() -> None:
 
 def test_an_idle_router_hands_on_nothing() -> None:
     meter, port = _metered()
-    snapshot = Snapshot({}, 0, 0, 0, [WorkerView(heartbeat(), heard=0.0)])
+    snapshot = Snapshot({}, 0, 0, 0, 0, [WorkerView(heartbeat(), heard=0.0)])
     meter.ended(remote_record())
     _refresh(meter, snapshot, times=10)
     before = port.pushes
@@ -118,16 +118,16 @@ def test_a_sink_that_is_busy_gets_everything_later() -> None:
 def test_workers_their_deaths_and_new_lives() -> None:
     meter, port = _metered()
     worker = WorkerView(heartbeat("decode", Role.DECODE), heard=0.0)
-    _refresh(meter, Snapshot({}, 3, 40, 9, [worker]))
+    _refresh(meter, Snapshot({}, 3, 2, 40, 9, [worker]))
     labels = 'worker="decode",role="decode"'
     assert port.values[f"baton_worker_up{{{labels}}}"] == 1
     assert port.values["baton_ready"] == 1
     assert port.values["baton_router_requests"] == 3
     worker.up = False
-    _refresh(meter, Snapshot({}, 0, 0, 9, [worker]))
+    _refresh(meter, Snapshot({}, 0, 0, 0, 9, [worker]))
     assert port.values[f"baton_worker_up{{{labels}}}"] == 0
     assert port.values["baton_ready"] == 0
-    _refresh(meter, Snapshot({}, 0, 0, 9, [WorkerView(heartbeat("decode", Role.DECODE, epoch=2), heard=0.0)]))
+    _refresh(meter, Snapshot({}, 0, 0, 0, 9, [WorkerView(heartbeat("decode", Role.DECODE, epoch=2), heard=0.0)]))
     assert port.values[f"baton_worker_starts_total{{{labels}}}"] == 2
 
 
@@ -151,7 +151,7 @@ def test_only_what_the_table_knows_is_counted_with_the_labels_it_says() -> None:
     meter.retried()
     meter.tokens(1, 0.01)
     meter.ended(remote_record())
-    _refresh(meter, Snapshot({}, 1, 1, 1, [WorkerView(heartbeat(), heard=0.0)]))
+    _refresh(meter, Snapshot({}, 1, 0, 1, 1, [WorkerView(heartbeat(), heard=0.0)]))
     labels = {name: set(family.labels) for family in FAMILIES for name in family.exported}
     for key in port.values:
         name, _, rest = key.partition("{")
