@@ -115,7 +115,9 @@ class Reader:
             for command in commands(block.text):
                 self.do(command)
         else:
-            assert not re.search(r"^(\$ |scripts/|make |curl )", block.text, re.MULTILINE), "a command in a block that is not run"
+            assert not re.search(r"^(\$ |scripts/|make |curl )", block.text, re.MULTILINE), (
+                "a command in a block that is not run"
+            )
 
     def do(self, command: str) -> None:
         if command in NOT_RUN or command in self._done:
