@@ -72,7 +72,8 @@ def gaps_of(run: Run, records: Sequence[Record]) -> Gaps:
     middle = (begin + end) / 2
     streams = np.searchsorted(first, middle, side="right") - np.searchsorted(last, middle, side="left")
     # A request's own prefill is over when its first gap begins, so it disturbs none of its own.
-    sent, computed = np.sort([r.sent_s for r in records]), np.sort([min(prefill_end(r), _NEVER) for r in records])
+    prompts = [record for record in records if prefill_end(record) > record.sent_s]  # what failed was no load
+    sent, computed = np.sort([p.sent_s for p in prompts]), np.sort([min(prefill_end(p), _NEVER) for p in prompts])
     disturbed = np.searchsorted(sent, end, side="left") > np.searchsorted(computed, begin, side="right")
     inside = (end >= run.window[0]) & (end < run.window[1])
     streams = np.maximum(streams, 1).astype(np.float64)

@@ -56,16 +56,17 @@ class Found(msgspec.Struct, frozen=True):
 
 def profile_load(parsed: argparse.Namespace, options: Options, command: str, console: Console) -> Found:
     """Measure, load, judge, draw. Raises BatonError when nothing can be started, asked or answered."""
-    deployment = load_deployment(parsed.config) if parsed.config or not parsed.server else None
+    config = parsed.config or (None if parsed.server else _DEFAULT)
+    deployment = load_deployment(config) if config else None
     limits, model, remarks = _size_up(deployment, parsed.no_measuring, console)
     out = Path(options.out)
-    with nullcontext() if parsed.server else started(parsed.config or _DEFAULT, console) as server:
+    with nullcontext() if parsed.server else started(config, console) as server:
         address = parsed.server if server is None else PROTOCOLS[parsed.protocol](server)
         console.print(f"Load on {address} for {options.duration:g} s", highlight=False, markup=False)
         run_load(address, options, command, quiet=True)
     run, records = read_run(out)
-    if deployment is not None:
-        run = msgspec.structs.replace(run, deployment=(parsed.config or _DEFAULT).read_text())
+    if config:
+        run = msgspec.structs.replace(run, deployment=config.read_text())
         write_meta(out, run)
     if not any(record.ok for record in records):
         raise Unavailable(f"no request was answered: {records[0].error if records else 'none was sent'}")
@@ -106,6 +107,8 @@ def _judge(
     aggregated = [worker for worker in deployment.workers if worker.role is Role.AGGREGATED] if deployment else []
     profile = profile_of(run, records, limits, model, step_tokens, max(1, len(aggregated)))
     verdict = judge(profile)
+    if profile.use is not None and max(msgspec.structs.astuple(profile.use)) > 1:
+        remarks = [*remarks, "Shares above 100%: other work held this machine up while its limits were measured."]
     out = Path(run.options.out)
     write_report(out)
     page = write_profile(out, run, records, profile, verdict, remarks)

@@ -177,10 +177,11 @@ def _interference(profile: Profile) -> str:
 def _use(use: Use | None) -> list[str]:
     if use is None:
         return []
+    prefill = f"{use.arithmetic_in_prefill:.0%} of the arithmetic and {use.bandwidth_in_prefill:.0%} of the memory bandwidth"
+    decode = f"{use.arithmetic_in_decode:.0%} and {use.bandwidth_in_decode:.0%}"
     return [
-        f"While prompts are in prefill, {use.arithmetic_in_prefill:.0%} of the arithmetic and "
-        f"{use.bandwidth_in_prefill:.0%} of the memory bandwidth are used; while only streams run, {use.arithmetic_in_decode:.0%} and "
-        f"{use.bandwidth_in_decode:.0%}. Over the whole run {use.arithmetic:.0%} of the arithmetic."
+        f"While prompts are in prefill, {prefill} are used; while only streams run, {decode}.",
+        f"Over the whole run {use.arithmetic:.0%} of the arithmetic.",
     ]
 
 
