@@ -52,7 +52,6 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path: Path) -> None:
     for arguments, said in (
         (("--server", "grpc://127.0.0.1:9"), "no server answers at 127.0.0.1:9"),
         (("--config", "nowhere.yaml"), "nowhere.yaml"),
-        (("--duration", 1), "--warmup"),
     ):
         done = _profile("--out", tmp_path, *arguments)
         assert done.returncode == 1, done.stdout
