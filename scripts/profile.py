@@ -60,7 +60,7 @@ def profile_load(parsed: argparse.Namespace, options: Options, command: str, con
     deployment = load_deployment(config) if config else None
     limits, model, remarks = _size_up(deployment, parsed.no_measuring, console)
     out = Path(options.out)
-    with nullcontext() if parsed.server else started(config, console) as server:
+    with started(config, console) if config and not parsed.server else nullcontext() as server:
         address = parsed.server if server is None else PROTOCOLS[parsed.protocol](server)
         console.print(f"Load on {address} for {options.duration:g} s", highlight=False, markup=False)
         run_load(address, options, command, quiet=True)
