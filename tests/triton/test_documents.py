@@ -25,6 +25,7 @@ import yaml
 
 from loadtest.options import read_options
 from python_backends.core.config import load_deployment
+from python_backends.core.deployment_key import deployment_key, operator_secret
 from python_backends.core.paths import repository_root
 from scripts.tritonserver import TritonServer
 
@@ -99,7 +100,8 @@ class Reader:
             "trace": f"--server 127.0.0.1:{server.openai_port}",
             "doctor": f"--no-measuring --ports {_free_port()}",
         }
-        self._environment = {**os.environ, "BATON_PYTHON": sys.executable, "COLUMNS": "120"}
+        secret = operator_secret(deployment_key("", server.run_dir))
+        self._environment = {**os.environ, "BATON_PYTHON": sys.executable, "COLUMNS": "120", "SECRET": secret}
         for path in ROOT.iterdir():
             if not path.name.startswith("."):
                 (clone / path.name).symlink_to(path)
