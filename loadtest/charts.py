@@ -15,7 +15,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from loadtest.record import Floats
 
@@ -175,13 +175,12 @@ class _TimeLocator(LogLocator):
         box = self._axes.get_window_extent()
         pixels = box.width if self._which == "x" else box.height
         room = max(2.0, pixels / self._axes.figure.dpi / _LABEL_INCHES[self._which])
-        ticks: list[float] = []
         for subs in ((1.0, 2.0, 5.0), (1.0, 3.0), (1.0,)):
             self.set_params(subs=subs)
             ticks = [float(tick) for tick in super().tick_values(vmin, vmax)]
-            if sum(vmin <= tick <= vmax for tick in ticks) <= room:
-                break
-        return ticks
+            if 2 <= sum(vmin <= tick <= vmax for tick in ticks) <= room:
+                return ticks
+        return [float(tick) for tick in MaxNLocator(int(room), min_n_ticks=2).tick_values(vmin, vmax)]  # within a decade
 
 
 def time_label(value_ms: float, _: object = None) -> str:
