@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
-from python_backends.core.types import Role, WorkerId
+from python_backends.core.types import Role, WorkerId, WorkerLoad
 from router.cost_model import TERMS
 from router.fleet import WorkerView
 from router.journal import Record
@@ -289,7 +289,8 @@ class Meter:
         self._hand_on()
 
     def _look_at(self, worker: WorkerView) -> None:
-        load, labels = worker.heartbeat.load, {"worker": worker.id, "role": worker.role.value}
+        # One that is gone holds nothing, whatever it said last.
+        load, labels = worker.heartbeat.load if worker.up else WorkerLoad(), {"worker": worker.id, "role": worker.role.value}
         if self._epochs.get(worker.id) != worker.epoch:
             self._epochs[worker.id] = worker.epoch
             self.count("baton_worker_starts_total", 1, **labels)

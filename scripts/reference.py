@@ -51,9 +51,14 @@ are taken and returned; the page at `/` and the endpoints under `/baton` are tol
 
 ## Triton
 
-The model `router` is the one to call: gRPC or HTTP (`/v2/models/router/generate`, `/generate_stream`). Tensors travel as
-[1, n]; in JSON bodies they are plain values. Give one of `text_input`, `messages`, `input_ids`. This page is written by
-`python -m scripts.reference`.
+The model `router` is the one to call: gRPC or HTTP (`/v2/models/router/generate`, `/generate_stream`). Inputs and numbers
+travel as [1, n], texts that come back as [1]; in JSON bodies they are plain values. Give one of `text_input`, `messages`,
+`input_ids`. This page is written by `python -m scripts.reference`.
+
+Clients of TensorRT-LLM's models `ensemble` and `tensorrt_llm_bls` have the model's name to change, and no more: NVIDIA's
+`end_to_end_grpc_client.py` was run like that, whole and streamed, with several prompts, stop words and log-probabilities.
+Refused by name: beams, several prompts in one request, bad words, logits, LoRA, and `--return-perf-metrics` of that client,
+since it asks for counts of blocks and drafts too (the four times alone are there, and the proof counts in tokens).
 
 Errors: INVALID_ARG (400) names the field; UNAVAILABLE (503) may be sent again: the queue is full, a worker is lost or
 the deadline passed; CANCELLED; INTERNAL. The request parameter `timeout` (microseconds) is the deadline.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 
+import msgspec
 import pytest
 
-from python_backends.core.types import Role
+from python_backends.core.types import Role, WorkerLoad
 from router.fleet import WorkerView
 from router.metrics import FAMILIES, Change, Kind, Meter, exported_names
 from router.seams import Snapshot
@@ -129,6 +130,18 @@ def test_workers_their_deaths_and_new_lives() -> None:
     assert port.values["baton_ready"] == 0
     _refresh(meter, Snapshot({}, 0, 0, 0, 9, [WorkerView(heartbeat("decode", Role.DECODE, epoch=2), heard=0.0)]))
     assert port.values[f"baton_worker_starts_total{{{labels}}}"] == 2
+
+
+def test_a_worker_that_is_gone_holds_nothing() -> None:
+    """Else alerts on full pools and piled up leases would fire for the dead."""
+    meter, port = _metered()
+    load = WorkerLoad(running_requests=3, held_blocks=7, free_blocks=1, total_blocks=8, active_leases=2)
+    beat = msgspec.structs.replace(heartbeat(), load=load)
+    held = 'baton_kv_blocks{worker="decode",role="decode",state="held"}'
+    _refresh(meter, Snapshot({}, 0, 0, 0, [WorkerView(beat, 0.0, True, 0, 0)]))
+    assert port.values[held] == 7
+    _refresh(meter, Snapshot({}, 0, 0, 0, [WorkerView(beat, 0.0, False, 0, 0)]))
+    assert port.values[held] == port.values['baton_leases{worker="decode",role="decode"}'] == 0
 
 
 def test_names_have_units_and_nobody_is_there_twice() -> None:
