@@ -108,9 +108,7 @@ def _print(console: Console, shape: KVShape, dtype: str, work: Work, handoffs: S
         f"read in {_time(kept.read_s)} and written in {_time(kept.write_s)}; a GiB holds {kept.tokens_per_gib:,} tokens."
     )
     if math.isinf(kept.hits):
-        say(
-            "Reading takes longer than computing: this store never pays. Use it only for what several hosts share, or not at all."
-        )
+        say("Reading takes longer than computing: this store never pays.")
     else:
         say(f"A hit saves {_time(kept.saved_s)}; {math.ceil(kept.hits)} pay for the write ({kept.hits:.2f} to be exact).")
 
