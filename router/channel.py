@@ -18,6 +18,7 @@ import zmq
 import zmq.asyncio
 from zmq.utils.monitor import recv_monitor_message
 
+from python_backends.core.config import HealthConfig
 from python_backends.core.curve import CurveKeys
 from python_backends.core.host import host_id
 from python_backends.core.messages import (
@@ -37,6 +38,7 @@ from router.house import House
 log = logging.getLogger(__name__)
 
 _HIGH_WATER_MARK = 100_000
+_CONNECT_TIMEOUT_MS = 1_000
 
 
 class Watcher(Protocol):
@@ -83,12 +85,13 @@ def _ignore(sent: asyncio.Future[object]) -> None:
 class RouterChannel:
     """Create it and use it on the event loop."""
 
-    def __init__(self, house: House, watcher: Watcher, place: str, keys: CurveKeys, heartbeat_s: float) -> None:
+    def __init__(self, house: House, watcher: Watcher, place: str, keys: CurveKeys, health: HealthConfig) -> None:
         """`place`: what only one living router can have, such as the run directory of its server."""
         self._house = house
         self._watcher = watcher
         self._keys = keys
-        self._heartbeat_s = heartbeat_s
+        self._heartbeat_s = health.heartbeat_s
+        self._silent_s = health.silent_s
         self._greeting = RouterHeartbeat(house.name, os.getpid(), host_id(), place)
         self._connections: dict[str, _Connection] = {}  # by address
         self._workers: dict[WorkerId, _Connection] = {}
@@ -130,8 +133,13 @@ class RouterChannel:
         socket.setsockopt(zmq.RECONNECT_IVL_MAX, 200)
         if not address.startswith("ipc:"):
             self._keys.connect(socket)
-            socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
-            socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, 10)
+            # A connection through which nothing comes is given up and made anew. TCP itself would keep it for a quarter of an
+            # hour, and after a long silence of the network wait minutes before it tries again.
+            silent_ms = int(self._silent_s * 1e3)
+            socket.setsockopt(zmq.HEARTBEAT_IVL, silent_ms // 2)
+            socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, silent_ms)
+            socket.setsockopt(zmq.HEARTBEAT_TTL, silent_ms)  # the worker's end, too
+            socket.setsockopt(zmq.CONNECT_TIMEOUT, _CONNECT_TIMEOUT_MS)
         socket.connect(address)
         connection = _Connection(socket)
         loop = asyncio.get_running_loop()

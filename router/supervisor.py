@@ -28,11 +28,18 @@ from router.seams import Destination
 log = logging.getLogger(__name__)
 
 _PATIENCE_S = 5.0  # with workers of other hosts
+_RECONNECT_S = 2.0  # within which the channel is back once the network is
 _BACKOFF_S = (0.2, 1.0, 3.0, 10.0)  # before the first, second ... try to restart; the last one repeats
 
 
 class ModelControl(Protocol):
     """The hold on models, of this server and of others."""
+
+    def reach(self, worker: Destination) -> None:
+        """Blocks shortly. Raises BatonError when the worker's server can't be reached now.
+
+        A restart that is sent off into a broken network arrives when it is whole again, and ends a worker that is well.
+        """
 
     def restart(self, worker: Destination) -> None:
         """Load the worker's model anew; blocks until it is up. Raises BatonError."""
@@ -138,8 +145,14 @@ class Supervisor:
             destination = self._house.destination(worker)
             if destination is None or (patience_s and self._house.fleet.is_up(worker)):
                 return
+            loop = asyncio.get_running_loop()
             try:
-                await asyncio.get_running_loop().run_in_executor(self._threads, control.restart, destination)
+                if patience_s:
+                    await loop.run_in_executor(self._threads, control.reach, destination)
+                    await asyncio.sleep(_RECONNECT_S)
+                    if self._house.fleet.is_up(worker):
+                        return
+                await loop.run_in_executor(self._threads, control.restart, destination)
             except BatonError as error:
                 log.error("worker %s could not be restarted: %s", worker, error)
             else:
