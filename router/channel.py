@@ -153,6 +153,7 @@ class RouterChannel:
             del self._workers[connection.worker]
             if connection.epoch is not None:
                 self._watcher.left(connection.worker, connection.epoch)
+            self._house.forget(connection.worker)
 
     async def _listen(self, connection: _Connection) -> None:
         """Take in messages until cancelled."""

@@ -164,6 +164,11 @@ class House:
         self._orphans.setdefault(worker, set()).update(self.mailroom.lose(worker, why))
         return was_up
 
+    def forget(self, worker: WorkerId) -> None:
+        """A worker that is lost has left the deployment: where servers come and go each has a name of its own, for once."""
+        self.fleet.forget(worker)
+        self._orphans.pop(worker, None)
+
 
 def _num_bytes(request: ClientRequest) -> int:
     if request.text is not None:

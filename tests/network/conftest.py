@@ -18,7 +18,7 @@ _START_S = 100.0
 CHANGES = {
     "engine": {"kv_pool_mib": 32, "fake": {"prefill_us_per_token": 50, "step_us": 4000}},
     "health": {"heartbeat_s": 0.1, "silent_s": 1.5},
-    "router": {"worker_wait_s": 8},
+    "router": {"worker_wait_s": 3},
 }
 
 

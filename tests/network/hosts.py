@@ -139,7 +139,9 @@ class Network:
 
     def slow(self, host: Host, rate: str) -> None:
         """Both ways of its link, such as 40mbit."""
-        for namespace, device in ((host.namespace, "eth0"), (self._switch, self._port(host.address))):
+        if self._is_slow(host):
+            return
+        for namespace, device in self._ends(host):
             bucket = ("rate", rate, "burst", "64kb", "latency", "200ms")
             _run("tc", "-n", namespace, "qdisc", "add", "dev", device, "root", "tbf", *bucket)
 
@@ -147,14 +149,21 @@ class Network:
         """All links are as new."""
         for host in self._hosts.values():
             self._filter(host, "-F")
-            for namespace, device in ((host.namespace, "eth0"), (self._switch, self._port(host.address))):
-                if "tbf" in _run("tc", "-n", namespace, "qdisc", "show", "dev", device):
+            if self._is_slow(host):
+                for namespace, device in self._ends(host):
                     _run("tc", "-n", namespace, "qdisc", "del", "dev", device, "root")
 
     # --- inside ---
 
     def _filter(self, host: Host, *rule: str) -> None:
         _run("ip", "netns", "exec", host.namespace, "iptables-legacy", "-w", *rule)
+
+    def _ends(self, host: Host) -> list[tuple[str, str]]:
+        """Namespace and device of both ends of its link."""
+        return [(host.namespace, "eth0"), (self._switch, self._port(host.address))]
+
+    def _is_slow(self, host: Host) -> bool:
+        return "tbf" in _run("tc", "-n", host.namespace, "qdisc", "show", "dev", "eth0")
 
     def _port(self, address: str) -> str:
         """The bridge's end of the link to an address."""
