@@ -54,6 +54,9 @@ class Watcher(Protocol):
     def cut_off(self, worker: WorkerId) -> None:
         """The connection is broken."""
 
+    def removed(self, worker: WorkerId) -> None:
+        """Its address is none of the deployment's any more. It may live, and be one of its workers again."""
+
 
 class _Connection:
     """To whoever listens at one address."""
@@ -61,7 +64,6 @@ class _Connection:
     def __init__(self, socket: zmq.asyncio.Socket) -> None:
         self.socket = socket
         self.worker: WorkerId | None = None  # as its last heartbeat said
-        self.epoch: Epoch | None = None
         self.tasks: list[asyncio.Task[None]] = []
 
     def send(self, message: ToWorker) -> None:
@@ -147,13 +149,11 @@ class RouterChannel:
         return connection
 
     def _drop(self, connection: _Connection) -> None:
-        """Its address is not one of the deployment's any more: whoever was there has left."""
+        """Its address is not one of the deployment's any more."""
         connection.close()
         if connection.worker is not None and self._workers.get(connection.worker) is connection:
             del self._workers[connection.worker]
-            if connection.epoch is not None:
-                self._watcher.left(connection.worker, connection.epoch)
-            self._house.forget(connection.worker)
+            self._watcher.removed(connection.worker)
 
     async def _listen(self, connection: _Connection) -> None:
         """Take in messages until cancelled."""
@@ -184,7 +184,7 @@ class RouterChannel:
         elif isinstance(message, Heartbeat):
             if house.fleet.is_over(message.epoch):
                 return
-            connection.worker, connection.epoch = message.worker, message.epoch
+            connection.worker = message.worker
             self._workers[message.worker] = connection
             if message.load.fault:
                 self._watcher.faulty(message)

@@ -167,7 +167,8 @@ class House:
     def forget(self, worker: WorkerId) -> None:
         """A worker that is lost has left the deployment: where servers come and go each has a name of its own, for once."""
         self.fleet.forget(worker)
-        self._orphans.pop(worker, None)
+        if not self._orphans.get(worker):  # else it may come back, and still compute
+            self._orphans.pop(worker, None)
 
 
 def _num_bytes(request: ClientRequest) -> int:

@@ -85,6 +85,12 @@ class Supervisor:
             log.warning("the connection to worker %s is broken", worker)
             self._begin_restart(worker, _PATIENCE_S)
 
+    def removed(self, worker: WorkerId) -> None:
+        """Its address is none of the deployment's any more. It may live, and be one of its workers again."""
+        self._unwatch(worker)
+        self._house.lose(worker, f"worker {worker} was removed from the deployment")
+        self._house.forget(worker)
+
     def left(self, worker: WorkerId, epoch: Epoch) -> None:
         """The worker ended because it was told to."""
         self._left.add(epoch)
