@@ -80,10 +80,11 @@ class Supervisor:
         self._take_out(heartbeat.worker, f"can't go on: {heartbeat.load.fault}")
 
     def cut_off(self, worker: WorkerId) -> None:
-        """The connection to a worker of another host is broken. If only that, its next heartbeat brings it back."""
+        """The connection is broken. If only that, its next heartbeat brings it back; of this host the kernel tells more."""
         if self._house.lose(worker, f"the connection to worker {worker} is broken"):
             log.warning("the connection to worker %s is broken", worker)
-            self._begin_restart(worker, _PATIENCE_S)
+            if worker not in self._pidfds:
+                self._begin_restart(worker, _PATIENCE_S)
 
     def removed(self, worker: WorkerId) -> None:
         """Its address is none of the deployment's any more. It may live, and be one of its workers again."""
