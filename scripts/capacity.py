@@ -176,7 +176,7 @@ def _tokenize_token_s(words: int = 2000) -> float:
 
 
 def _message_token_s(messages: int = 500) -> float:
-    chunks = [TokenChunk(RequestId(f"0123456789abcdef.{i}"), [i]) for i in range(_PER_MESSAGE)]
+    chunks = [TokenChunk(RequestId(f"0123456789abcdef.{i}"), [i], 100) for i in range(_PER_MESSAGE)]
     payload = encode(Outputs(WorkerId("decode@10.0.0.1:8001"), Epoch(1), [*chunks]))
 
     def read() -> None:

@@ -35,7 +35,8 @@ from python_backends.core.config import (
 )
 from python_backends.core.curve import CurveKeys
 from python_backends.core.errors import BatonError, Unavailable
-from python_backends.core.messages import Work, seal_work
+from python_backends.core.messages import Work
+from python_backends.core.orders import OrderBook
 from python_backends.core.types import FinishReason, Role, SamplingParams, WorkerId
 from python_backends.worker.service import Worker
 from router.fleet import WorkerView
@@ -48,6 +49,7 @@ from router.tokenizer import Tokenizer
 from router.types import ClientRequest, Outcome, Piece, Proof, Way, Wish
 
 KEY = b"k" * 32
+ORDERS = OrderBook(KEY)
 TIMEOUT_S = 20.0
 VOCABULARY = 50_000
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
@@ -221,9 +223,9 @@ class InProcess:
     def ready(self) -> None:
         self.worker.start()
 
-    def hand_over(self, work: Work, failed: Callable[[str], None]) -> None:
+    def hand_over(self, worker: Destination, work: Work, failed: Callable[[str], None]) -> None:
         try:
-            self.worker.submit(seal_work([work], KEY))
+            self.worker.submit(ORDERS.seal(worker.worker, worker.epoch, [work]))
         except BatonError as error:
             failed(str(error))
 
@@ -240,7 +242,7 @@ class OwnProcess:
         self.process.start()
         theirs.close()
         self._is_ready = threading.Event()  # until then the line says nothing but that
-        self._queue: queue.SimpleQueue[tuple[Work, Callable[[str], None]] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[Destination, Work, Callable[[str], None]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._call, name=f"submit-{worker.name}", daemon=True)
         self._thread.start()
 
@@ -249,15 +251,15 @@ class OwnProcess:
         assert self._line.recv_bytes() == b"ready"
         self._is_ready.set()
 
-    def hand_over(self, work: Work, failed: Callable[[str], None]) -> None:
-        self._queue.put((work, failed))
+    def hand_over(self, worker: Destination, work: Work, failed: Callable[[str], None]) -> None:
+        self._queue.put((worker, work, failed))
 
     def _call(self) -> None:
         while (item := self._queue.get()) is not None:
-            work, failed = item
+            worker, work, failed = item
             self._is_ready.wait(TIMEOUT_S)
             try:
-                self._line.send_bytes(seal_work([work], KEY))
+                self._line.send_bytes(ORDERS.seal(worker.worker, worker.epoch, [work]))
                 error = self._line.recv_bytes().decode()
             except (EOFError, OSError):
                 error = "its process is gone"
@@ -377,7 +379,7 @@ class FlowHouse:
         self.signal(name, signal.SIGKILL)
 
     def _submit(self, worker: Destination, work: Work, failed: Callable[[str], None]) -> None:
-        self.workers[worker.model].hand_over(work, failed)
+        self.workers[worker.model].hand_over(worker, work, failed)
 
     def reach(self, worker: Destination) -> None:
         """See router.supervisor.ModelControl."""
