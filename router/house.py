@@ -241,6 +241,12 @@ class House:
         for request_id in self.mailroom.lose(worker, f"worker {worker} is not used: {why}", died=True):
             self.calls.abort(worker, request_id)
 
+    def forget(self, worker: WorkerId) -> None:
+        """A worker that is lost has left the deployment: where servers come and go each has a name of its own, for once."""
+        self.fleet.forget(worker)
+        if not self._orphans.get(worker):  # else it may come back, and still compute
+            self._orphans.pop(worker, None)
+
 
 def _remark(worker: WorkerView) -> str:
     why = worker.resting or ("it is drained" if worker.heartbeat.draining else "")

@@ -27,11 +27,18 @@ from router.seams import Destination
 log = logging.getLogger(__name__)
 
 _PATIENCE_S = 5.0  # with workers of other hosts
+_RECONNECT_S = 2.0  # within which the channel is back once the network is
 _BACKOFF_S = (0.2, 1.0, 3.0, 10.0)  # before the first, second ... try to restart; the last one repeats
 
 
 class ModelControl(Protocol):
     """The hold on models, of this server and of others."""
+
+    def reach(self, worker: Destination) -> None:
+        """Blocks shortly. Raises BatonError when the worker's server can't be reached now.
+
+        A restart that is sent off into a broken network arrives when it is whole again, and ends a worker that is well.
+        """
 
     def restart(self, worker: Destination) -> None:
         """Load the worker's model anew; blocks until it is up. Raises BatonError."""
@@ -82,6 +89,12 @@ class Supervisor:
             log.warning("the connection to worker %s is broken", worker)
             if worker not in self._pidfds:
                 self._begin_restart(worker, None, _PATIENCE_S)
+
+    def removed(self, worker: WorkerId) -> None:
+        """Its address is none of the deployment's any more. It may live, and be one of its workers again."""
+        self._unwatch(worker)
+        self._house.lose(worker, f"worker {worker} was removed from the deployment", died=False)
+        self._house.forget(worker)
 
     def left(self, worker: WorkerId, epoch: Epoch) -> None:
         """The worker ended because it was told to."""
@@ -151,8 +164,14 @@ class Supervisor:
                 return
             if died in self._left:  # its goodbye was read after its death was seen: somebody unloads it on purpose
                 return
+            loop = asyncio.get_running_loop()
             try:
-                await asyncio.get_running_loop().run_in_executor(self._threads, control.restart, destination)
+                if patience_s:
+                    await loop.run_in_executor(self._threads, control.reach, destination)
+                    await asyncio.sleep(_RECONNECT_S)
+                    if self._house.fleet.is_up(worker):
+                        return
+                await loop.run_in_executor(self._threads, control.restart, destination)
             except BatonError as error:
                 log.error("worker %s could not be restarted: %s", worker, error)
             else:
