@@ -31,6 +31,9 @@ class Control:
     def __init__(self) -> None:
         self.restarted: list[tuple[float, str]] = []
 
+    def reach(self, worker: Destination) -> None:
+        """It can be reached."""
+
     def restart(self, worker: Destination) -> None:
         self.restarted.append((time.monotonic(), worker.model))
 
