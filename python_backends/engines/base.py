@@ -18,20 +18,24 @@ Promises of the engine
 - Sampling is position-deterministic: the token at output position i depends on the seed and i, not on batch or worker.
   Engines that are not ours say in their own docstring how much of this they keep.
 - An engine that can't go on says so in `load().fault`, and does not pretend to be well.
+
+What an engine may leave out
+- StepReporter: how long its steps take. The router predicts from it; of a worker without it, it assumes what it knows of
+  others of the same model, and learns from the times of its requests.
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import msgspec
 
 from python_backends.core.config import Deployment, WorkerConfig
 from python_backends.core.errors import ConfigError
 from python_backends.core.layout import KVLayout
-from python_backends.core.messages import Output
+from python_backends.core.messages import Output, StepSample
 from python_backends.core.types import Epoch, GenerateRequest, LeaseEnd, RequestId, WorkerLoad
 
 
@@ -52,6 +56,8 @@ class EngineInfo(msgspec.Struct, frozen=True):
     layout: KVLayout
     fingerprint: str
     max_context: int  # tokens
+    step_tokens: int  # computed in one step, at most
+    max_batch: int  # requests in one step
     warm_up: bool = False  # the first handoff of each pair of workers is slow
 
 
@@ -82,6 +88,17 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Stop computing, end all leases, free memory. Idempotent."""
+
+
+@runtime_checkable
+class StepReporter(Protocol):
+    """An engine that tells how long its steps take."""
+
+    def calibration(self) -> Sequence[StepSample]:
+        """A few steps of different shapes, timed once by `start`; empty before it."""
+
+    def take_steps(self) -> list[StepSample]:
+        """The steps since the last call, oldest first; when they are many, only the newest. From any thread."""
 
 
 EngineFactory = Callable[[Deployment, WorkerConfig, Epoch, bytes], Engine]

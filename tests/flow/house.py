@@ -107,7 +107,7 @@ def deployment(
         ),
         engine=engine or fake_engine(),
         transfer=TransferConfig(transport=transport, lease_s=lease_s, timeout_s=transfer_timeout_s, faults=dict(faults or {})),
-        router=router or RouterConfig(mode="remote", worker_wait_s=5.0, default_deadline_s=TIMEOUT_S),
+        router=router or RouterConfig(mode="always-remote", worker_wait_s=5.0, default_deadline_s=TIMEOUT_S),
         health=HealthConfig(heartbeat_s=0.05, silent_s=silent_s),
     )
 

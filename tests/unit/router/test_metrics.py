@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 
+import msgspec
 import pytest
 
-from python_backends.core.types import Role
+from python_backends.core.types import Role, WorkerLoad
 from router.fleet import WorkerView
 from router.metrics import FAMILIES, Change, Kind, Meter, exported_names
 from router.seams import Snapshot
@@ -32,7 +33,7 @@ class Port:
             self.values[key] = before + change.amount
 
 
-EMPTY = Snapshot({}, 0, 0, 0, [])
+EMPTY = Snapshot({}, 0, 0, 0, 0, [])
 
 
 def _metered() -> tuple[Meter, Port]:
@@ -94,7 +95,7 @@ def test_several_tokens_share_the_time_before_them() -> None:
 
 def test_an_idle_router_hands_on_nothing() -> None:
     meter, port = _metered()
-    snapshot = Snapshot({}, 0, 0, 0, [WorkerView(heartbeat(), heard=0.0)])
+    snapshot = Snapshot({}, 0, 0, 0, 0, [WorkerView(heartbeat(), heard=0.0)])
     meter.ended(remote_record())
     _refresh(meter, snapshot, times=10)
     before = port.pushes
@@ -118,17 +119,29 @@ def test_a_sink_that_is_busy_gets_everything_later() -> None:
 def test_workers_their_deaths_and_new_lives() -> None:
     meter, port = _metered()
     worker = WorkerView(heartbeat("decode", Role.DECODE), heard=0.0)
-    _refresh(meter, Snapshot({}, 3, 40, 9, [worker]))
+    _refresh(meter, Snapshot({}, 3, 2, 40, 9, [worker]))
     labels = 'worker="decode",role="decode"'
     assert port.values[f"baton_worker_up{{{labels}}}"] == 1
     assert port.values["baton_ready"] == 1
     assert port.values["baton_router_requests"] == 3
     worker.up = False
-    _refresh(meter, Snapshot({}, 0, 0, 9, [worker]))
+    _refresh(meter, Snapshot({}, 0, 0, 0, 9, [worker]))
     assert port.values[f"baton_worker_up{{{labels}}}"] == 0
     assert port.values["baton_ready"] == 0
-    _refresh(meter, Snapshot({}, 0, 0, 9, [WorkerView(heartbeat("decode", Role.DECODE, epoch=2), heard=0.0)]))
+    _refresh(meter, Snapshot({}, 0, 0, 0, 9, [WorkerView(heartbeat("decode", Role.DECODE, epoch=2), heard=0.0)]))
     assert port.values[f"baton_worker_starts_total{{{labels}}}"] == 2
+
+
+def test_a_worker_that_is_gone_holds_nothing() -> None:
+    """Else alerts on full pools and piled up leases would fire for the dead."""
+    meter, port = _metered()
+    load = WorkerLoad(running_requests=3, held_blocks=7, free_blocks=1, total_blocks=8, active_leases=2)
+    beat = msgspec.structs.replace(heartbeat(), load=load)
+    held = 'baton_kv_blocks{worker="decode",role="decode",state="held"}'
+    _refresh(meter, Snapshot({}, 0, 0, 0, [WorkerView(beat, 0.0, True, 0, 0)]))
+    assert port.values[held] == 7
+    _refresh(meter, Snapshot({}, 0, 0, 0, [WorkerView(beat, 0.0, False, 0, 0)]))
+    assert port.values[held] == port.values['baton_leases{worker="decode",role="decode"}'] == 0
 
 
 def test_names_have_units_and_nobody_is_there_twice() -> None:
@@ -151,7 +164,7 @@ def test_only_what_the_table_knows_is_counted_with_the_labels_it_says() -> None:
     meter.retried()
     meter.tokens(1, 0.01)
     meter.ended(remote_record())
-    _refresh(meter, Snapshot({}, 1, 1, 1, [WorkerView(heartbeat(), heard=0.0)]))
+    _refresh(meter, Snapshot({}, 1, 0, 1, 1, [WorkerView(heartbeat(), heard=0.0)]))
     labels = {name: set(family.labels) for family in FAMILIES for name in family.exported}
     for key in port.values:
         name, _, rest = key.partition("{")
@@ -162,12 +175,12 @@ def test_of_a_worker_that_left_nothing_stands() -> None:
     """Its last queue would keep an autoscaler from shrinking for ever."""
     meter, port = _metered()
     stays, leaves = (WorkerView(heartbeat(name), 0.0) for name in ("decode", "decode_1"))
-    _refresh(meter, Snapshot({}, 0, 0, 0, [stays, leaves]))
+    _refresh(meter, Snapshot({}, 0, 0, 0, 0, [stays, leaves]))
     assert port.values[f'baton_worker_up{{worker="decode_1",role="{leaves.role.value}"}}'] == 1
-    _refresh(meter, Snapshot({}, 0, 0, 0, [stays]))
+    _refresh(meter, Snapshot({}, 0, 0, 0, 0, [stays]))
     left = {key: value for key, value in port.values.items() if 'worker="decode_1"' in key and "_total" not in key}
     assert len(left) > 5
     assert not any(left.values())
     assert port.values[f'baton_worker_up{{worker="decode",role="{stays.role.value}"}}'] == 1
-    _refresh(meter, Snapshot({}, 0, 0, 0, [stays, leaves]))
+    _refresh(meter, Snapshot({}, 0, 0, 0, 0, [stays, leaves]))
     assert port.values[f'baton_worker_up{{worker="decode_1",role="{leaves.role.value}"}}'] == 1
