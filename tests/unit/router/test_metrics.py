@@ -138,9 +138,11 @@ def test_a_worker_that_is_gone_holds_nothing() -> None:
     load = WorkerLoad(running_requests=3, held_blocks=7, free_blocks=1, total_blocks=8, active_leases=2)
     beat = msgspec.structs.replace(heartbeat(), load=load)
     held = 'baton_kv_blocks{worker="decode",role="decode",state="held"}'
-    _refresh(meter, Snapshot({}, 0, 0, 0, [WorkerView(beat, 0.0, True, 0, 0)]))
+    _refresh(meter, Snapshot({}, 0, 0, 0, 0, [WorkerView(beat, 0.0)]))
     assert port.values[held] == 7
-    _refresh(meter, Snapshot({}, 0, 0, 0, [WorkerView(beat, 0.0, False, 0, 0)]))
+    gone = WorkerView(beat, 0.0)
+    gone.up = False
+    _refresh(meter, Snapshot({}, 0, 0, 0, 0, [gone]))
     assert port.values[held] == port.values['baton_leases{worker="decode",role="decode"}'] == 0
 
 
