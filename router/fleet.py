@@ -336,6 +336,11 @@ class Fleet:
         self._wake()
         return True
 
+    def forget(self, worker: WorkerId) -> None:
+        """It is none of the deployment's any more. Should it be heard again it is a new one."""
+        self.lose(worker)
+        self._workers.pop(worker, None)
+
     def bury(self, epoch: Epoch) -> None:
         """This life of a worker is over; what is still on its way from it does not bring it back."""
         self._over.add(epoch)

@@ -228,6 +228,12 @@ class House:
         self._orphans.setdefault(worker, set()).update(self.mailroom.lose(worker, why))
         return was_up
 
+    def forget(self, worker: WorkerId) -> None:
+        """A worker that is lost has left the deployment: where servers come and go each has a name of its own, for once."""
+        self.fleet.forget(worker)
+        if not self._orphans.get(worker):  # else it may come back, and still compute
+            self._orphans.pop(worker, None)
+
 
 def _standby(deployment: Deployment) -> list[WorkerId]:
     """Aggregated workers that have no cores of their own: if they worked too, prefill and decode workers would slow down."""

@@ -96,7 +96,7 @@ FAMILIES: tuple[Family, ...] = (
     _histogram("baton_transfer_seconds", "Duration of a transfer of KV", _TRANSFER_SECONDS, "transport"),
     _counter("baton_handoffs_total", "Handoffs by verdict: verified, or why the KV was not used", "verdict"),
     _gauge("baton_kv_blocks", "KV blocks of the worker, by state; free + cached + held is the pool", *_WORKER, "state"),
-    _gauge("baton_kv_block_bytes", "Bytes of one KV block", *_WORKER),
+    _gauge("baton_kv_block_bytes", "Bytes of one KV block; 0: the worker has left the deployment", *_WORKER),
     _gauge("baton_leases", "Published KV waiting to be fetched or released", *_WORKER),
     _gauge("baton_prefix_index_blocks", "Blocks in the router's prefix index"),
     _gauge(
@@ -272,7 +272,18 @@ class Meter:
             if self._models_due <= 0:
                 self._look_at_model(worker)
         self._models_due = _MODELS_EVERY if self._models_due <= 0 else self._models_due - 1
+        for gone in self._epochs.keys() - {worker.id for worker in snapshot.workers}:
+            self._forget(gone)
         self._hand_on()
+
+    def _forget(self, worker: WorkerId) -> None:
+        """It has left the deployment. Triton can't end a series; its last figures must not stand for ever, or what scales on
+        them would never shrink. baton_kv_block_bytes 0 tells it from a worker that is down.
+        """
+        del self._epochs[worker]
+        for name, labels in self._gauges:
+            if ("worker", worker) in labels:
+                self._set(name, 0, **dict(labels))
 
     def _look_at(self, worker: WorkerView) -> None:
         # One that is gone holds nothing, whatever it said last.

@@ -163,7 +163,7 @@ class RouterService:
         health = self._deployment.health
         self._supervisor = Supervisor(self.house, health, self._control)
         channels = self._channels
-        self._channel = RouterChannel(self.house, self._supervisor, channels.place, channels.keys, health.heartbeat_s)
+        self._channel = RouterChannel(self.house, self._supervisor, channels.place, channels.keys, health)
         discovery = Discovery(channels.own, channels.sources, self._channel.connect)
         self._chores = [
             self._loop.create_task(chore)

@@ -27,11 +27,18 @@ from router.seams import Destination
 log = logging.getLogger(__name__)
 
 _PATIENCE_S = 5.0  # with workers of other hosts
+_RECONNECT_S = 2.0  # within which the channel is back once the network is
 _BACKOFF_S = (0.2, 1.0, 3.0, 10.0)  # before the first, second ... try to restart; the last one repeats
 
 
 class ModelControl(Protocol):
     """The hold on models, of this server and of others."""
+
+    def reach(self, worker: Destination) -> None:
+        """Blocks shortly. Raises BatonError when the worker's server can't be reached now.
+
+        A restart that is sent off into a broken network arrives when it is whole again, and ends a worker that is well.
+        """
 
     def restart(self, worker: Destination) -> None:
         """Load the worker's model anew; blocks until it is up. Raises BatonError."""
@@ -72,10 +79,17 @@ class Supervisor:
         self._take_out(heartbeat.worker, f"can't go on: {heartbeat.load.fault}")
 
     def cut_off(self, worker: WorkerId) -> None:
-        """The connection to a worker of another host is broken. If only that, its next heartbeat brings it back."""
+        """The connection is broken. If only that, its next heartbeat brings it back; of this host the kernel tells more."""
         if self._house.lose(worker, f"the connection to worker {worker} is broken"):
             log.warning("the connection to worker %s is broken", worker)
-            self._begin_restart(worker, _PATIENCE_S)
+            if worker not in self._pidfds:
+                self._begin_restart(worker, _PATIENCE_S)
+
+    def removed(self, worker: WorkerId) -> None:
+        """Its address is none of the deployment's any more. It may live, and be one of its workers again."""
+        self._unwatch(worker)
+        self._house.lose(worker, f"worker {worker} was removed from the deployment")
+        self._house.forget(worker)
 
     def left(self, worker: WorkerId, epoch: Epoch) -> None:
         """The worker ended because it was told to."""
@@ -137,8 +151,14 @@ class Supervisor:
             destination = self._house.destination(worker)
             if destination is None or (patience_s and self._house.fleet.is_up(worker)):
                 return
+            loop = asyncio.get_running_loop()
             try:
-                await asyncio.get_running_loop().run_in_executor(self._threads, control.restart, destination)
+                if patience_s:
+                    await loop.run_in_executor(self._threads, control.reach, destination)
+                    await asyncio.sleep(_RECONNECT_S)
+                    if self._house.fleet.is_up(worker):
+                        return
+                await loop.run_in_executor(self._threads, control.restart, destination)
             except BatonError as error:
                 log.error("worker %s could not be restarted: %s", worker, error)
             else:

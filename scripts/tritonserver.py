@@ -261,7 +261,8 @@ class TritonServer:
         """The metrics service is the last of Triton's."""
         probes = {self.http_port: "/v2/health/ready", self.metrics_port: "/metrics"}
         if self.deployment.has_front_end:
-            probes[self.openai_port] = "/health"
+            # Without workers of its own it may have to wait for others' far longer than for itself.
+            probes[self.openai_port] = "/health" if self.deployment.workers else "/health/live"
         return all(self._answers(port, path) for port, path in probes.items())
 
     def _answers(self, port: int, path: str) -> bool:

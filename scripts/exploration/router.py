@@ -494,7 +494,7 @@ class RouterWorld:
         service._loop = self.loop
         health = self._deployment.health
         service._supervisor = Supervisor(service.house, health, None)
-        service._channel = RouterChannel(service.house, service._supervisor, "place", _KEYS, health.heartbeat_s)
+        service._channel = RouterChannel(service.house, service._supervisor, "place", _KEYS, health)
         self._lines = {name: _Line(self, name, service.house.name) for name in self.nodes}
         service._channel._connections = cast(Any, self._lines)
         chores = (service._channel.beat(), service._supervisor.watch(), service._refresh())

@@ -381,6 +381,9 @@ class FlowHouse:
     def _submit(self, worker: Destination, work: Work, failed: Callable[[str], None]) -> None:
         self.workers[worker.model].hand_over(worker, work, failed)
 
+    def reach(self, worker: Destination) -> None:
+        """See router.supervisor.ModelControl."""
+
     def restart(self, worker: Destination) -> None:
         """See router.supervisor.ModelControl."""
         name = worker.model
