@@ -19,6 +19,7 @@ CHANGES = {
     "engine": {"kv_pool_mib": 32, "fake": {"prefill_us_per_token": 50, "step_us": 4000}},
     "health": {"heartbeat_s": 0.1, "silent_s": 1.5},
     "router": {"worker_wait_s": 3},
+    "transfer": {"lease_s": 2},  # KV that is held for one who was cut off is free after it
 }
 
 
