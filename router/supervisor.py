@@ -78,17 +78,22 @@ class Supervisor:
         self.seen(heartbeat)
         self._take_out(heartbeat.worker, f"can't go on: {heartbeat.load.fault}")
 
+    def take_out(self, worker: WorkerId, why: str) -> None:
+        """The worker lives and does not work: kill it, so that it is restarted. No-op where nobody restarts it."""
+        if self._control is not None:
+            self._take_out(worker, why)
+
     def cut_off(self, worker: WorkerId) -> None:
         """The connection is broken. If only that, its next heartbeat brings it back; of this host the kernel tells more."""
         if self._house.lose(worker, f"the connection to worker {worker} is broken"):
             log.warning("the connection to worker %s is broken", worker)
             if worker not in self._pidfds:
-                self._begin_restart(worker, _PATIENCE_S)
+                self._begin_restart(worker, None, _PATIENCE_S)
 
     def removed(self, worker: WorkerId) -> None:
         """Its address is none of the deployment's any more. It may live, and be one of its workers again."""
         self._unwatch(worker)
-        self._house.lose(worker, f"worker {worker} was removed from the deployment")
+        self._house.lose(worker, f"worker {worker} was removed from the deployment", died=False)
         self._house.forget(worker)
 
     def left(self, worker: WorkerId, epoch: Epoch) -> None:
@@ -96,7 +101,11 @@ class Supervisor:
         self._left.add(epoch)
         self._house.fleet.bury(epoch)
         if self._house.fleet.is_current(worker, epoch):
-            self._house.lose(worker, f"worker {worker} was unloaded")
+            self._house.lose(worker, f"worker {worker} was unloaded", died=False)
+
+    def bring_back(self, worker: WorkerId) -> None:
+        """Somebody has unloaded the worker and can't load it: try again and again."""
+        self._begin_restart(worker, None)
 
     # --- the watch ---
 
@@ -121,35 +130,39 @@ class Supervisor:
         self._unwatch(worker)
         self._house.fleet.bury(epoch)
         if epoch in self._left:
-            self._left.discard(epoch)
             return
         log.warning("worker %s died", worker)
-        self._house.lose(worker, f"worker {worker} died")
-        self._begin_restart(worker)
+        if self._house.fleet.is_current(worker, epoch):
+            self._house.lose(worker, f"worker {worker} died")
+        self._begin_restart(worker, epoch)
 
     def _take_out(self, worker: WorkerId, why: str) -> None:
         if self._house.lose(worker, f"worker {worker} {why}"):
             log.warning("worker %s %s; taking it out", worker, why)
         watched = self._pidfds.get(worker)
         if watched is None:
-            self._begin_restart(worker, _PATIENCE_S)
+            self._begin_restart(worker, None, _PATIENCE_S)
         elif self._control is not None:
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(watched[1], signal.SIGKILL)  # its death is then noticed by _died
 
-    def _begin_restart(self, worker: WorkerId, patience_s: float = 0.0) -> None:
-        """`patience_s`: it may come back by itself, or another router may see to it, so first wait for about so long."""
+    def _begin_restart(self, worker: WorkerId, died: Epoch | None, patience_s: float = 0.0) -> None:
+        """`died`: the life that is over. `patience_s`: it may come back by itself, or another router may see to it, so first
+        wait for about so long.
+        """
         running = self._restarts.get(worker)
         if self._control is not None and (running is None or running.done()):
-            task = self._bring_back(worker, patience_s, self._control)
+            task = self._bring_back(worker, died, patience_s, self._control)
             self._restarts[worker] = asyncio.get_running_loop().create_task(task)
 
-    async def _bring_back(self, worker: WorkerId, patience_s: float, control: ModelControl) -> None:
+    async def _bring_back(self, worker: WorkerId, died: Epoch | None, patience_s: float, control: ModelControl) -> None:
         await asyncio.sleep(patience_s * (1 + random.random()))
         for attempt in range(1_000_000):
             await asyncio.sleep(_BACKOFF_S[min(attempt, len(_BACKOFF_S) - 1)])
             destination = self._house.destination(worker)
-            if destination is None or (patience_s and self._house.fleet.is_up(worker)):
+            if destination is None or self._house.fleet.is_up(worker):
+                return
+            if died in self._left:  # its goodbye was read after its death was seen: somebody unloads it on purpose
                 return
             loop = asyncio.get_running_loop()
             try:

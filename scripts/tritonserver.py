@@ -96,7 +96,7 @@ class TritonServer:
         self._start_timeout_s = start_timeout_s or self.deployment.load_timeout_s + _START_TIMEOUT_S
         self._guardian: subprocess.Popen[bytes] | None = None
         run_id = secrets.token_hex(4)
-        self.run_dir = _run_base() / run_id
+        self.run_dir = run_base() / run_id
         self.log = ServerLog(self.run_dir / "server.log")
         self.shm_prefix = f"baton_{run_id}_"
 
@@ -128,12 +128,15 @@ class TritonServer:
             self.stop()
             raise
 
-    def stop(self) -> None:
-        """End the server and every process of its models, within about 8 s; remove all it left. Idempotent."""
+    def stop(self, grace_s: float = 0.0) -> None:
+        """End the server and every process of its models, within about 8 s; remove all it left. Idempotent.
+
+        `grace_s`: before that, requests that run may end within so long; new ones are refused.
+        """
         if self._guardian is not None:
-            self._say("stop")
+            self._say(f"stop {grace_s}" if grace_s else "stop")
             try:
-                self._guardian.wait(_STOP_TIMEOUT_S)
+                self._guardian.wait(grace_s + _STOP_TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 self._guardian.kill()  # the kernel then kills the server
                 self._guardian.wait()
@@ -410,7 +413,7 @@ def _python_version() -> str:
     return f"{sys.version_info.major}.{sys.version_info.minor}"
 
 
-def _run_base() -> Path:
+def run_base() -> Path:
     """The parent of run directories: short, since paths of Unix sockets may have 107 bytes only. Raises ConfigError."""
     base = Path(tempfile.gettempdir()) / f"baton-{os.getuid()}"
     if len(os.fsencode(base)) > 60:

@@ -138,6 +138,7 @@ class Heartbeat(msgspec.Struct, frozen=True, tag=True):
     events_sequence: int  # of the last BlockEvents sent
     calibration: list[StepSample] = []  # steps timed when the model was loaded
     warm_up: bool = False  # its first handoff with each other worker is slow: make one before clients do
+    draining: bool = False  # it takes no new work
 
 
 class Leaving(msgspec.Struct, frozen=True, tag=True):
@@ -176,7 +177,17 @@ class Resync(msgspec.Struct, frozen=True, tag=True):
     """Send all block hashes again."""
 
 
-ToWorker = RouterHeartbeat | Abort | ReleaseLease | Resync
+class Drain(msgspec.Struct, frozen=True, tag=True):
+    """Tell routers to send nothing new; after `grace_s` hand back what is not finished."""
+
+    grace_s: float
+
+
+class Resume(msgspec.Struct, frozen=True, tag=True):
+    """Take work again."""
+
+
+ToWorker = RouterHeartbeat | Abort | ReleaseLease | Resync | Drain | Resume
 
 from_worker_decoder = msgspec.msgpack.Decoder(FromWorker)
 to_worker_decoder = msgspec.msgpack.Decoder(ToWorker)

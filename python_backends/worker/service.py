@@ -8,15 +8,16 @@ import secrets
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from python_backends.core.config import Deployment, WorkerConfig
 from python_backends.core.curve import CurveKeys
-from python_backends.core.errors import InvalidRequest, TritonCode
+from python_backends.core.errors import InvalidRequest, TritonCode, Unavailable
 from python_backends.core.host import host_id
 from python_backends.core.messages import (
     Abort,
     BlockEvents,
+    Drain,
     Heartbeat,
     Leaving,
     Output,
@@ -25,6 +26,7 @@ from python_backends.core.messages import (
     PrefillWork,
     ReleaseLease,
     RequestFailed,
+    Resume,
     Resync,
     StepSample,
     TokenChunk,
@@ -35,6 +37,7 @@ from python_backends.core.place import place_of
 from python_backends.core.types import Epoch, GenerateRequest, RequestId, Role
 from python_backends.engines.base import CacheChange, EngineFactory, StepReporter, create_engine
 from python_backends.worker.channel import ChannelFactory, WorkerChannel
+from python_backends.worker.drain import DrainState
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +71,7 @@ class Worker:
         self._orders = OrderReader(key, self._place.worker, self._epoch)
         self._engine = engine_of(deployment, config, self._epoch, key)
         self._sequence = 0
+        self._drain = DrainState()
         self._live: dict[str, dict[RequestId, float]] = {}  # requests and their deadlines, by router that is known now
         self._live_lock = threading.Lock()
         health = deployment.health
@@ -91,8 +95,13 @@ class Worker:
             log.warning("worker %s: no router has answered yet; going on without", self._config.name)
 
     def submit(self, sealed: bytes) -> int:
-        """Hand work to the engine; returns how many pieces. Raises InvalidRequest for work that no router meant for it now."""
+        """Hand work to the engine; returns how many pieces. Raises InvalidRequest for work that no router meant for it now.
+
+        Raises Unavailable when this worker has been drained.
+        """
         work = self._orders.take(sealed)
+        if self._drain.over:
+            raise Unavailable(f"worker {self._config.name} is drained")
         role = self._config.role
         for piece in work:
             if isinstance(piece, PrefillWork) is not (role is Role.PREFILL):
@@ -138,6 +147,8 @@ class Worker:
     # --- on the channel's thread ---
 
     def heartbeat(self) -> Heartbeat:
+        if self._drain.is_time_to_leave():
+            self._hand_back()
         self._forget_overdue()
         info = self._engine.info
         return Heartbeat(
@@ -157,6 +168,7 @@ class Worker:
             events_sequence=self._sequence,
             calibration=list(self._engine.calibration()) if isinstance(self._engine, StepReporter) else [],
             warm_up=info.warm_up,
+            draining=self._drain.draining,
         )
 
     def told(self, message: ToWorker) -> None:
@@ -169,6 +181,10 @@ class Worker:
                 self._engine.release(lease_id, message.end)
         elif isinstance(message, Resync):
             self._engine.resync()
+        elif isinstance(message, Drain):
+            self._drain.begin(message.grace_s)
+        elif isinstance(message, Resume):
+            self._drain.end()
 
     def router_found(self, router: str) -> None:
         with self._live_lock:
@@ -180,10 +196,23 @@ class Worker:
         if not orphans:
             return None
         log.warning("worker %s: aborting %d requests of router %s", self._config.name, len(orphans), router)
-        for request_id in orphans:
+        return self._give_up(orphans, f"worker {self._config.name} heard nothing from its router")
+
+    def _hand_back(self) -> None:
+        """Have the routers continue elsewhere what is not finished."""
+        with self._live_lock:
+            live = {router: list(requests) for router, requests in self._live.items() if requests}
+            for requests in self._live.values():
+                requests.clear()
+        for router, orphans in live.items():
+            log.info("worker %s: handing back %d requests of router %s", self._config.name, len(orphans), router)
+            self._channel.send(self._give_up(orphans, f"worker {self._config.name} is drained"), router)
+
+    def _give_up(self, request_ids: Collection[RequestId], why: str) -> Outputs:
+        """Abort them; returns what to tell their router."""
+        for request_id in request_ids:
             self._engine.abort(request_id)
-        why = f"worker {self._config.name} heard nothing from its router"
-        failed: list[Output] = [RequestFailed(id, TritonCode.UNAVAILABLE, why, retryable=True) for id in orphans]
+        failed: list[Output] = [RequestFailed(id, TritonCode.UNAVAILABLE, why, retryable=True) for id in request_ids]
         return Outputs(self._place.worker, self._epoch, failed)
 
     # --- which requests are whose ---

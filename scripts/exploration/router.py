@@ -46,6 +46,7 @@ from python_backends.engines.base import Engine
 from python_backends.worker.channel import ChannelListener
 from python_backends.worker.service import Worker
 from router.channel import RouterChannel
+from router.fleet import WorkerView
 from router.journal import Record
 from router.run import Run
 from router.seams import Destination, Snapshot
@@ -80,7 +81,7 @@ def _deployment(roles: Sequence[Role]) -> Deployment:
         engine=EngineConfig(block_size=4, max_batch=4, step_tokens=8, max_queue=5),
         transfer=TransferConfig(lease_s=_LEASE_S, timeout_s=0.5),
         router=RouterConfig(max_requests=_MAX_REQUESTS, worker_wait_s=10.0, default_deadline_s=_LONG_S),
-        health=HealthConfig(heartbeat_s=1.0, silent_s=_SILENT_S),
+        health=HealthConfig(heartbeat_s=1.0, silent_s=_SILENT_S, canary_s=0),
     )
 
 
@@ -116,6 +117,12 @@ class _Observer:
 
     def warmed(self, verdict: str) -> None:
         """No engine here asks for it."""
+
+    def probed(self, worker: WorkerView, verdict: str) -> None:
+        """There are no canaries here: they would fill the histories with themselves."""
+
+    def paired(self, prefill: WorkerId, decode: WorkerId, verdict: str) -> None:
+        """As above."""
 
     def tokens(self, count: int, gap_s: float) -> None:
         """Time is not real."""
