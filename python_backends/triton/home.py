@@ -11,13 +11,12 @@ import contextlib
 import os
 import secrets
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from python_backends.core.config import Deployment, load_deployment
 from python_backends.core.errors import ConfigError
-from python_backends.core.paths import repository_root
+from python_backends.core.paths import repository_root, run_base
 
 _KEY_BYTES = 32
 
@@ -48,7 +47,7 @@ def _run_dir() -> Path:
     if given:
         path = Path(given)
     else:
-        base = Path(tempfile.gettempdir()) / f"baton-{os.getuid()}"
+        base = run_base()
         path = base / _process_name(os.getppid())
         _sweep(base)
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
