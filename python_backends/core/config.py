@@ -89,6 +89,44 @@ class TransferConfig(Section, frozen=True):
     ] = {}
 
 
+class RemoteStoreConfig(Section, frozen=True):
+    servers: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="Redis servers, redis://HOST:PORT/DB or rediss:// with TLS. Several share the blocks by consistent "
+            "hashing. None: no remote store."
+        ),
+    ] = ()
+    cluster: Annotated[
+        bool, Meta(description="The servers are nodes of one Redis Cluster, which shares the blocks itself.")
+    ] = False
+    username: Annotated[str, Meta(description="ACL user. Empty: the default user.")] = ""
+    password_file: Annotated[str, Meta(description="File with the password. Empty: none.")] = ""
+    ca_file: Annotated[str, Meta(description="TLS: who signed the servers' certificates. Empty: those the system trusts.")] = ""
+    cert_file: Annotated[str, Meta(description="TLS: this side's certificate, for servers that want one.")] = ""
+    key_file: Annotated[str, Meta(description="TLS: the key of cert_file.")] = ""
+    ttl_s: Annotated[Positive, Meta(description="Seconds that a block is kept after its last use.")] = 86_400
+    budget_mib: Annotated[
+        NonNegative,
+        Meta(description="MiB a server may use before the oldest blocks give way to new ones. 0: as its own maxmemory says."),
+    ] = 0
+
+
+class StoreConfig(Section, frozen=True):
+    node_mib: Annotated[
+        NonNegative, Meta(description="Node store: MiB of shared memory per host for all of its workers. 0: none.")
+    ] = 0
+    remote: RemoteStoreConfig = RemoteStoreConfig()
+    fill: Annotated[
+        Literal["publish", "evict"],
+        Meta(description="Blocks are stored as soon as they are full (publish), or when they come near eviction (evict)."),
+    ] = "publish"
+    queue_blocks: Annotated[Positive, Meta(description="Blocks that may wait to be stored; older ones are dropped.")] = 4096
+    read_timeout_s: Annotated[
+        PositiveSeconds, Meta(description="Seconds that reading from the stores may take; what is late is computed.")
+    ] = 0.25
+
+
 class RouterConfig(Section, frozen=True):
     mode: Annotated[
         Literal["auto", "remote", "local", "aggregated"],
@@ -133,6 +171,7 @@ class Deployment(Section, frozen=True, kw_only=True):
     workers: Annotated[tuple[WorkerConfig, ...], Meta(min_length=1)]
     engine: EngineConfig = EngineConfig()
     transfer: TransferConfig = TransferConfig()
+    store: StoreConfig = StoreConfig()
     router: RouterConfig = RouterConfig()
     health: HealthConfig = HealthConfig()
     security: SecurityConfig = SecurityConfig()

@@ -17,6 +17,7 @@ from python_backends.core.types import (
     KVReport,
     RequestId,
     Role,
+    StoreReport,
     TokenLogprob,
     WorkerId,
     WorkerLoad,
@@ -74,6 +75,7 @@ class PrefillDone(msgspec.Struct, frozen=True, tag=True):
     reused_tokens: int  # prefix hit on the prefill worker
     computed_tokens: int
     compute_ms: float  # from the first chunk's start to the published ticket
+    stored: StoreReport = StoreReport()
 
 
 class KVReady(msgspec.Struct, frozen=True, tag=True):

@@ -122,11 +122,24 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
     top: list[tuple[int, float]] = []  # the n likeliest, best first
 
 
+class StoreReport(msgspec.Struct, frozen=True):
+    """What a worker took from the stores for one request, verified."""
+
+    node_tokens: int = 0
+    remote_tokens: int = 0
+    bytes: int = 0
+    ms: float = 0.0  # looking included, also when nothing was found
+
+    @property
+    def tokens(self) -> int:
+        return self.node_tokens + self.remote_tokens
+
+
 class KVReport(msgspec.Struct, frozen=True):
     """Where the KV of a request's prompt came from, counted by the decode worker as it happened.
 
-    received + reused + recomputed + computed covers every prompt token but the last one or so, whose KV is always
-    computed to get the logits.
+    received + reused + stored + recomputed + computed covers every prompt token but the last one or so, whose KV is
+    always computed to get the logits.
     """
 
     reused_tokens: int = 0  # already in this worker's prefix cache
@@ -138,6 +151,7 @@ class KVReport(msgspec.Struct, frozen=True):
     compute_ms: float = 0.0  # from the first step here to the first token sampled here
     digest: str = "none"  # verified | none | the RefusalReason value
     transport: str = ""
+    stored: StoreReport = StoreReport()
 
 
 class WorkerLoad(msgspec.Struct, frozen=True):

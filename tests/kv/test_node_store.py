@@ -61,7 +61,7 @@ def put(store: NodeStore, pool: Pool, names: Sequence[BlockHash]) -> None:
 def read_all(store: NodeStore, pool: Pool, names: Sequence[BlockHash]) -> int:
     """How many leading blocks come, each checked."""
     targets = list(range(pool.memory.num_blocks - len(names), pool.memory.num_blocks))
-    count = store.read(names, pool.memory, targets, soon())
+    count = store.read(names, pool.memory.blocks, targets, soon())
     assert pool.holds(names[:count], targets[:count])
     return count
 
@@ -92,14 +92,14 @@ def test_only_the_leading_blocks_count(join: Join, pool: Pool) -> None:
     store, names = join(), hashes(10)
     put(store, pool, names[:4] + names[5:])
     assert store.count(names, soon()) == read_all(store, pool, names) == 4
-    assert store.count([], soon()) == store.read([], pool.memory, [], soon()) == 0
+    assert store.count([], soon()) == store.read([], pool.memory.blocks, [], soon()) == 0
     assert store.count(names[4:], soon()) == 0
 
 
 def test_a_passed_deadline_reads_nothing(join: Join, pool: Pool) -> None:
     store, names = join(), hashes(3)
     put(store, pool, names)
-    assert store.read(names, pool.memory, [0, 1, 2], time.monotonic() - 1) == 0
+    assert store.read(names, pool.memory.blocks, [0, 1, 2], time.monotonic() - 1) == 0
 
 
 def test_what_is_there_is_not_written_again(join: Join, pool: Pool) -> None:
@@ -407,7 +407,7 @@ while time.monotonic() < end:
         store.write(pool.offer(some), pool.memory)
     else:
         targets = rng.sample(range(pool.memory.num_blocks), count)
-        got = store.read(some, pool.memory, targets, time.monotonic() + 5)
+        got = store.read(some, pool.memory.blocks, targets, time.monotonic() + 5)
         good += got
         wrong += not pool.holds(some[:got], targets[:got])
 print(wrong, good, store.counts().corrupt, flush=True)

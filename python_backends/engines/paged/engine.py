@@ -1,8 +1,8 @@
 """The paged engine: one thread that takes requests, schedules steps, runs the model, publishes and fetches KV.
 
 All state - pool, scheduler, leases, sequences - belongs to that thread. Other threads only put calls into its inbox.
-Transfers run on their own small pool, so that a slow or hanging one never delays a running stream; what they write into
-stays owned by the sequence until they have returned.
+Transfers and reads from the stores run on their own small pools of threads, so that a slow or hanging one never delays a
+running stream; what they write into stays owned by the sequence until they have returned.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ from python_backends.core.errors import BatonError, ConfigError, HandoffRefused,
 from python_backends.core.handoff import TICKET_VERSION, KVHandoff, seal, unseal
 from python_backends.core.messages import KVReady, Output, PrefillDone, RequestFailed, TokenChunk
 from python_backends.core.types import (
+    BlockHash,
     Epoch,
     FinishReason,
     GenerateRequest,
     KVReport,
     RequestId,
+    StoreReport,
     WorkerId,
     WorkerLoad,
 )
@@ -34,15 +36,19 @@ from python_backends.engines.base import CacheChange, EngineInfo, OnOutputs
 from python_backends.engines.paged.runner import Draw, ModelRunner, Sampled, Slice
 from python_backends.engines.paged.scheduler import Scheduler
 from python_backends.engines.paged.sequence import Sequence
+from python_backends.engines.paged.store_feed import StoreFeed
 from python_backends.kv.block_pool import BlockPool
 from python_backends.kv.lease import LeaseTable
 from python_backends.kv.memory import PoolMemory
+from python_backends.kv.store import create_stores
+from python_backends.kv.store.stores import Loaded, Stores
 from python_backends.kv.transfer import create_transport
 from python_backends.kv.transfer.base import block_digest
 
 log = logging.getLogger(__name__)
 
 _FETCH_THREADS = 2
+_LOAD_THREADS = 2  # reading from the stores
 _REMEMBERED_ABORTS = 10_000  # aborts that overtook their request
 _IDLE_WAKE_S = 0.25  # how often an idle engine looks at deadlines
 
@@ -55,6 +61,7 @@ class PagedEngine:
     def __init__(self, deployment: Deployment, worker: WorkerConfig, runner: ModelRunner, epoch: Epoch, key: bytes) -> None:
         self._config = deployment.engine
         self._transfer = deployment.transfer
+        self._store = deployment.store
         self._max_context = deployment.model.max_context
         self._pool_mib = worker.kv_pool_mib or deployment.engine.kv_pool_mib
         self._worker = WorkerId(worker.name)
@@ -73,7 +80,10 @@ class PagedEngine:
         self._load = WorkerLoad()
         self._thread: threading.Thread | None = None
         self._fetchers = ThreadPoolExecutor(_FETCH_THREADS, thread_name_prefix="fetch")
+        self._loaders = ThreadPoolExecutor(_LOAD_THREADS, thread_name_prefix="load")
         self._memory: PoolMemory | None = None
+        self._stores: Stores | None = None
+        self._feed: StoreFeed | None = None
 
     # --- the Engine contract -------------------------------------------------------------------------------------------
 
@@ -93,6 +103,10 @@ class PagedEngine:
         self._leases = LeaseTable(self._pool)
         self._scheduler = Scheduler(self._pool, layout.block_size, self._config.max_batch, self._config.step_tokens)
         self._runner.attach(memory)
+        self._stores = create_stores(self._store, layout, self._runner.fingerprint, memory, self._key)
+        if self._stores is not None:
+            early = self._store.fill == "publish"
+            self._feed = StoreFeed(self._stores, self._pool, memory, self._runner.export_blocks, early=early)
         max_context = min(self._max_context or self._runner.max_positions, self._runner.max_positions)
         self.info = EngineInfo(
             layout=layout,
@@ -127,6 +141,9 @@ class PagedEngine:
             self._thread.join(timeout=30)
             self._thread = None
         self._fetchers.shutdown(wait=True, cancel_futures=True)
+        self._loaders.shutdown(wait=True, cancel_futures=True)
+        if self._stores is not None:
+            self._stores.close()
         self._transport.close()
         self._runner.close()
         if self._memory is not None:
@@ -180,6 +197,10 @@ class PagedEngine:
             log.exception("step failed")
             self._fail_batch(batch, error)
         else:
+            if self._stores is not None:
+                prompt_tokens = sum(count for _, count in batch if count > 1)
+                if prompt_tokens:
+                    self._stores.computed(prompt_tokens, time.monotonic() - now)
             for (sequence, count), sampled in zip(batch, results, strict=True):
                 self._advance(sequence, count, sampled)
         return True
@@ -225,6 +246,8 @@ class PagedEngine:
 
     def _cache_change(self) -> CacheChange | None:
         stored, removed = self._pool.take_changes()
+        if self._feed is not None:
+            self._feed.changed(stored, removed)
         if self._reset_events:
             self._reset_events = False
             return CacheChange(stored=list(self._pool.hashes()), removed=[], reset=True)
@@ -258,6 +281,9 @@ class PagedEngine:
         self._arrivals += 1
         root = chain_root(self.info.fingerprint, request.salt)
         sequence = Sequence(request, prefill_only, self._arrivals, self.info.layout.block_size, root)
+        if self._feed is not None:
+            sequence.seeks_store = True
+            self._feed.reused(sequence.hashes[: self._pool.match(sequence.reusable_hashes())])
         if ticket is not None:
             self._read_ticket(sequence, ticket)
         self._scheduler.add(sequence)
@@ -332,8 +358,9 @@ class PagedEngine:
                 ticket=seal(handoff, self._key) if handoff else None,
                 lease_id=handoff.lease_id if handoff else None,
                 reused_tokens=sequence.reused_tokens,
-                computed_tokens=sequence.num_given - sequence.reused_tokens,
+                computed_tokens=sequence.num_given - sequence.reused_tokens - sequence.stored.tokens,
                 compute_ms=(time.monotonic() - sequence.started) * 1e3,
+                stored=sequence.stored,
             )
         )
 
@@ -408,7 +435,9 @@ class PagedEngine:
     def _begin_fetch(self, sequence: Sequence) -> None:
         """Fetch the handed blocks that are not cached here. The blocks belong to the transfer until it returns."""
         handoff = sequence.handoff
-        assert handoff is not None
+        if handoff is None:
+            self._begin_load(sequence)
+            return
         wanted = range(sequence.num_published, len(handoff.blocks))
         if not wanted:
             self._inbox.put(partial(self._end_fetch, sequence, 0, 0.0, None))
@@ -441,8 +470,11 @@ class PagedEngine:
             self._accept(sequence, handoff, num_blocks, taken_ms)
         else:
             self._refused(sequence, refused)
-        self._scheduler.fetched(sequence)
         self._outputs.append(KVReady(sequence.id, sequence.lease_id, self._report(sequence)))
+        if sequence.may_be_stored:
+            self._begin_load(sequence)
+        else:
+            self._scheduler.fetched(sequence)
 
     def _accept(self, sequence: Sequence, handoff: KVHandoff, num_blocks: int, taken_ms: float) -> None:
         first = len(handoff.blocks) - num_blocks
@@ -460,6 +492,37 @@ class PagedEngine:
         log.warning("request %s: handoff refused, recomputing: %s", sequence.id, refused)
         sequence.refusal = refused.reason.value
 
+    # --- reading from the stores ---------------------------------------------------------------------------------------
+
+    def _begin_load(self, sequence: Sequence) -> None:
+        """Look for the uncached full blocks in the stores. The blocks belong to the reading thread until it is done."""
+        span = slice(sequence.num_published, len(sequence.reusable_hashes()))
+        self._loaders.submit(self._load_blocks, sequence, sequence.hashes[span], sequence.blocks[span])
+
+    def _load_blocks(self, sequence: Sequence, hashes: list[BlockHash], targets: list[int]) -> None:
+        """On a reading thread."""
+        loaded = Loaded()
+        try:
+            assert self._stores is not None
+            loaded = self._stores.load(hashes, targets, time.monotonic() + self._store.read_timeout_s)
+        except Exception:  # a sequence must never be lost because a store has a bug
+            log.exception("reading from the stores failed")
+        self._inbox.put(partial(self._end_load, sequence, loaded))
+
+    def _end_load(self, sequence: Sequence, loaded: Loaded) -> None:
+        if sequence.doomed:
+            self._scheduler.drop_fetching(sequence)
+            return
+        first = sequence.num_published
+        self._runner.import_blocks(sequence.blocks[first : first + loaded.blocks])
+        if sequence.is_fresh:
+            tokens = {f"{name}_tokens": blocks * sequence.block_size for name, blocks in loaded.of_tier.items()}
+            num_bytes = loaded.blocks * self.info.layout.block_bytes
+            sequence.stored = StoreReport(**tokens, bytes=num_bytes, ms=loaded.seconds * 1e3)
+        sequence.num_computed += loaded.blocks * sequence.block_size
+        self._scheduler.publish_full_blocks(sequence)
+        self._scheduler.fetched(sequence)
+
     def _report(self, sequence: Sequence) -> KVReport:
         return KVReport(
             reused_tokens=sequence.reused_tokens,
@@ -471,6 +534,7 @@ class PagedEngine:
             compute_ms=sequence.compute_ms,
             digest=sequence.refusal,
             transport=self._transport.name if sequence.was_handed else "",
+            stored=sequence.stored,
         )
 
     def _require_memory(self) -> PoolMemory:

@@ -54,8 +54,8 @@ class StoreTier(Protocol):
     def count(self, hashes: Sequence[BlockHash], deadline: float) -> int:
         """How many leading hashes seem to be here now."""
 
-    def read(self, hashes: Sequence[BlockHash], into: PoolMemory, blocks: Sequence[int], deadline: float) -> int:
-        """Copy leading blocks into `into.blocks[blocks[i]]` and verify them; returns how many.
+    def read(self, hashes: Sequence[BlockHash], into: npt.NDArray[np.uint8], blocks: Sequence[int], deadline: float) -> int:
+        """Copy leading blocks into `into[blocks[i]]`, uint8 [any, block_bytes], and verify them; returns how many.
 
         When it has returned, nobody writes into `into` any more; destinations behind the returned count hold anything.
         """

@@ -87,8 +87,9 @@ class NodeStore:
         for place in base.glob("node-*"):
             sweep(place, MEMORY_NAME)
         self.place = base / f"node-{self._header[8:16].hex()}"
+        self._memory: mmap.mmap | None = None
         self._membership = join(self.place, MEMORY_NAME, self._create, self._is_it)
-        self._map(mmap.mmap(self._membership.fd, 0))
+        self._map(self._memory or mmap.mmap(self._membership.fd, 0))
 
     # --- StoreTier ----------------------------------------------------------------------------------------------------
 
@@ -99,7 +100,7 @@ class NodeStore:
         slots = self._find(_keys_of(hashes))
         return _leading((slots >= 0) & (self._generations[slots] & 1 == 0))
 
-    def read(self, hashes: Sequence[BlockHash], into: PoolMemory, blocks: Sequence[int], deadline: float) -> int:
+    def read(self, hashes: Sequence[BlockHash], into: npt.NDArray[np.uint8], blocks: Sequence[int], deadline: float) -> int:
         """See StoreTier. numpy gives up the GIL while it copies."""
         if not hashes:
             return 0
@@ -163,8 +164,8 @@ class NodeStore:
 
     def _create(self) -> int:
         size = self._offsets()[-1] + self._num_slots * self._block_bytes
-        fd, memory = create_memory(MEMORY_NAME, size, "the node store", "store.node_mib")
-        memory[: len(self._header)] = self._header
+        fd, self._memory = create_memory(MEMORY_NAME, size, "the node store", "store.node_mib")
+        self._memory[: len(self._header)] = self._header
         return fd
 
     def _is_it(self, fd: int) -> bool:
@@ -261,17 +262,17 @@ class NodeStore:
 
     # --- reading ------------------------------------------------------------------------------------------------------
 
-    def _read_piece(self, keys: Array, slots: npt.NDArray[np.intp], into: PoolMemory, blocks: Sequence[int]) -> int:
+    def _read_piece(self, keys: Array, slots: npt.NDArray[np.intp], into: npt.NDArray[np.uint8], blocks: Sequence[int]) -> int:
         """Copy and verify; returns how many leading blocks are good."""
         before = self._generations[slots]
         digests = self._digests[slots]
         good = (before & 1 == 0) & (self._keys[slots] == keys).all(axis=1)
         count = _leading(good)
         for slot, block in zip(slots[:count].tolist(), blocks, strict=False):
-            into.blocks[block] = self._blocks[slot]
+            into[block] = self._blocks[slot]
         count = _leading(good & (self._generations[slots] == before))  # what is overwritten meanwhile is another's
         for position in range(count):
-            if block_digest(into.blocks[blocks[position]]) != digests[position].tobytes():
+            if block_digest(into[blocks[position]]) != digests[position].tobytes():
                 self._discard(int(slots[position]), int(before[position]))
                 return position
         return count
