@@ -9,21 +9,24 @@ import asyncio
 import secrets
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 from python_backends.core.block_hash import block_hashes, chain_root
 from python_backends.core.config import Deployment
 from python_backends.core.errors import InvalidRequest, Unavailable
-from python_backends.core.messages import BlockEvents, Heartbeat, Outputs, PrefillDone
-from python_backends.core.types import RequestId, Role, WorkerId
+from python_backends.core.messages import BlockEvents, Heartbeat, Located, Outputs, PrefillDone
+from python_backends.core.types import BlockHash, RequestId, Role, WorkerId
 from router.admission import Admission
 from router.fleet import Fleet
 from router.mailroom import Mailroom
+from router.node_memory import NodeMemory
 from router.policy import Query, choose
 from router.prefix_index import PrefixIndex
 from router.seams import Calls, Observer
 from router.tokenizer import Tokenizer
-from router.types import ClientRequest, RouteDecision, Wish
+from router.types import ClientRequest, RouteDecision, Way, Wish
 
+_LOCATE_S = 0.05  # that a decode worker may take to look into its stores
 _LONG_PROMPT_BYTES = 4_000  # from here on a prompt is tokenised off the event loop
 
 
@@ -37,11 +40,14 @@ class House:
         self.fleet = Fleet()
         self.index = PrefixIndex()
         self.mailroom = Mailroom()
+        self.node_memory = NodeMemory()
         self.admission = Admission(self.config.max_requests, self.config.max_queued_tokens)
         self._encoders = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
         self._requests = 0
+        self._questions = 0
 
     def close(self) -> None:
+        self.node_memory.close()
         self._encoders.shutdown(wait=False, cancel_futures=True)
 
     # --- for a request ---
@@ -77,9 +83,10 @@ class House:
         while True:
             workers = self.fleet.up()
             self._check_length(len(tokens))
-            decision = choose(
-                Query(len(tokens), self._matches(tokens, salt), wish, self.config.local_prefill_tokens, avoid), workers
-            )
+            query = Query(len(tokens), self._matches(tokens, salt), wish, self.config.local_prefill_tokens, avoid=avoid)
+            decision = choose(query, workers)
+            if decision is not None and decision.way is Way.REMOTE and wish is Wish.AUTO:
+                decision = await self._ask_stores(query, decision, tokens, salt) or decision
             if decision is not None:
                 self.observer.decided(decision.way)
                 return decision
@@ -87,6 +94,37 @@ class House:
                 up = ", ".join(worker.id for worker in workers) or "none"
                 raise Unavailable(f"no decode or aggregated worker is up (up: {up}); try again in a moment")
             await self.fleet.wait_for_change(give_up - time.monotonic())
+
+    async def _ask_stores(self, query: Query, decision: RouteDecision, tokens: list[int], salt: str) -> RouteDecision | None:
+        """The decision, now that the chosen decode worker has said what its stores have. None when they change nothing."""
+        worker = self.fleet.get(decision.decode)
+        if worker is None or not worker.heartbeat.stores:
+            return None
+        size, fingerprint = worker.heartbeat.layout.block_size, worker.heartbeat.fingerprint
+        matched = query.matched.get(worker.id, 0)
+        hashes = block_hashes(tokens[:-1], size, chain_root(fingerprint, salt))[matched // size :]
+        stored = matched + size * await self._locate(worker.id, hashes)
+        if stored == matched:
+            return None
+        # The other workers of this model have the same stores, and can use the blocks if they have those before them.
+        sharing = [w for w in self.fleet.up() if w.heartbeat.stores and w.heartbeat.fingerprint == fingerprint]
+        able = {w.id: stored for w in sharing if query.matched.get(w.id, 0) >= matched}
+        return choose(replace(query, stored=able), self.fleet.up())
+
+    async def _locate(self, worker: WorkerId, hashes: list[BlockHash]) -> int:
+        """Leading blocks that the worker finds in its stores; 0 when it does not say in time."""
+        self._questions += 1
+        question = RequestId(f"{self.name}.s{self._questions}")
+        with self.mailroom.box(question, worker) as box:
+            self.calls.locate(worker, question, hashes)
+            answering = asyncio.ensure_future(box.get())
+            try:
+                # Not wait_for: before Python 3.12 it loses a cancellation that comes together with the answer.
+                await asyncio.wait({answering}, timeout=_LOCATE_S)
+                answer = answering.result() if answering.done() else None
+            finally:
+                answering.cancel()
+        return answer.blocks if isinstance(answer, Located) else 0
 
     def _check_length(self, num_tokens: int) -> None:
         known = [worker for worker in self.fleet if worker.role is not Role.PREFILL]
@@ -115,6 +153,8 @@ class House:
         if known is not None and known.up and known.epoch != heartbeat.epoch:
             self.lose(heartbeat.worker, f"worker {heartbeat.worker} was restarted")
         self.fleet.hear(heartbeat, now)
+        if heartbeat.node_place:
+            self.node_memory.named(heartbeat.node_place, now)
         return self.index.is_behind(heartbeat.worker, heartbeat.epoch, heartbeat.events_sequence)
 
     def hear_outputs(self, outputs: Outputs) -> None:

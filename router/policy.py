@@ -1,7 +1,7 @@
 """How a request is served and by whom: a pure function of the fleet, the prefix matches and the wish.
 
-1. A decode worker that has all but a few tokens of the prompt computes the rest itself, unless it is much busier than
-   the others: `cached` when only tokens outside full blocks are missing, else `local`.
+1. A decode worker that has all but a few tokens of the prompt, or finds them in its stores, computes the rest itself,
+   unless it is much busier than the others: `cached` when only tokens outside full blocks are missing, else `local`.
 2. Otherwise the least busy decode worker is taken, and the prefill worker that is done with the prompt first, counted
    in tokens ahead of it plus tokens that it has not cached: `remote`.
 3. Without prefill workers the decode worker does it (`local`); without decode workers an aggregated one (`aggregated`).
@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from python_backends.core.types import Role, WorkerId
 from router.fleet import WorkerView
@@ -27,6 +27,7 @@ class Query:
     matched: Mapping[WorkerId, int]  # leading prompt tokens each worker is believed to have
     wish: Wish
     local_prefill_tokens: int
+    stored: Mapping[WorkerId, int] = field(default_factory=dict)  # the same, with what it finds in its stores
     avoid: Collection[WorkerId] = ()  # workers that failed this request; taken only if there is no other
 
 
@@ -38,7 +39,7 @@ def choose(query: Query, workers: Sequence[WorkerView]) -> RouteDecision | None:
         return _aggregated(query, aggregated, "as asked" if query.wish is Wish.AGGREGATED else "no decode worker is up")
     if not decodes:
         return None
-    idle = min(decodes, key=lambda w: (w.requests, -query.matched.get(w.id, 0), w.id))
+    idle = min(decodes, key=lambda w: (w.requests, -_has(query, w), w.id))
     near = None if query.wish is Wish.REMOTE else _nearly_cached(query, decodes, idle.requests)
     if near is not None:
         return _on_decode_worker(query, near)
@@ -67,21 +68,30 @@ def _nearly_cached(query: Query, decodes: Sequence[WorkerView], fewest: int) -> 
 
 
 def _uncached(query: Query, worker: WorkerView) -> int:
-    return query.num_tokens - query.matched.get(worker.id, 0)
+    return query.num_tokens - _has(query, worker)
+
+
+def _has(query: Query, worker: WorkerView) -> int:
+    return max(query.matched.get(worker.id, 0), query.stored.get(worker.id, 0))
+
+
+def _where(query: Query, worker: WorkerView) -> str:
+    """Of what the worker has of the prompt."""
+    return "in the stores" if query.stored.get(worker.id, 0) > query.matched.get(worker.id, 0) else "cached"
 
 
 def _on_decode_worker(query: Query, worker: WorkerView) -> RouteDecision:
     uncached = _uncached(query, worker)
     size = worker.heartbeat.layout.block_size
     if query.num_tokens - uncached == (query.num_tokens - 1) // size * size > 0:
-        why = f"{worker.id} has every full block of the prompt; {uncached} tokens are left"
+        why = f"{worker.id} has every full block of the prompt {_where(query, worker)}; {uncached} tokens are left"
         return RouteDecision(Way.CACHED, None, worker.id, uncached, why)
     return _local(query, worker, f"{uncached} uncached tokens are at most router.local_prefill_tokens")
 
 
 def _local(query: Query, worker: WorkerView, reason: str) -> RouteDecision:
     uncached = _uncached(query, worker)
-    why = f"{reason}; {worker.id} has {query.num_tokens - uncached} of {query.num_tokens} tokens cached"
+    why = f"{reason}; {worker.id} has {query.num_tokens - uncached} of {query.num_tokens} tokens {_where(query, worker)}"
     return RouteDecision(Way.LOCAL, None, worker.id, uncached, why)
 
 
@@ -97,5 +107,5 @@ def _remote(query: Query, prefills: Sequence[WorkerView], decode: WorkerView) ->
 
 def _aggregated(query: Query, workers: Sequence[WorkerView], reason: str) -> RouteDecision:
     best = min(workers, key=lambda w: (w.prefill_tokens + _uncached(query, w), w.requests, w.id))
-    why = f"{reason}; {best.id} has {query.matched.get(best.id, 0)} of {query.num_tokens} tokens cached"
+    why = f"{reason}; {best.id} has {_has(query, best)} of {query.num_tokens} tokens {_where(query, best)}"
     return RouteDecision(Way.AGGREGATED, None, best.id, _uncached(query, best), why)

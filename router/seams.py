@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from python_backends.core.errors import BatonError
 from python_backends.core.messages import Work
-from python_backends.core.types import RequestId, WorkerId
+from python_backends.core.types import BlockHash, RequestId, WorkerId
 from router.types import Outcome, Piece, Proof, Way
 
 if TYPE_CHECKING:
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Calls(Protocol):
-    """Everything said to workers. All three return at once; outputs come to the mailroom.
+    """Everything said to workers. All return at once; outputs come to the mailroom.
 
     Work that can't be handed over ends as a retryable RequestFailed in its box.
     """
@@ -24,6 +25,8 @@ class Calls(Protocol):
     def abort(self, worker: WorkerId, request_id: RequestId) -> None: ...
 
     def release(self, worker: WorkerId, lease_id: str) -> None: ...
+
+    def locate(self, worker: WorkerId, request_id: RequestId, hashes: Sequence[BlockHash]) -> None: ...
 
 
 class Reply(Protocol):

@@ -9,15 +9,15 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import Any, Protocol
 
 from python_backends.core.config import Deployment
 from python_backends.core.errors import Cancelled, DeadlineExceeded, EngineFailure, Unavailable
-from python_backends.core.messages import Abort, ReleaseLease, Work
-from python_backends.core.types import RequestId, WorkerId
+from python_backends.core.messages import Abort, Locate, ReleaseLease, Work
+from python_backends.core.types import BlockHash, RequestId, WorkerId
 from router.channel import RouterChannel
 from router.house import House
 from router.run import Run
@@ -132,6 +132,9 @@ class RouterService:
     def release(self, worker: WorkerId, lease_id: str) -> None:
         self._channel.send(worker, ReleaseLease([lease_id]))
 
+    def locate(self, worker: WorkerId, request_id: RequestId, hashes: Sequence[BlockHash]) -> None:
+        self._channel.send(worker, Locate(request_id, list(hashes)))
+
     # --- opening and shutting, on the loop ---
 
     async def _open(self) -> None:
@@ -162,6 +165,7 @@ class RouterService:
     async def _refresh(self) -> None:
         while True:
             self.house.observer.refresh(self.house)
+            self.house.node_memory.tidy(time.monotonic())
             await asyncio.sleep(self._deployment.health.heartbeat_s)
 
     def _on_loop(self, coroutine: Coroutine[Any, Any, None]) -> Future[None]:

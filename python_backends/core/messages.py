@@ -17,6 +17,7 @@ from python_backends.core.types import (
     KVReport,
     RequestId,
     Role,
+    StoreCounts,
     StoreReport,
     TokenLogprob,
     WorkerId,
@@ -103,7 +104,14 @@ class RequestFailed(msgspec.Struct, frozen=True, tag=True):
     retryable: bool
 
 
-Output = PrefillDone | KVReady | TokenChunk | RequestFailed
+class Located(msgspec.Struct, frozen=True, tag=True):
+    """The answer to Locate: so many leading blocks are in the stores, and come faster than they are computed."""
+
+    request_id: RequestId
+    blocks: int
+
+
+Output = PrefillDone | KVReady | TokenChunk | RequestFailed | Located
 
 
 class Outputs(msgspec.Struct, frozen=True, tag=True):
@@ -138,6 +146,8 @@ class Heartbeat(msgspec.Struct, frozen=True, tag=True):
     fingerprint: str
     max_context: int  # tokens, prompt and output; bounded by model and pool
     events_sequence: int  # of the last BlockEvents sent
+    stores: dict[str, StoreCounts] = {}  # by the tier's name; empty: this worker has no stores
+    node_place: str = ""  # where users of the node store meet (core/shared_memory.py); empty: it uses none
 
 
 class Leaving(msgspec.Struct, frozen=True, tag=True):
@@ -168,7 +178,14 @@ class Resync(msgspec.Struct, frozen=True, tag=True):
     """Send all block hashes again."""
 
 
-ToWorker = RouterHeartbeat | Abort | ReleaseLease | Resync
+class Locate(msgspec.Struct, frozen=True, tag=True):
+    """Say (Located) how many leading blocks of these the stores have. Answered at once, or not at all."""
+
+    request_id: RequestId
+    hashes: list[bytes]
+
+
+ToWorker = RouterHeartbeat | Abort | ReleaseLease | Resync | Locate
 
 from_worker_decoder = msgspec.msgpack.Decoder(FromWorker)
 to_worker_decoder = msgspec.msgpack.Decoder(ToWorker)

@@ -21,6 +21,9 @@ from pathlib import Path
 
 from python_backends.core.errors import ConfigError, Unavailable
 
+NODE_MEMORY = "baton-node"
+"""Name of the node store's memory: workers use it, and the router holds it while they are being restarted."""
+
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _MADV_POPULATE_WRITE = 23  # madvise(2), Linux 5.14; Python has no name for it
 _CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))  # v2, v1
@@ -98,11 +101,11 @@ def join(place: Path, name: str, create: Callable[[], int], is_it: Callable[[int
 
 
 def hold(place: Path, name: str) -> Membership | None:
-    """Keep alive what the members at `place` share, without using it. None when there is nothing, or it can't be had."""
+    """Keep alive what the members at `place` share, without using it. None when there is nothing, or it can't be had now."""
     if not place.is_dir():
         return None
     try:
-        with _alone_at(place):
+        with _alone_at(place, patience_s=0.0):
             fd = _open_any(place, name, lambda fd: True)
             return None if fd is None else Membership(place, name, fd)
     except (OSError, Unavailable):

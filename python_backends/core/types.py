@@ -154,6 +154,19 @@ class KVReport(msgspec.Struct, frozen=True):
     stored: StoreReport = StoreReport()
 
 
+class StoreCounts(msgspec.Struct, frozen=True):
+    """What one worker has done with one store tier since its start, in blocks, and how full the tier is."""
+
+    read: int = 0  # found, verified and taken
+    missed: int = 0  # looked for in vain: the first block of a prefix that was not there
+    written: int = 0
+    corrupt: int = 0  # found, and refused by digest or header
+    dropped: int = 0  # not written: the queue was full, the block was reused too soon, or the tier could not take it
+    used_bytes: int = 0
+    budget_bytes: int = 0  # 0: the tier's own affair
+    up: bool = True
+
+
 class WorkerLoad(msgspec.Struct, frozen=True):
     """A worker's state in numbers. Blocks: free + cached + held == total, always."""
 

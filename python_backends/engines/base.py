@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import msgspec
 
@@ -29,7 +29,7 @@ from python_backends.core.config import Deployment, WorkerConfig
 from python_backends.core.errors import ConfigError
 from python_backends.core.layout import KVLayout
 from python_backends.core.messages import Output
-from python_backends.core.types import Epoch, GenerateRequest, RequestId, WorkerLoad
+from python_backends.core.types import BlockHash, Epoch, GenerateRequest, RequestId, StoreCounts, WorkerLoad
 
 
 class CacheChange(msgspec.Struct, frozen=True):
@@ -78,6 +78,21 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Stop computing, end all leases, free memory. Idempotent."""
+
+
+@runtime_checkable
+class StoreReader(Protocol):
+    """What an engine offers besides, if it reads KV from store tiers (kv/store). May be called from any thread."""
+
+    @property
+    def node_place(self) -> str:
+        """Where users of the node store meet; empty without one."""
+
+    def store_counts(self) -> dict[str, StoreCounts]:
+        """By tier; empty without stores."""
+
+    def locate(self, hashes: Sequence[BlockHash], on_located: Callable[[int], None]) -> None:
+        """Tell `on_located`, from another thread, how many leading blocks the stores have and it pays to fetch."""
 
 
 EngineFactory = Callable[[Deployment, WorkerConfig, Epoch, bytes], Engine]

@@ -35,7 +35,7 @@ class ChannelListener(Protocol):
 
 
 class WorkerChannel:
-    """`send` may be called from one thread (the engine's); everything else happens on the channel's own."""
+    """`send` may be called from any thread; everything else happens on the channel's own."""
 
     def __init__(self, address: str, identity: str, heartbeat_s: float, silent_s: float, listener: ChannelListener) -> None:
         self._listener = listener
@@ -50,6 +50,7 @@ class WorkerChannel:
         self._outbox = self._context.socket(zmq.PUSH)
         self._outbox.set_hwm(_HIGH_WATER_MARK)
         self._outbox.connect(self._outbox_name)
+        self._outbox_lock = threading.Lock()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.set_hwm(_HIGH_WATER_MARK)
         self._socket.setsockopt(zmq.IDENTITY, identity.encode())
@@ -66,7 +67,8 @@ class WorkerChannel:
     def send(self, message: FromWorker) -> None:
         """Queue a message; never blocks. A message that doesn't fit any more is dropped."""
         try:
-            self._outbox.send(encode(message), zmq.NOBLOCK)
+            with self._outbox_lock:
+                self._outbox.send(encode(message), zmq.NOBLOCK)
         except zmq.Again:
             return
 

@@ -16,6 +16,8 @@ from python_backends.core.messages import (
     BlockEvents,
     Heartbeat,
     Leaving,
+    Locate,
+    Located,
     Output,
     Outputs,
     PrefillDone,
@@ -27,8 +29,8 @@ from python_backends.core.messages import (
     ToWorker,
     unseal_work,
 )
-from python_backends.core.types import Epoch, RequestId, Role
-from python_backends.engines.base import CacheChange, create_engine
+from python_backends.core.types import BlockHash, Epoch, RequestId, Role
+from python_backends.engines.base import CacheChange, StoreReader, create_engine
 from python_backends.worker.channel import WorkerChannel
 
 log = logging.getLogger(__name__)
@@ -48,6 +50,7 @@ class Worker:
         self._key = key
         self._epoch = new_epoch()
         self._engine = create_engine(deployment, config, self._epoch, key)
+        self._reader = self._engine if isinstance(self._engine, StoreReader) else None
         self._sequence = 0
         self._live: set[RequestId] = set()
         self._live_lock = threading.Lock()
@@ -110,6 +113,8 @@ class Worker:
             fingerprint=info.fingerprint,
             max_context=info.max_context,
             events_sequence=self._sequence,
+            stores=self._reader.store_counts() if self._reader else {},
+            node_place=self._reader.node_place if self._reader else "",
         )
 
     def told(self, message: ToWorker) -> None:
@@ -123,6 +128,15 @@ class Worker:
                 self._engine.release(lease_id)
         elif isinstance(message, Resync):
             self._engine.resync()
+        elif isinstance(message, Locate):
+            self._locate(message)
+
+    def _locate(self, asked: Locate) -> None:
+        def located(blocks: int) -> None:
+            self._channel.send(Outputs(self._config.id, self._epoch, [Located(asked.request_id, blocks)]))
+
+        if self._reader is not None:
+            self._reader.locate([BlockHash(hash_) for hash_ in asked.hashes], located)
 
     def router_lost(self, successor: str | None) -> Outputs | None:
         """Request ids begin with their router's name: work of the successor may have come before its first heartbeat."""

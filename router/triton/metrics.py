@@ -57,7 +57,7 @@ class Metrics:
         self._metric("baton_kv_received_bytes_total").increment(proof.kv_bytes)
         if proof.digest != "none":
             self._metric("baton_handoffs_total", verdict=proof.digest).increment(1)
-        for source in ("reused", "received", "recomputed", "computed"):
+        for source in ("reused", "received", "node", "remote", "recomputed", "computed"):
             self._metric("baton_prompt_tokens_total", source=source).increment(getattr(proof, f"kv_tokens_{source}"))
 
     def refresh(self, house: House) -> None:

@@ -10,6 +10,7 @@ import hashlib
 import multiprocessing
 import os
 import queue
+import secrets
 import shutil
 import signal
 import tempfile
@@ -30,6 +31,7 @@ from python_backends.core.config import (
     FakeConfig,
     HealthConfig,
     RouterConfig,
+    StoreConfig,
     TransferConfig,
     WorkerConfig,
 )
@@ -45,7 +47,6 @@ from router.service import RouterService
 from router.tokenizer import Tokenizer
 from router.types import ClientRequest, Outcome, Piece, Proof, Way, Wish
 
-KEY = b"k" * 32
 TIMEOUT_S = 20.0
 VOCABULARY = 50_000
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
@@ -94,6 +95,7 @@ def deployment(
     lease_s: float = 10.0,
     transfer_timeout_s: float = 2.0,
     silent_s: float = 10.0,
+    store: StoreConfig | None = None,
 ) -> Deployment:
     """Workers are named prefill_0, prefill_1 ..., decode_0 ..., aggregated_0 ..."""
     roles = [(Role.PREFILL, prefill), (Role.DECODE, decode), (Role.AGGREGATED, aggregated)]
@@ -103,6 +105,7 @@ def deployment(
         ),
         engine=engine or fake_engine(),
         transfer=TransferConfig(transport=transport, lease_s=lease_s, timeout_s=transfer_timeout_s, faults=dict(faults or {})),
+        store=store or StoreConfig(),
         router=router or RouterConfig(mode="remote", worker_wait_s=5.0, default_deadline_s=TIMEOUT_S),
         health=HealthConfig(heartbeat_s=0.05, silent_s=silent_s),
     )
@@ -205,15 +208,16 @@ class Counts:
 class InProcess:
     """A worker in this process."""
 
-    def __init__(self, config: Deployment, worker: WorkerConfig, address: str) -> None:
-        self.worker = Worker(config, worker, address, KEY)
+    def __init__(self, config: Deployment, worker: WorkerConfig, address: str, key: bytes) -> None:
+        self.worker = Worker(config, worker, address, key)
+        self._key = key
 
     def ready(self) -> None:
         self.worker.start()
 
     def hand_over(self, work: Work, failed: Callable[[str], None]) -> None:
         try:
-            self.worker.submit(seal_work([work], KEY))
+            self.worker.submit(seal_work([work], self._key))
         except BatonError as error:
             failed(str(error))
 
@@ -224,9 +228,10 @@ class InProcess:
 class OwnProcess:
     """A worker in a process of its own; handing over blocks a thread of this worker alone, as a call by Triton does."""
 
-    def __init__(self, config: Deployment, worker: WorkerConfig, address: str) -> None:
+    def __init__(self, config: Deployment, worker: WorkerConfig, address: str, key: bytes) -> None:
+        self._key = key
         self._line, theirs = _processes.Pipe()
-        self.process = _processes.Process(target=_work, args=(config, worker, address, theirs), daemon=True)
+        self.process = _processes.Process(target=_work, args=(config, worker, address, key, theirs), daemon=True)
         self.process.start()
         theirs.close()
         self._queue: queue.SimpleQueue[tuple[Work, Callable[[str], None]] | None] = queue.SimpleQueue()
@@ -244,7 +249,7 @@ class OwnProcess:
         while (item := self._queue.get()) is not None:
             work, failed = item
             try:
-                self._line.send_bytes(seal_work([work], KEY))
+                self._line.send_bytes(seal_work([work], self._key))
                 error = self._line.recv_bytes().decode()
             except (EOFError, OSError):
                 error = "its process is gone"
@@ -266,9 +271,9 @@ class OwnProcess:
         self._line.close()
 
 
-def _work(config: Deployment, worker: WorkerConfig, address: str, line: Connection) -> None:
+def _work(config: Deployment, worker: WorkerConfig, address: str, key: bytes, line: Connection) -> None:
     """The life of a worker process."""
-    service = Worker(config, worker, address, KEY)
+    service = Worker(config, worker, address, key)
     service.start()
     line.send_bytes(b"ready")
     while True:
@@ -302,6 +307,7 @@ class FlowHouse:
         self._workers_up = workers_up
         self._directory = Path(tempfile.mkdtemp(prefix="baton"))
         self.address = f"ipc://{self._directory}/c"
+        self.key = secrets.token_bytes(32)  # its own, hence a node store of its own
         self.service = self._router()
 
     def __enter__(self) -> FlowHouse:
@@ -336,7 +342,7 @@ class FlowHouse:
         """Returns when the router knows of them."""
         before = {view.id: view.epoch for view in self.service.house.fleet.up()}
         make = OwnProcess if self._own_processes else InProcess
-        made = {name: make(self.config, self.config.worker(name), self.address) for name in names}
+        made = {name: make(self.config, self.config.worker(name), self.address, self.key) for name in names}
         self.workers.update(made)
         for worker in made.values():
             worker.ready()
@@ -364,7 +370,7 @@ class FlowHouse:
     def restart(self, worker: WorkerId) -> None:
         """See router.supervisor.ModelControl."""
         self.workers[worker].close()
-        made = self.workers[worker] = OwnProcess(self.config, self.config.worker(worker), self.address)
+        made = self.workers[worker] = OwnProcess(self.config, self.config.worker(worker), self.address, self.key)
         try:
             made.ready()
         except (AssertionError, EOFError) as error:

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from python_backends.core.errors import ConfigError
-from python_backends.core.shared_memory import hold
+from python_backends.core.shared_memory import NODE_MEMORY, hold
 from python_backends.core.types import BlockHash
-from python_backends.kv.store.node import MEMORY_NAME, NodeStore
+from python_backends.kv.store.node import NodeStore
 from tests.kv.blocks import BLOCK_BYTES, Pool, content, hashes
 
 KEY = b"k" * 32
@@ -251,7 +251,7 @@ def test_survives_the_writer_and_ends_with_the_last_member(join: Join, pool: Poo
 def test_whoever_holds_it_bridges_the_time_without_a_worker(join: Join, pool: Pool, tmp_path: Path) -> None:
     member = Member(tmp_path, "put(store, pool, hashes(50))")
     (place,) = tmp_path.iterdir()
-    holder = hold(place, MEMORY_NAME)
+    holder = hold(place, NODE_MEMORY)
     assert holder is not None
     member.end()
     store = join()
@@ -259,7 +259,7 @@ def test_whoever_holds_it_bridges_the_time_without_a_worker(join: Join, pool: Po
     holder.close()
     store.close()
     assert not place.exists()
-    assert hold(place, MEMORY_NAME) is None
+    assert hold(place, NODE_MEMORY) is None
 
 
 def test_nothing_is_left_when_everybody_is_killed(pool: Pool, tmp_path: Path) -> None:
@@ -268,7 +268,7 @@ def test_nothing_is_left_when_everybody_is_killed(pool: Pool, tmp_path: Path) ->
         assert "/dev/shm" not in Path(f"/proc/{member.process.pid}/maps").read_text()
         member.end()
     (place,) = tmp_path.iterdir()
-    assert hold(place, MEMORY_NAME) is None, "the memory is still there"
+    assert hold(place, NODE_MEMORY) is None, "the memory is still there"
     store = NodeStore(2 * BUDGET, BLOCK_BYTES, KEY, tmp_path)  # any later store clears away what lies about
     assert list(tmp_path.iterdir()) == [store.place]
     store.close()
@@ -277,7 +277,7 @@ def test_nothing_is_left_when_everybody_is_killed(pool: Pool, tmp_path: Path) ->
 def test_entries_that_lead_to_something_else_are_passed_over(join: Join, pool: Pool, tmp_path: Path) -> None:
     first = join()
     reader, writer = os.pipe()
-    other = os.memfd_create(MEMORY_NAME, os.MFD_CLOEXEC)
+    other = os.memfd_create(NODE_MEMORY, os.MFD_CLOEXEC)
     for name in (f"{os.getpid()}.{reader}", f"{os.getpid()}.{other}", "999999999.3", "0.0", "x", "1.2.3"):
         (first.place / name).symlink_to("/nowhere")
     put(first, pool, hashes(3))

@@ -13,6 +13,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from collections.abc import Sequence as Many
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -28,6 +29,7 @@ from python_backends.core.types import (
     GenerateRequest,
     KVReport,
     RequestId,
+    StoreCounts,
     StoreReport,
     WorkerId,
     WorkerLoad,
@@ -49,6 +51,7 @@ log = logging.getLogger(__name__)
 
 _FETCH_THREADS = 2
 _LOAD_THREADS = 2  # reading from the stores
+_LOCATE_S = 0.05  # looking into the stores for the router
 _REMEMBERED_ABORTS = 10_000  # aborts that overtook their request
 _IDLE_WAKE_S = 0.25  # how often an idle engine looks at deadlines
 
@@ -134,6 +137,21 @@ class PagedEngine:
 
     def load(self) -> WorkerLoad:
         return self._load
+
+    # --- the StoreReader contract --------------------------------------------------------------------------------------
+
+    @property
+    def node_place(self) -> str:
+        return self._stores.node_place if self._stores is not None else ""
+
+    def store_counts(self) -> dict[str, StoreCounts]:
+        return self._stores.counts() if self._stores is not None else {}
+
+    def locate(self, hashes: Many[BlockHash], on_located: Callable[[int], None]) -> None:
+        stores = self._stores
+        if stores is not None:
+            deadline = time.monotonic() + _LOCATE_S
+            self._loaders.submit(lambda: on_located(stores.locate(hashes, deadline)))
 
     def close(self) -> None:
         if self._thread is not None:

@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from python_backends.core.types import BlockHash
+from python_backends.core.types import BlockHash, StoreCounts
 from python_backends.kv.memory import PoolMemory
 
 
@@ -28,19 +27,6 @@ class Offer:
     block: int
     generation: int
     digest: bytes | None  # xxh3_128 of its bytes, where it is known already
-
-
-class TierCounts(msgspec.Struct, frozen=True):
-    """What a tier has done since this worker's start, in blocks, and how full it is."""
-
-    read: int = 0  # found, verified and taken
-    missed: int = 0  # looked for in vain: the first block of a prefix that was not there
-    written: int = 0
-    corrupt: int = 0  # found, and refused by digest or header
-    dropped: int = 0  # not written: the queue was full, or the block was reused too soon
-    used_bytes: int = 0
-    budget_bytes: int = 0
-    up: bool = True
 
 
 class StoreTier(Protocol):
@@ -69,7 +55,7 @@ class StoreTier(Protocol):
     def touch(self, hashes: Sequence[BlockHash]) -> None:
         """These were used, even though not read from here: keep them longer."""
 
-    def counts(self) -> TierCounts: ...
+    def counts(self) -> StoreCounts: ...
 
     def close(self) -> None:
         """Give up memory and connections. Idempotent."""

@@ -38,16 +38,15 @@ import numpy.typing as npt
 from python_backends.core.block_hash import HASH_BYTES
 from python_backends.core.errors import ConfigError
 from python_backends.core.paths import run_base
-from python_backends.core.shared_memory import create_memory, join, sweep
+from python_backends.core.shared_memory import NODE_MEMORY, create_memory, join, sweep
 from python_backends.core.signing import Domain, mac
-from python_backends.core.types import BlockHash
+from python_backends.core.types import BlockHash, StoreCounts
 from python_backends.kv.memory import PoolMemory
-from python_backends.kv.store.base import Offer, TierCounts
+from python_backends.kv.store.base import Offer
 from python_backends.kv.transfer.base import block_digest
 
 log = logging.getLogger(__name__)
 
-MEMORY_NAME = "baton-node"
 _MAGIC = b"BATONND1"
 _HEADER = struct.Struct("<8s16sQQ")  # magic, identity, number of slots, bytes of a slot
 _CLAIMED_OFFSET = 64
@@ -85,10 +84,10 @@ class NodeStore:
         self._header = _HEADER.pack(_MAGIC, mac(Domain.NODE_STORE, sizes, key)[:16], self._num_slots, block_bytes)
         base = base or run_base()
         for place in base.glob("node-*"):
-            sweep(place, MEMORY_NAME)
+            sweep(place, NODE_MEMORY)
         self.place = base / f"node-{self._header[8:16].hex()}"
         self._memory: mmap.mmap | None = None
-        self._membership = join(self.place, MEMORY_NAME, self._create, self._is_it)
+        self._membership = join(self.place, NODE_MEMORY, self._create, self._is_it)
         self._map(self._memory or mmap.mmap(self._membership.fd, 0))
 
     # --- StoreTier ----------------------------------------------------------------------------------------------------
@@ -146,8 +145,8 @@ class NodeStore:
             slots = self._find(_keys_of(hashes))
             self._use(slots[slots >= 0])
 
-    def counts(self) -> TierCounts:
-        return TierCounts(
+    def counts(self) -> StoreCounts:
+        return StoreCounts(
             read=self._read,
             missed=self._missed,
             written=self._written,
@@ -164,7 +163,7 @@ class NodeStore:
 
     def _create(self) -> int:
         size = self._offsets()[-1] + self._num_slots * self._block_bytes
-        fd, self._memory = create_memory(MEMORY_NAME, size, "the node store", "store.node_mib")
+        fd, self._memory = create_memory(NODE_MEMORY, size, "the node store", "store.node_mib")
         self._memory[: len(self._header)] = self._header
         return fd
 

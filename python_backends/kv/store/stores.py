@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from python_backends.core.types import BlockHash
+from python_backends.core.types import BlockHash, StoreCounts
 from python_backends.kv.memory import PoolMemory
-from python_backends.kv.store.base import Offer, StoreTier, TierCounts
+from python_backends.kv.store.base import Offer, StoreTier
+from python_backends.kv.store.node import NodeStore
 from python_backends.kv.store.pace import Pace
 from python_backends.kv.transfer.base import block_digest
 
@@ -44,6 +45,11 @@ class Stores:
         self._writers = [_Writer(tier, memory, queue_blocks) for tier in self._tiers]
         self._paces = {tier.name: Pace() for tier in self._tiers}
         self._compute = Pace()  # tokens per second of this worker's prefill
+
+    @property
+    def node_place(self) -> str:
+        """Where users of the node store meet; empty without one."""
+        return next((str(tier.place) for tier in self._tiers if isinstance(tier, NodeStore)), "")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -112,7 +118,7 @@ class Stores:
             nearest.put(some[:count], list(room[:count]), [block_digest(block) for block in room[:count]])
             done += count
 
-    def counts(self) -> dict[str, TierCounts]:
+    def counts(self) -> dict[str, StoreCounts]:
         return {tier.name: tier.counts() for tier in self._tiers}
 
     def close(self) -> None:

@@ -1,0 +1,116 @@
+"""What one worker has computed, no other one computes again: whole requests over the store tiers, and how they end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from python_backends.core.config import RouterConfig, StoreConfig
+from python_backends.core.paths import run_base
+from python_backends.core.types import SamplingParams, WorkerId
+from router.types import Way, Wish
+from tests.flow.house import GREEDY, TIMEOUT_S, FlowHouse, ask_all, deployment, eventually, fake_engine, prompt, reference
+
+NODE = StoreConfig(node_mib=16, read_timeout_s=1.0)
+AUTO = RouterConfig(mode="auto", worker_wait_s=10.0, default_deadline_s=TIMEOUT_S)
+# Slow enough at prefill that reading always pays.
+ENGINE = fake_engine(prefill_us_per_token=200)
+
+
+def house(prefill: int, decode: int, *, processes: bool = True, restart: bool = False, store: StoreConfig = NODE) -> FlowHouse:
+    config = deployment(prefill, decode, engine=ENGINE, router=AUTO, store=store)
+    return FlowHouse(config, processes=processes, restart=restart)
+
+
+def stored(house: FlowHouse, name: str, tier: str = "node") -> int:
+    """Blocks of the tier's budget that are in use, as the worker says."""
+    view = house.service.house.fleet.get(WorkerId(name))
+    return view.heartbeat.stores[tier].used_bytes // view.heartbeat.layout.block_bytes if view is not None else 0
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SamplingParams(seed=5, max_tokens=8)])
+def test_a_killed_workers_prompt_is_served_from_the_node_store_by_another(sampling: SamplingParams) -> None:
+    with house(prefill=1, decode=1) as first:
+        assert first.ask(prompt(200), sampling).proof.route == Way.REMOTE
+        assert eventually(lambda: stored(first, "decode_0") >= 12)
+        first.kill("prefill_0")
+        first.kill("decode_0")
+        assert eventually(lambda: not (first.is_up("decode_0") or first.is_up("prefill_0")), 5)
+        first.start("decode_0", "prefill_0")
+        answer = first.ask(prompt(200), sampling)
+        assert answer.ids == reference(prompt(200), sampling)
+        proof = answer.proof
+        assert proof.route == Way.CACHED
+        assert "in the stores" in proof.why
+        assert (proof.kv_tokens_node, proof.kv_tokens_computed, proof.kv_tokens_reused) == (192, 7, 0)
+        assert (proof.kv_tokens_received, proof.kv_tokens_recomputed) == (0, 0)
+        assert (proof.prefill_tokens_node, proof.prefill_tokens_computed) == (192, 7)
+        assert proof.store_bytes == 12 * 16_384
+        first.assert_nothing_held()
+
+
+def test_all_workers_restarted_at_once_find_what_they_had() -> None:
+    """The router holds the memory meanwhile."""
+    with house(prefill=1, decode=1, restart=True) as flow:
+        flow.ask(prompt(200))
+        assert eventually(lambda: stored(flow, "decode_0") >= 12)
+        epochs = {name: flow.epoch(name) for name in ("prefill_0", "decode_0")}
+        for name in epochs:
+            flow.kill(name)
+        assert eventually(lambda: all(flow.is_up(name, epoch) for name, epoch in epochs.items()), TIMEOUT_S)
+        proof = flow.ask(prompt(200)).proof
+        assert (proof.route, proof.kv_tokens_node) == (Way.CACHED, 192)
+
+
+def test_a_longer_prompt_is_prefilled_from_where_the_store_ends() -> None:
+    with house(processes=False, prefill=2, decode=1) as flow:
+        flow.ask(prompt(200))
+        assert eventually(lambda: stored(flow, "decode_0") >= 12)
+        one, two = (flow.ask([*prompt(200)[:192], *prompt(100, seed)]) for seed in (1, 2))
+        for answer in (one, two):
+            assert answer.proof.prefill_tokens_computed + answer.proof.kv_tokens_computed <= 100
+            assert answer.proof.prefill_tokens_node + answer.proof.prefill_tokens_reused == 192
+
+
+def test_tenants_and_wishes_are_respected() -> None:
+    with house(processes=False, prefill=1, decode=2) as flow:
+        flow.ask(prompt(200))
+        assert eventually(lambda: stored(flow, "decode_0") >= 12)
+        other = flow.begin(prompt(200), salt="another tenant").wait().proof
+        assert (other.kv_tokens_node, other.prefill_tokens_node, other.prefill_tokens_computed) == (0, 0, 200)
+        remote = flow.ask(prompt(200), wish=Wish.REMOTE).proof
+        assert remote.route == Way.REMOTE
+
+
+def test_a_decode_worker_that_was_not_there_takes_a_share() -> None:
+    """The busy one has the prefix in its pool; the idle one finds it in the store."""
+    with house(processes=False, prefill=1, decode=2) as flow:
+        flow.ask(prompt(200))
+        assert eventually(lambda: stored(flow, "decode_0") >= 12)
+        answers = [flow.begin(prompt(200), SamplingParams(temperature=0, max_tokens=300)) for _ in range(12)]
+        proofs = [answer.wait().proof for answer in answers]
+        assert {proof.decode_worker for proof in proofs} == {"decode_0", "decode_1"}
+        assert {proof.route for proof in proofs} == {Way.CACHED}
+        assert sum(proof.kv_tokens_computed for proof in proofs) <= 12 * 7
+
+
+def test_many_prompts_through_a_small_store_keep_their_text() -> None:
+    small = StoreConfig(node_mib=2, read_timeout_s=1.0)
+    config = deployment(2, 2, engine=fake_engine(kv_pool_mib=2), router=AUTO, store=small)
+    prompts = [prompt(100 + 20 * i, i) for i in range(16)] * 3
+    with FlowHouse(config) as flow:
+        for answer, ids in zip(ask_all(flow, prompts), prompts, strict=True):
+            assert answer.ids == reference(ids, GREEDY)
+        flow.assert_nothing_held()
+
+
+def test_nothing_is_left_of_the_node_store() -> None:
+    def places() -> set[Path]:
+        return set(run_base().glob("node-*"))
+
+    before = places()
+    with house(processes=False, prefill=1, decode=1) as flow:
+        flow.ask(prompt(200))
+        assert len(places() - before) == 1
+    assert places() <= before
