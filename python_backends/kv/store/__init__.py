@@ -7,6 +7,7 @@ from python_backends.core.layout import KVLayout
 from python_backends.kv.memory import PoolMemory
 from python_backends.kv.store.base import StoreTier
 from python_backends.kv.store.node import NodeStore
+from python_backends.kv.store.remote import RemoteStore
 from python_backends.kv.store.stores import Stores
 
 
@@ -15,4 +16,6 @@ def create_stores(config: StoreConfig, layout: KVLayout, fingerprint: str, memor
     tiers: list[StoreTier] = []
     if config.node_mib:
         tiers.append(NodeStore(config.node_mib << 20, layout.block_bytes, key))
+    if config.remote.servers:
+        tiers.append(RemoteStore(config.remote, layout, fingerprint))
     return Stores(tiers, memory, layout.block_size, config.queue_blocks) if tiers else None
