@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import secrets
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,22 +13,25 @@ from typing import Any
 import numpy as np
 import pytest
 
+from python_backends.core.block_hash import block_hashes, chain_root
 from python_backends.core.config import (
     Deployment,
     EngineConfig,
     FakeConfig,
     ModelConfig,
+    RemoteStoreConfig,
     StoreConfig,
     TransferConfig,
     WorkerConfig,
 )
 from python_backends.core.errors import RefusalReason
-from python_backends.core.types import Epoch, RequestId, Role
+from python_backends.core.types import BlockHash, Epoch, RequestId, Role
 from python_backends.engines.base import create_engine
 from python_backends.engines.paged.engine import PagedEngine
 from python_backends.kv.store.base import StoreTier
 from tests.engines.bench import EngineBench, make_request
 from tests.engines.tiny_model import VOCAB, write_tiny_llama
+from tests.kv.redis_server import RedisServer
 
 BLOCK = 16
 
@@ -161,6 +165,92 @@ def test_a_bad_ticket_falls_back_on_the_store(make: Make) -> None:
     written(prefill, 4)
     _, report = decode.decode(make_request("d", PROMPT, [done.token_id]), b"nonsense")
     assert (report.digest, report.stored.node_tokens) == (RefusalReason.BAD_SIGNATURE.value, 64)
+
+
+# --- the remote store ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server() -> Iterator[RedisServer]:
+    server = RedisServer()
+    yield server
+    server.close()
+
+
+def remote(server: RedisServer, node_mib: int = 0, **options: Any) -> StoreConfig:
+    return StoreConfig(
+        node_mib=node_mib, remote=RemoteStoreConfig(servers=(server.url,)), **({"read_timeout_s": 2.0} | options)
+    )
+
+
+def test_a_dead_workers_prompt_comes_from_redis(make: Make, server: RedisServer) -> None:
+    first = make(Role.AGGREGATED, remote(server))
+    expected, _ = first.decode(make_request("a", PROMPT))
+    written(first, 4, "remote")
+    second = make(Role.AGGREGATED, remote(server))
+    first.engine.close()
+    tokens, report = second.decode(make_request("b", PROMPT))
+    assert tokens == expected
+    assert (report.stored.remote_tokens, report.stored.node_tokens, report.computed_tokens) == (64, 0, 10)
+
+
+def test_what_comes_from_redis_is_in_the_node_store_afterwards(make: Make, server: RedisServer) -> None:
+    first = make(Role.AGGREGATED, remote(server))
+    expected, _ = first.decode(make_request("a", PROMPT))
+    written(first, 4, "remote")
+    second = make(Role.AGGREGATED, remote(server, node_mib=8))
+    assert second.decode(make_request("b", PROMPT))[1].stored.remote_tokens == 64
+    written(second, 4)
+    server.kill()
+    third = make(Role.AGGREGATED, remote(server, node_mib=8))
+    tokens, report = third.decode(make_request("c", PROMPT))
+    assert tokens == expected
+    assert (report.stored.node_tokens, report.stored.remote_tokens) == (64, 0)
+
+
+def test_a_waiting_prompt_is_prefetched(make: Make, server: RedisServer) -> None:
+    first = make(Role.AGGREGATED, remote(server))
+    expected, _ = first.decode(make_request("a", PROMPT))
+    written(first, 4, "remote")
+    second = make(Role.AGGREGATED, remote(server, node_mib=8), kv_pool_mib=1)
+    hog = tokens_of(9, second.engine.info.max_context - 60)  # takes nearly all of the pool
+    second.engine.decode(make_request("hog", hog, max_tokens=40), None)
+    second.wait_load(lambda: second.engine.load().running_requests == 1)
+    second.engine.decode(make_request("b", PROMPT), None)
+    second.wait_load(lambda: tiers(second)["node"].count(_hashes(second, PROMPT), time.monotonic() + 1) == 4)
+    tokens, report = second.result("b")
+    assert tokens == expected
+    assert (report.stored.node_tokens, report.stored.remote_tokens) == (64, 0)
+
+
+def _hashes(bench: EngineBench, tokens: list[int]) -> list[BlockHash]:
+    return block_hashes(tokens, BLOCK, chain_root(bench.engine.info.fingerprint, ""))
+
+
+@pytest.mark.parametrize("trouble", ["killed", "stopped", "flushed", "corrupt", "nobody there"])
+def test_redis_in_trouble_costs_hits_and_not_the_text(make: Make, server: RedisServer, trouble: str) -> None:
+    config = remote(server, read_timeout_s=0.2)
+    first, second = make(Role.AGGREGATED, config), make(Role.AGGREGATED, config)
+    expected, _ = first.decode(make_request("a", PROMPT))
+    written(first, 4, "remote")
+    client = server.client()
+    if trouble == "killed":
+        server.kill()
+    elif trouble == "stopped":
+        server.signal(signal.SIGSTOP)
+    elif trouble == "flushed":
+        client.flushall()
+    elif trouble == "corrupt":
+        for key in client.scan_iter():
+            client.setrange(key, 5000, b"damage")
+    else:
+        server.close()
+    began = time.monotonic()
+    tokens, report = second.decode(make_request("b", PROMPT))
+    assert time.monotonic() - began < 5
+    assert tokens == expected
+    assert (report.stored.tokens, report.computed_tokens) == (0, 74)
+    second.assert_nothing_held()
 
 
 # --- what must not be found --------------------------------------------------------------------------------------------

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import signal
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from python_backends.core.config import RouterConfig, StoreConfig
+from python_backends.core.config import RemoteStoreConfig, RouterConfig, StoreConfig
 from python_backends.core.paths import run_base
 from python_backends.core.types import SamplingParams, WorkerId
 from router.types import Way, Wish
 from tests.flow.house import GREEDY, TIMEOUT_S, FlowHouse, ask_all, deployment, eventually, fake_engine, prompt, reference
+from tests.kv.redis_server import RedisServer
 
 NODE = StoreConfig(node_mib=16, read_timeout_s=1.0)
 AUTO = RouterConfig(mode="auto", worker_wait_s=10.0, default_deadline_s=TIMEOUT_S)
@@ -21,6 +26,17 @@ ENGINE = fake_engine(prefill_us_per_token=200)
 def house(prefill: int, decode: int, *, processes: bool = True, restart: bool = False, store: StoreConfig = NODE) -> FlowHouse:
     config = deployment(prefill, decode, engine=ENGINE, router=AUTO, store=store)
     return FlowHouse(config, processes=processes, restart=restart)
+
+
+@pytest.fixture
+def server() -> Iterator[RedisServer]:
+    server = RedisServer()
+    yield server
+    server.close()
+
+
+def remote(server: RedisServer, **options: float) -> StoreConfig:
+    return StoreConfig(remote=RemoteStoreConfig(servers=(server.url,)), **({"read_timeout_s": 1.0} | options))  # type: ignore[arg-type]
 
 
 def stored(house: FlowHouse, name: str, tier: str = "node") -> int:
@@ -114,3 +130,74 @@ def test_nothing_is_left_of_the_node_store() -> None:
         flow.ask(prompt(200))
         assert len(places() - before) == 1
     assert places() <= before
+
+
+# --- the remote store ---------------------------------------------------------------------------------------------------
+
+
+def test_a_prompt_of_a_house_that_is_gone_is_served_by_another(server: RedisServer) -> None:
+    """Another router, other workers, another key: they have only Redis in common."""
+    with house(1, 1, store=remote(server)) as first:
+        expected = first.ask(prompt(200)).ids
+        assert eventually(lambda: server.client().dbsize() >= 12)
+        for name in ("prefill_0", "decode_0"):
+            first.kill(name)
+    with house(1, 1, store=remote(server)) as second:
+        answer = second.ask(prompt(200))
+        assert answer.ids == expected == reference(prompt(200), GREEDY)
+        proof = answer.proof
+        assert proof.route == Way.CACHED
+        assert (proof.kv_tokens_remote, proof.kv_tokens_node, proof.kv_tokens_computed) == (192, 0, 7)
+        assert (proof.prefill_tokens_remote, proof.prefill_tokens_computed) == (192, 7)
+        second.assert_nothing_held()
+
+
+def test_redis_killed_and_restarted_under_load_costs_hits_only(server: RedisServer) -> None:
+    prompts = [prompt(100 + 10 * i, i) for i in range(12)] * 6
+    over = threading.Event()
+
+    def torment() -> None:
+        while not over.wait(0.25):
+            server.kill()
+            time.sleep(0.1)
+            server.start()
+
+    with FlowHouse(deployment(2, 2, engine=fake_engine(kv_pool_mib=2), router=AUTO, store=remote(server))) as flow:
+        tormentor = threading.Thread(target=torment)
+        tormentor.start()
+        try:
+            for answer, ids in zip(ask_all(flow, prompts), prompts, strict=True):
+                assert answer.error is None, repr(answer.error)
+                assert answer.ids == reference(ids, GREEDY)
+        finally:
+            over.set()
+            tormentor.join(20)
+        flow.assert_nothing_held()
+
+
+def test_a_stopped_redis_costs_a_moment_once_and_then_nothing(server: RedisServer) -> None:
+    config = deployment(1, 1, engine=fake_engine(), router=AUTO, store=remote(server, read_timeout_s=0.3))
+    with FlowHouse(config) as flow:
+        flow.ask(prompt(200, 0))
+        assert eventually(lambda: server.client().dbsize() >= 12)
+        server.signal(signal.SIGSTOP)
+        times = []
+        for seed in range(1, 8):
+            answer = flow.ask(prompt(200, seed))
+            assert answer.ids == reference(prompt(200, seed), GREEDY)
+            assert answer.proof.kv_tokens_remote == answer.proof.prefill_tokens_remote == 0
+            times.append(answer.proof.ttft_ms)
+        assert max(times) < 1000
+        assert sorted(times)[3] < 150, times
+        flow.assert_nothing_held()
+
+
+def test_redis_that_asks_for_another_password_is_done_without(server: RedisServer) -> None:
+    server.client().config_set("requirepass", "secret")
+    with house(1, 1, processes=False, store=remote(server)) as flow:
+        for _ in range(2):
+            assert flow.ask(prompt(200)).ids == reference(prompt(200), GREEDY)
+        flow.assert_nothing_held()
+        view = flow.service.house.fleet.get(WorkerId("decode_0"))
+        assert view is not None
+        assert not view.heartbeat.stores["remote"].up

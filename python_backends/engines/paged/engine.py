@@ -51,6 +51,8 @@ log = logging.getLogger(__name__)
 
 _FETCH_THREADS = 2
 _LOAD_THREADS = 2  # reading from the stores
+_PREFETCH_S = 2.0  # given to bringing one waiting prompt's blocks nearer
+_PREFETCH_MOST = 16  # prompts of the queue that are prefetched
 _LOCATE_S = 0.05  # looking into the stores for the router
 _REMEMBERED_ABORTS = 10_000  # aborts that overtook their request
 _IDLE_WAKE_S = 0.25  # how often an idle engine looks at deadlines
@@ -84,6 +86,7 @@ class PagedEngine:
         self._thread: threading.Thread | None = None
         self._fetchers = ThreadPoolExecutor(_FETCH_THREADS, thread_name_prefix="fetch")
         self._loaders = ThreadPoolExecutor(_LOAD_THREADS, thread_name_prefix="load")
+        self._prefetcher = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
         self._memory: PoolMemory | None = None
         self._stores: Stores | None = None
         self._feed: StoreFeed | None = None
@@ -160,6 +163,7 @@ class PagedEngine:
             self._thread = None
         self._fetchers.shutdown(wait=True, cancel_futures=True)
         self._loaders.shutdown(wait=True, cancel_futures=True)
+        self._prefetcher.shutdown(wait=True, cancel_futures=True)
         if self._stores is not None:
             self._stores.close()
         self._transport.close()
@@ -176,6 +180,7 @@ class PagedEngine:
             self._end_overdue()
             for sequence in self._scheduler.admit():
                 self._begin_fetch(sequence)
+            self._prefetch_waiting()
             self._deliver()  # what has ended or arrived does not wait for the step
             busy = self._step()
             self._snapshot()
@@ -516,6 +521,24 @@ class PagedEngine:
         """Look for the uncached full blocks in the stores. The blocks belong to the reading thread until it is done."""
         span = slice(sequence.num_published, len(sequence.reusable_hashes()))
         self._loaders.submit(self._load_blocks, sequence, sequence.hashes[span], sequence.blocks[span])
+
+    def _prefetch_waiting(self) -> None:
+        """A prompt that must wait for its turn uses the time: what the farther stores have of it comes nearer."""
+        if self._stores is None or not self._stores.can_prefetch:
+            return
+        for sequence in self._scheduler.waiting[:_PREFETCH_MOST]:
+            if sequence.may_be_stored and not sequence.prefetching:
+                sequence.prefetching = True
+                hashes = sequence.reusable_hashes()
+                self._prefetcher.submit(self._prefetch, hashes[self._pool.match(hashes) :])
+
+    def _prefetch(self, hashes: list[BlockHash]) -> None:
+        """On the prefetching thread."""
+        try:
+            assert self._stores is not None
+            self._stores.prefetch(hashes, time.monotonic() + _PREFETCH_S)
+        except Exception:  # nobody waits for it
+            log.exception("prefetching failed")
 
     def _load_blocks(self, sequence: Sequence, hashes: list[BlockHash], targets: list[int]) -> None:
         """On a reading thread."""

@@ -28,6 +28,7 @@ class Sequence:
     was_handed: bool = False  # a ticket came with the request, good or bad: what is computed here is a recompute
     refusal: str = "none"  # KVReport.digest
     seeks_store: bool = False  # there are stores that may have what is not cached here
+    prefetching: bool = False  # its blocks are on their way from a farther store to a nearer one, or were
 
     token_ids: list[int] = field(init=False)
     num_given: int = field(init=False)  # tokens that came with the request

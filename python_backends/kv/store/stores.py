@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 
 from python_backends.core.types import BlockHash, StoreCounts
@@ -42,7 +43,7 @@ class Stores:
         self._tiers = list(tiers)
         self._memory = memory
         self._block_size = block_size
-        self._writers = [_Writer(tier, memory, queue_blocks) for tier in self._tiers]
+        self._writers = {tier.name: _Writer(tier, memory, queue_blocks) for tier in self._tiers}
         self._paces = {tier.name: Pace() for tier in self._tiers}
         self._compute = Pace()  # tokens per second of this worker's prefill
 
@@ -59,17 +60,22 @@ class Stores:
 
     def offer(self, offers: Sequence[Offer]) -> None:
         """These blocks are full and findable: store them, as far as there is time."""
-        for writer in self._writers:
+        for writer in self._writers.values():
             writer.offer(offers)
 
     def touch(self, hashes: Sequence[BlockHash]) -> None:
         """These were found in the pool itself."""
-        for writer in self._writers:
+        for writer in self._writers.values():
             writer.touch(hashes)
 
     def computed(self, tokens: int, seconds: float) -> None:
         """So many prompt tokens took so long to compute."""
         self._compute.measure(tokens, seconds)
+
+    @property
+    def can_prefetch(self) -> bool:
+        """Whether there is a tier to bring blocks from and a nearer one to bring them to."""
+        return len(self._tiers) > 1
 
     # --- on reading threads ---
 
@@ -119,12 +125,12 @@ class Stores:
             done += count
 
     def counts(self) -> dict[str, StoreCounts]:
-        return {tier.name: tier.counts() for tier in self._tiers}
+        return {tier.name: _with_dropped(tier.counts(), self._writers[tier.name].dropped) for tier in self._tiers}
 
     def close(self) -> None:
         """Write what waits, for a second at most, then close the tiers. Idempotent."""
         deadline = time.monotonic() + _FLUSH_S
-        for writer in self._writers:
+        for writer in self._writers.values():
             writer.close(deadline)
         for tier in self._tiers:
             tier.close()
@@ -133,6 +139,8 @@ class Stores:
         began = time.monotonic()
         count = tier.read(hashes, self._memory.blocks, blocks, deadline)
         self._paces[tier.name].measure(count * self._memory.block_bytes, time.monotonic() - began)
+        if count:
+            self._writers[tier.name].touch(hashes[:count])
         return count
 
     def _pays(self, tier: StoreTier, blocks: int) -> bool:
@@ -140,6 +148,10 @@ class Stores:
         fetch = self._paces[tier.name].seconds(blocks * self._memory.block_bytes)
         compute = self._compute.seconds(blocks * self._block_size)
         return fetch is None or compute is None or fetch < compute
+
+
+def _with_dropped(counts: StoreCounts, dropped: int) -> StoreCounts:
+    return msgspec.structs.replace(counts, dropped=counts.dropped + dropped)
 
 
 class _Writer:
@@ -153,6 +165,7 @@ class _Writer:
         self._offers: OrderedDict[BlockHash, Offer] = OrderedDict()
         self._touched: OrderedDict[BlockHash, None] = OrderedDict()
         self._ends_at: float | None = None  # monotonic, s; set by close
+        self.dropped = 0
         self._thread = threading.Thread(target=self._run, name=f"store-{tier.name}", daemon=True)
         self._thread.start()
 
@@ -162,6 +175,7 @@ class _Writer:
                 self._offers[offer.hash] = offer
             while len(self._offers) > self._most:
                 self._offers.popitem(last=False)  # the oldest is the likeliest to be reused before its turn
+                self.dropped += 1
             self._news.notify()
 
     def touch(self, hashes: Sequence[BlockHash]) -> None:
