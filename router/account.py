@@ -78,6 +78,7 @@ class Account:
             kv_bytes=report.received_bytes,
             transfer_ms=report.transfer_ms,
             transport=report.transport,
+            transport_why=report.transport_why,
             store_bytes=sum(stored.bytes for stored in both_stored),
             store_ms=sum(stored.ms for stored in both_stored),
             digest=report.digest,

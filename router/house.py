@@ -26,7 +26,6 @@ from router.seams import Calls, Observer
 from router.tokenizer import Tokenizer
 from router.types import ClientRequest, RouteDecision, Way, Wish
 
-_LOCATE_S = 0.05  # that a decode worker may take to look into its stores
 _LONG_PROMPT_BYTES = 4_000  # from here on a prompt is tokenised off the event loop
 
 
@@ -34,6 +33,7 @@ class House:
     def __init__(self, deployment: Deployment, tokenizer: Tokenizer, calls: Calls, observer: Observer) -> None:
         self.name = secrets.token_hex(8)  # of this life of the router
         self.config = deployment.router
+        self._locate_s = deployment.store.locate_timeout_s
         self.tokenizer = tokenizer
         self.calls = calls
         self.observer = observer
@@ -120,7 +120,7 @@ class House:
             answering = asyncio.ensure_future(box.get())
             try:
                 # Not wait_for: before Python 3.12 it loses a cancellation that comes together with the answer.
-                await asyncio.wait({answering}, timeout=_LOCATE_S)
+                await asyncio.wait({answering}, timeout=self._locate_s)
                 answer = answering.result() if answering.done() else None
             finally:
                 answering.cancel()

@@ -86,6 +86,7 @@ class Proof(msgspec.Struct, frozen=True):
     kv_bytes: int
     transfer_ms: float
     transport: str
+    transport_why: str  # why it was taken, with transfer.transport: auto
     store_bytes: int  # taken from stores by both workers
     store_ms: float  # spent on looking there and taking
     digest: str  # verified | none (nothing moved) | why it was refused

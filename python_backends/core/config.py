@@ -122,6 +122,9 @@ class StoreConfig(Section, frozen=True):
         Meta(description="Blocks are stored as soon as they are full (publish), or when they come near eviction (evict)."),
     ] = "publish"
     queue_blocks: Annotated[Positive, Meta(description="Blocks that may wait to be stored; older ones are dropped.")] = 4096
+    locate_timeout_s: Annotated[
+        PositiveSeconds, Meta(description="Seconds that the router waits to hear what the stores have of a prompt.")
+    ] = 0.05
     read_timeout_s: Annotated[
         PositiveSeconds, Meta(description="Seconds that reading from the stores may take; what is late is computed.")
     ] = 0.25

@@ -150,7 +150,8 @@ class KVReport(msgspec.Struct, frozen=True):
     transfer_ms: float = 0.0
     compute_ms: float = 0.0  # from the first step here to the first token sampled here
     digest: str = "none"  # verified | none | the RefusalReason value
-    transport: str = ""
+    transport: str = ""  # that moved the bytes
+    transport_why: str = ""  # it was taken, where there was a choice
     stored: StoreReport = StoreReport()
 
 

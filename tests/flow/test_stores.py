@@ -17,7 +17,8 @@ from router.types import Way, Wish
 from tests.flow.house import GREEDY, TIMEOUT_S, FlowHouse, ask_all, deployment, eventually, fake_engine, prompt, reference
 from tests.kv.redis_server import RedisServer
 
-NODE = StoreConfig(node_mib=16, read_timeout_s=1.0)
+PATIENT = {"read_timeout_s": 1.0, "locate_timeout_s": 1.0}  # a busy machine is not what is tested
+NODE = StoreConfig(node_mib=16, read_timeout_s=1.0, locate_timeout_s=1.0)
 AUTO = RouterConfig(mode="auto", worker_wait_s=10.0, default_deadline_s=TIMEOUT_S)
 # Slow enough at prefill that reading always pays.
 ENGINE = fake_engine(prefill_us_per_token=200)
@@ -36,7 +37,7 @@ def server() -> Iterator[RedisServer]:
 
 
 def remote(server: RedisServer, **options: float) -> StoreConfig:
-    return StoreConfig(remote=RemoteStoreConfig(servers=(server.url,)), **({"read_timeout_s": 1.0} | options))  # type: ignore[arg-type]
+    return StoreConfig(remote=RemoteStoreConfig(servers=(server.url,)), **(PATIENT | options))  # type: ignore[arg-type]
 
 
 def stored(house: FlowHouse, name: str, tier: str = "node") -> int:
@@ -176,7 +177,9 @@ def test_redis_killed_and_restarted_under_load_costs_hits_only(server: RedisServ
 
 
 def test_a_stopped_redis_costs_a_moment_once_and_then_nothing(server: RedisServer) -> None:
-    config = deployment(1, 1, engine=fake_engine(), router=AUTO, store=remote(server, read_timeout_s=0.3))
+    config = deployment(
+        1, 1, engine=fake_engine(), router=AUTO, store=remote(server, read_timeout_s=0.3, locate_timeout_s=0.05)
+    )
     with FlowHouse(config) as flow:
         flow.ask(prompt(200, 0))
         assert eventually(lambda: server.client().dbsize() >= 12)

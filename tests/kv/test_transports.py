@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
+import secrets
 import subprocess
 import sys
 import threading
@@ -43,13 +44,14 @@ def make_pool(epoch: Epoch = EPOCH, *, num_blocks: int = SOURCE_BLOCKS, seed: in
 
 
 def publish(transport: KVTransport, memory: PoolMemory, blocks: Sequence[int]) -> KVHandoff:
-    published = transport.publish(memory, blocks)
+    lease_id = secrets.token_hex(8)
+    published = transport.publish(memory, blocks, lease_id)
     return KVHandoff(
         version=TICKET_VERSION,
         transport=transport.name,
         source=WorkerId("prefill"),
         epoch=memory.epoch,
-        lease_id="0123456789abcdef",
+        lease_id=lease_id,
         expires_at=time.time() + 60,
         layout=LAYOUT,
         fingerprint="f" * 32,

@@ -45,7 +45,7 @@ from python_backends.kv.memory import PoolMemory
 from python_backends.kv.store import create_stores
 from python_backends.kv.store.stores import Loaded, Stores
 from python_backends.kv.transfer import create_transport
-from python_backends.kv.transfer.base import block_digest
+from python_backends.kv.transfer.base import Fetched, block_digest
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,6 @@ _FETCH_THREADS = 2
 _LOAD_THREADS = 2  # reading from the stores
 _PREFETCH_S = 2.0  # given to bringing one waiting prompt's blocks nearer
 _PREFETCH_MOST = 16  # prompts of the queue that are prefetched
-_LOCATE_S = 0.05  # looking into the stores for the router
 _REMEMBERED_ABORTS = 10_000  # aborts that overtook their request
 _IDLE_WAKE_S = 0.25  # how often an idle engine looks at deadlines
 
@@ -106,7 +105,7 @@ class PagedEngine:
         memory = PoolMemory(num_blocks, layout.block_bytes, self._epoch)
         self._memory = memory
         self._pool = BlockPool(num_blocks, memory.generations)
-        self._leases = LeaseTable(self._pool)
+        self._leases = LeaseTable(self._pool, on_end=self._transport.release)
         self._scheduler = Scheduler(self._pool, layout.block_size, self._config.max_batch, self._config.step_tokens)
         self._runner.attach(memory)
         self._stores = create_stores(self._store, layout, self._runner.fingerprint, memory, self._key)
@@ -153,7 +152,7 @@ class PagedEngine:
     def locate(self, hashes: Many[BlockHash], on_located: Callable[[int], None]) -> None:
         stores = self._stores
         if stores is not None:
-            deadline = time.monotonic() + _LOCATE_S
+            deadline = time.monotonic() + self._store.locate_timeout_s
             self._loaders.submit(lambda: on_located(stores.locate(hashes, deadline)))
 
     def close(self) -> None:
@@ -393,15 +392,16 @@ class PagedEngine:
         size = self.info.layout.block_size
         blocks = sequence.blocks[: self.info.layout.blocks_for(sequence.num_given)]
         self._runner.export_blocks(blocks)
-        published = self._transport.publish(memory, blocks)
         self._pool.retain(blocks)
+        lease_id = self._leases.grant(sequence.id, blocks, self._transfer.lease_s)
+        published = self._transport.publish(memory, blocks, lease_id)
         given = sequence.token_ids[: sequence.num_given]
         return KVHandoff(
             version=TICKET_VERSION,
             transport=self._transport.name,
             source=self._worker,
             epoch=self._epoch,
-            lease_id=self._leases.grant(sequence.id, blocks, self._transfer.lease_s),
+            lease_id=lease_id,
             expires_at=time.time() + self._transfer.lease_s,
             layout=self.info.layout,
             fingerprint=self.info.fingerprint,
@@ -429,6 +429,7 @@ class PagedEngine:
     def _read_ticket(self, sequence: Sequence, ticket: bytes) -> None:
         """Check everything about the ticket that needs no bytes; a refused one means that the prompt is recomputed."""
         sequence.was_handed = True
+        sequence.fetched = Fetched(self._transport.name)
         try:
             handoff = unseal(ticket, self._key, time.time())
             sequence.lease_id = handoff.lease_id
@@ -463,7 +464,7 @@ class PagedEngine:
             return
         wanted = range(sequence.num_published, len(handoff.blocks))
         if not wanted:
-            self._inbox.put(partial(self._end_fetch, sequence, 0, 0.0, None))
+            self._inbox.put(partial(self._end_fetch, sequence, 0, 0.0, Fetched(self._transport.name)))
             return
         targets = [sequence.blocks[i] for i in wanted]
         self._fetchers.submit(self._fetch, sequence, handoff, list(wanted), targets)
@@ -471,28 +472,29 @@ class PagedEngine:
     def _fetch(self, sequence: Sequence, handoff: KVHandoff, wanted: list[int], targets: list[int]) -> None:
         """On a transfer thread: move and verify the bytes, then tell the engine's thread."""
         began = time.monotonic()
-        refused: HandoffRefused | None = None
+        outcome: Fetched | HandoffRefused
         try:
-            self._transport.fetch(handoff, wanted, self._require_memory(), targets, began + self._transfer.timeout_s)
+            outcome = self._transport.fetch(handoff, wanted, self._require_memory(), targets, began + self._transfer.timeout_s)
         except HandoffRefused as error:
-            refused = error
+            outcome = error
         except Exception as error:  # a sequence must never be lost because a transport has a bug
             log.exception("transfer failed")
-            refused = HandoffRefused(RefusalReason.TRANSFER_FAILED, repr(error))
+            outcome = HandoffRefused(RefusalReason.TRANSFER_FAILED, repr(error))
         taken_ms = (time.monotonic() - began) * 1e3
-        self._inbox.put(partial(self._end_fetch, sequence, len(wanted), taken_ms, refused))
+        self._inbox.put(partial(self._end_fetch, sequence, len(wanted), taken_ms, outcome))
 
-    def _end_fetch(self, sequence: Sequence, num_blocks: int, taken_ms: float, refused: HandoffRefused | None) -> None:
+    def _end_fetch(self, sequence: Sequence, num_blocks: int, taken_ms: float, outcome: Fetched | HandoffRefused) -> None:
         handoff = sequence.handoff
         assert handoff is not None
         sequence.handoff = None
         if sequence.doomed:
             self._scheduler.drop_fetching(sequence)
             return
-        if refused is None:
-            self._accept(sequence, handoff, num_blocks, taken_ms)
+        if isinstance(outcome, HandoffRefused):
+            self._refused(sequence, outcome)
         else:
-            self._refused(sequence, refused)
+            sequence.fetched = outcome
+            self._accept(sequence, handoff, num_blocks, taken_ms)
         self._outputs.append(KVReady(sequence.id, sequence.lease_id, self._report(sequence)))
         if sequence.may_be_stored:
             self._begin_load(sequence)
@@ -574,7 +576,8 @@ class PagedEngine:
             transfer_ms=sequence.transfer_ms,
             compute_ms=sequence.compute_ms,
             digest=sequence.refusal,
-            transport=self._transport.name if sequence.was_handed else "",
+            transport=sequence.fetched.transport if sequence.was_handed else "",
+            transport_why=sequence.fetched.why,
             stored=sequence.stored,
         )
 

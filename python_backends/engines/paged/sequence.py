@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from python_backends.core.block_hash import block_hash, block_hashes
 from python_backends.core.handoff import KVHandoff
 from python_backends.core.types import BlockHash, FinishReason, GenerateRequest, RequestId, StoreReport
+from python_backends.kv.transfer.base import Fetched
 
 
 @dataclass(slots=True, eq=False)
@@ -44,6 +45,7 @@ class Sequence:
     received_tokens: int = 0
     received_bytes: int = 0
     transfer_ms: float = 0.0
+    fetched: Fetched = field(default_factory=lambda: Fetched(""))
     stored: StoreReport = field(default_factory=StoreReport)
     forwarded_tokens: int = 0  # given tokens that went through the model here, the last one not counted
 

@@ -19,6 +19,8 @@ from redis.connection import Connection
 log = logging.getLogger(__name__)
 
 _BACKOFF_S = (0.5, 1.0, 2.0, 4.0, 8.0)  # without a server that failed so many times in a row; the last one repeats
+_PATIENCE_S = 0.1  # whoever waited less does not know yet that the server hangs: this machine may just be busy
+_STRIKES = 3  # but so many times in a row count
 _FULL_S = 2.0  # without writes to a server that takes none
 _BUFFER_BYTES = 4096  # for what is not a block: a larger one would take in parts of blocks, to be copied again
 
@@ -46,6 +48,7 @@ class Wire:
 
     def __init__(self, connection: Connection, deadline: float) -> None:
         self._socket: socket.socket | None = connection._sock
+        self._began = time.monotonic()
         self._deadline = deadline
         self._buffer = bytearray(_BUFFER_BYTES)
         self._start = self._end = 0  # what was received and not read yet
@@ -53,6 +56,10 @@ class Wire:
         self._given_up = False
         self.replies = 0
         self.failure: Exception | None = None
+
+    @property
+    def age_s(self) -> float:
+        return time.monotonic() - self._began
 
     @property
     def clean(self) -> bool:
@@ -194,6 +201,7 @@ class RedisServer:
         self.name = name
         self._pool = pool
         self._failures = 0
+        self._strikes = 0
         self._down_until = 0.0
         self._full_until = 0.0
         self.used_bytes = 0  # as it last said
@@ -240,8 +248,14 @@ class RedisServer:
         self._pool.disconnect()
 
     def _judge(self, wire: Wire) -> None:
-        slow = isinstance(wire.failure, TimeoutError) and wire.replies > 0  # it does answer: what is too slow is measured
-        if wire.failure is not None and not slow:
+        timed_out = isinstance(wire.failure, TimeoutError)
+        if wire.replies:
+            self._strikes = 0
+        elif timed_out and wire.age_s < _PATIENCE_S:
+            self._strikes += 1
+            if self._strikes < _STRIKES:
+                return
+        if wire.failure is not None and not (timed_out and wire.replies):  # slow it may be: that is measured elsewhere
             self.failed(wire.failure)
         elif self._failures and wire.replies:
             log.info("remote store %s is back", self.name)

@@ -57,7 +57,7 @@ class RemoteStore:
     """Implements StoreTier."""
 
     def __init__(self, config: RemoteStoreConfig, layout: KVLayout, fingerprint: str) -> None:
-        """Connects when first used. Raises ConfigError for a wrong URL, or a file that can't be read."""
+        """Connects in the background. Raises ConfigError for a wrong URL, or a file that can't be read."""
         self.name = "remote"
         self._ttl_s = config.ttl_s
         self._budget = config.budget_mib << 20
@@ -70,6 +70,7 @@ class RemoteStore:
         self._staging: Block = np.empty((0, layout.block_bytes), np.uint8)
         self._writing = threading.Lock()  # of the staging
         self._read = self._missed = self._written = self._corrupt = self._dropped = 0
+        threading.Thread(target=self._greet, name="remote-store", daemon=True).start()
 
     # --- StoreTier ----------------------------------------------------------------------------------------------------
 
@@ -138,6 +139,10 @@ class RemoteStore:
     def close(self) -> None:
         for server in self._servers.known():
             server.close()
+
+    def _greet(self) -> None:
+        """Connect, so that the first request doesn't wait for it; a server that is not there is told of at the start."""
+        self._each([BlockHash(bytes([i]) * 16) for i in range(256)], lambda key: [b"EXISTS", key], time.monotonic() + _WRITE_S)
 
     # --- reading ------------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from python_backends.core.errors import HandoffRefused, RefusalReason
 from python_backends.core.handoff import KVHandoff
 from python_backends.core.types import Epoch
 from python_backends.kv.memory import PoolMemory, PoolView
-from python_backends.kv.transfer.base import CheckedTransport, Published, check_time, failed
+from python_backends.kv.transfer.base import Arrived, CheckedTransport, Published, check_time, failed
 
 _MAX_VIEWS = 16  # pools of other workers kept mapped
 _PIECE_BYTES = 4 << 20  # about 1 ms: how long a copy may run before it looks at the clock
@@ -24,18 +24,32 @@ class ShmTransport(CheckedTransport):
         self._lock = threading.Lock()  # of the mappings; not held while copying
         self._views: OrderedDict[tuple[str, Epoch], PoolView] = OrderedDict()  # least recently used first
 
-    def publish(self, memory: PoolMemory, blocks: Sequence[int]) -> Published:
+    def publish(self, memory: PoolMemory, blocks: Sequence[int], lease_id: str) -> Published:
         """The blocks are readable where they are."""
         return Published(locator=memory.locator)
 
-    def copy(self, handoff: KVHandoff, wanted: Sequence[int], into: PoolMemory, blocks: Sequence[int], deadline: float) -> None:
+    def release(self, lease_id: str) -> None:
+        """A reader sees by the generations when blocks are written anew."""
+
+    def copy(
+        self,
+        handoff: KVHandoff,
+        wanted: Sequence[int],
+        into: PoolMemory,
+        blocks: Sequence[int],
+        deadline: float,
+        arrived: Arrived,
+    ) -> None:
         """See CheckedTransport.copy. numpy gives up the GIL while it copies."""
         check_time(deadline)
         view = self._attach(handoff)
         source = _claimed(handoff, wanted, view)
+        done = 0
         for start, target, count in _runs(source, blocks, max(1, _PIECE_BYTES // view.block_bytes)):
             check_time(deadline)
             into.blocks[target : target + count] = view.blocks[start : start + count]
+            arrived(range(done, done + count))
+            done += count
         _check_fresh(handoff, wanted, view)
 
     def close(self) -> None:
