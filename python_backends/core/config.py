@@ -78,9 +78,34 @@ class EngineConfig(Section, frozen=True):
 
 class TransferConfig(Section, frozen=True):
     transport: Annotated[
-        Literal["shm", "inline"],
-        Meta(description="How KV moves: shm (shared memory, same host) or inline (in the ticket; tests and tiny prompts)."),
-    ] = "shm"
+        Literal["auto", "shm", "tcp", "nixl", "inline"],
+        Meta(
+            description="How KV moves: shm (shared memory, same host), tcp (any host), nixl (RDMA and other fabrics; needs "
+            "requirements-nixl.txt), inline (in the ticket; tests and tiny prompts), or auto: the best that a pair of workers "
+            "has in common."
+        ),
+    ] = "auto"
+    listen: Annotated[
+        str,
+        Meta(
+            description="tcp, nixl: address of this host that others reach it by; 0.0.0.0 is every interface, told to others "
+            "by the host's name. Empty: 127.0.0.1, and with auto none, so that all is shm."
+        ),
+    ] = ""
+    ports: Annotated[
+        str,
+        Meta(
+            description="tcp, nixl: ports to listen on, such as 7100-7131, one per worker. Empty: any.",
+            pattern=r"^(\d+(-\d+)?)?$",
+        ),
+    ] = ""
+    streams: Annotated[Positive, Meta(description="tcp: connections that share one handoff.")] = 2
+    tls_cert_file: Annotated[
+        str,
+        Meta(description="tcp, nixl: this side's certificate. With the next two, connections are in TLS on both sides' word."),
+    ] = ""
+    tls_key_file: Annotated[str, Meta(description="tcp, nixl: the key of tls_cert_file.")] = ""
+    tls_ca_file: Annotated[str, Meta(description="tcp, nixl: who signed the other sides' certificates.")] = ""
     lease_s: Annotated[PositiveSeconds, Meta(description="Seconds that published KV is kept for a decode worker.")] = 10.0
     timeout_s: Annotated[PositiveSeconds, Meta(description="Seconds a transfer may take before KV is recomputed.")] = 2.0
     faults: Annotated[

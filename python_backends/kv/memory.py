@@ -52,6 +52,19 @@ class PoolMemory:
         self.generations, self.blocks = _arrays(self._map, num_blocks, block_bytes)
         self.locator = f"{os.getpid()}/{self._fd}"
 
+    @property
+    def is_open(self) -> bool:
+        return self._fd >= 0
+
+    @property
+    def fd(self) -> int:
+        """Of the memory; -1 when it is closed."""
+        return self._fd
+
+    def offset_of(self, block: int) -> int:
+        """Where a block's bytes begin in the memory."""
+        return _blocks_offset(self.num_blocks) + block * self.block_bytes
+
     def close(self) -> None:
         """Void the epoch for readers and give up the descriptor; the mapping goes with the last array that views it.
 

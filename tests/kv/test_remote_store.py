@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import redis
-import trustme
 
 from python_backends.core.config import RemoteStoreConfig
 from python_backends.core.errors import ConfigError
@@ -24,6 +23,7 @@ from python_backends.kv.store.remote import RemoteStore
 from python_backends.kv.store.value import VERSION
 from python_backends.kv.transfer.base import block_digest
 from tests.kv.blocks import Pool, content, hashes
+from tests.kv.certificates import write_certificates
 from tests.kv.redis_server import RedisServer, free_port
 
 LAYOUT = KVLayout(num_layers=2, num_kv_heads=2, head_dim=16, block_size=16, dtype="float32")  # 8 KiB
@@ -352,15 +352,7 @@ def test_an_acl_that_forbids_writing_leaves_reading(own_server: MakeServer, conn
 
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("tls")
-    authority = trustme.CA()
-    authority.cert_pem.write_to_path(str(directory / "ca.pem"))
-    for name in ("127.0.0.1", "client"):
-        certificate = authority.issue_cert(name)
-        certificate.private_key_pem.write_to_path(str(directory / f"{name}.key"))
-        certificate.cert_chain_pems[0].write_to_path(str(directory / f"{name}.pem"))
-    trustme.CA().cert_pem.write_to_path(str(directory / "other-ca.pem"))
-    return directory
+    return write_certificates(tmp_path_factory.mktemp("tls"))
 
 
 def tls_server(own_server: MakeServer, certificates: Path) -> RedisServer:

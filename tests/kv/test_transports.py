@@ -8,12 +8,14 @@ from __future__ import annotations
 import gc
 import os
 import secrets
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -30,11 +32,15 @@ from python_backends.kv.transfer import create_transport
 from python_backends.kv.transfer.base import CheckedTransport, KVTransport, block_digest
 from python_backends.kv.transfer.faulty import FaultyTransport
 from python_backends.kv.transfer.inline import InlineTransport
+from python_backends.kv.transfer.server import TransferServer
+from python_backends.kv.transfer.session import TlsContexts
 from python_backends.kv.transfer.shm import ShmTransport
+from python_backends.kv.transfer.tcp import TcpTransport
 
 LAYOUT = KVLayout(num_layers=2, num_kv_heads=2, head_dim=8, block_size=4, dtype="float32")
 SOURCE_BLOCKS = 32
 EPOCH = Epoch(7)
+KEY = b"k" * 32
 
 
 def make_pool(epoch: Epoch = EPOCH, *, num_blocks: int = SOURCE_BLOCKS, seed: int = 0) -> PoolMemory:
@@ -100,19 +106,24 @@ class Rig:
         self.target.close()
 
 
-def outcome(rig: Rig, handoff: KVHandoff) -> RefusalReason | None:
+def outcome(rig: Rig, handoff: KVHandoff, seconds: float = 5.0) -> RefusalReason | None:
     """Fetch all of a handoff to the first blocks. None: it was accepted."""
     count = len(handoff.blocks)
     try:
-        rig.fetch(handoff, range(count), range(count))
+        rig.fetch(handoff, range(count), range(count), seconds)
     except HandoffRefused as refused:
         return refused.reason
     return None
 
 
+def tcp(streams: int = 2, tls: TlsContexts | None = None) -> TcpTransport:
+    return TcpTransport(TransferServer("127.0.0.1", (), KEY, tls, timeout_s=5.0), KEY, tls, streams)
+
+
 TRANSPORTS: dict[str, Callable[[], CheckedTransport]] = {
     "shm": ShmTransport,
     "inline": InlineTransport,
+    "tcp": tcp,
     "faulty": lambda: FaultyTransport(ShmTransport(), {}),
 }
 
@@ -248,7 +259,8 @@ def test_recreated_pool_is_never_read_for_the_old_one(rig: Rig, mapped_before: b
         rig.fetch(handoff, [0], [0])
     rig.source.close()
     rig.source = make_pool(Epoch(EPOCH + 1), seed=3)
-    assert rig.carries_copy or rig.source.locator == handoff.locator  # the descriptor's number is used again
+    if rig.transport.name == "shm":
+        assert rig.source.locator == handoff.locator  # the descriptor's number is used again
     if rig.carries_copy:
         rig.fetch(handoff, [0, 1], [0, 1])
         assert np.array_equal(rig.target.blocks[[0, 1]], published)
@@ -343,6 +355,15 @@ def start_owner(transport: str) -> tuple[subprocess.Popen[bytes], KVHandoff]:
     assert owner.stdout is not None
     with owner.stdout:
         return owner, msgspec.msgpack.decode(owner.stdout.read(), type=KVHandoff)
+
+
+def stop(owner: subprocess.Popen[bytes]) -> None:
+    """SIGSTOP; returns when it has taken effect."""
+    owner.send_signal(signal.SIGSTOP)
+    deadline = time.monotonic() + 5
+    while Path(f"/proc/{owner.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 def kill(owner: subprocess.Popen[bytes]) -> None:
@@ -504,14 +525,18 @@ def test_faults_come_in_the_given_shares_and_the_same_order() -> None:
 # --- the registry -----------------------------------------------------------------------------------------------------
 
 
-def test_configured_transport_is_created() -> None:
-    assert isinstance(create_transport(TransferConfig()), ShmTransport)
-    assert isinstance(create_transport(TransferConfig(transport="inline")), InlineTransport)
-    transport = create_transport(TransferConfig(transport="inline", faults={"drop": 1.0}))
+@pytest.mark.parametrize(("name", "kind"), [("shm", ShmTransport), ("inline", InlineTransport), ("tcp", TcpTransport)])
+def test_configured_transport_is_created(name: Any, kind: type) -> None:
+    transport = create_transport(TransferConfig(transport=name), KEY)
+    assert isinstance(transport, kind)
+    assert transport.name == name
+    transport.close()
+    transport = create_transport(TransferConfig(transport=name, faults={"drop": 1.0}), KEY)
     assert isinstance(transport, FaultyTransport)
-    assert transport.name == "inline"
+    assert transport.name == name
+    transport.close()
 
 
 def test_faults_that_add_up_to_more_than_all_transfers_are_an_error() -> None:
     with pytest.raises(ConfigError, match=r"transfer\.faults"):
-        create_transport(TransferConfig(faults={"drop": 0.7, "hang": 0.7}))
+        create_transport(TransferConfig(faults={"drop": 0.7, "hang": 0.7}), KEY)

@@ -7,15 +7,55 @@ from python_backends.core.errors import ConfigError
 from python_backends.kv.transfer.base import CheckedTransport, KVTransport
 from python_backends.kv.transfer.faulty import FaultyTransport
 from python_backends.kv.transfer.inline import InlineTransport
+from python_backends.kv.transfer.server import TransferServer
+from python_backends.kv.transfer.session import TlsContexts, load_tls
 from python_backends.kv.transfer.shm import ShmTransport
+from python_backends.kv.transfer.tcp import TcpTransport
 
-_TRANSPORTS: dict[str, type[InlineTransport] | type[ShmTransport]] = {"inline": InlineTransport, "shm": ShmTransport}
+_LOOPBACK = "127.0.0.1"
 
 
-def create_transport(config: TransferConfig) -> KVTransport:
-    """The transport that the deployment names, with its faults if it asks for any. Raises ConfigError."""
+def create_transport(config: TransferConfig, key: bytes) -> KVTransport:
+    """The transport that the deployment names, with its faults if it asks for any. `key` is the deployment's.
+
+    Raises ConfigError.
+    """
     total = sum(config.faults.values())
     if total > 1:
         raise ConfigError(f"transfer.faults: the shares add up to {total:g}; one transfer has one fault, so at most 1")
-    transport: CheckedTransport = _TRANSPORTS[config.transport]()
+    transport = _create(config, key)
     return FaultyTransport(transport, config.faults) if config.faults else transport
+
+
+def _create(config: TransferConfig, key: bytes) -> CheckedTransport:
+    if config.transport == "inline":
+        return InlineTransport()
+    if config.transport == "tcp":
+        tls = _tls(config)
+        return TcpTransport(_server(config, key, tls), key, tls, config.streams)
+    return ShmTransport()
+
+
+def _server(config: TransferConfig, key: bytes, tls: TlsContexts | None) -> TransferServer:
+    return TransferServer(config.listen or _LOOPBACK, _ports(config.ports), key, tls, config.timeout_s)
+
+
+def _ports(text: str) -> range:
+    first, _, last = text.partition("-")
+    ports = range(int(first), int(last or first) + 1) if first else range(0)
+    if text and (not ports or ports[0] < 1 or ports[-1] > 65_535):
+        raise ConfigError(f"transfer.ports: {text!r} is no range of ports such as 7100-7131")
+    return ports
+
+
+def _tls(config: TransferConfig) -> TlsContexts | None:
+    files = {key: getattr(config, f"tls_{key}_file") for key in ("cert", "key", "ca")}
+    if not any(files.values()):
+        return None
+    missing = [key for key, path in files.items() if not path]
+    if missing:
+        raise ConfigError(f"transfer.tls_{missing[0]}_file: TLS needs certificate, key and authority; give this one, too")
+    try:
+        return load_tls(files["cert"], files["key"], files["ca"])
+    except OSError as error:  # also of certificates that are none
+        raise ConfigError(f"transfer.tls_*_file: {', '.join(files.values())}: {error.strerror or error}") from error

@@ -1,0 +1,187 @@
+"""The source's end of transports that leave the host: hands out blocks of live leases to workers that prove the key.
+
+What may be read is said three times: by the key of the connection, by the signed ticket in each request, and by the leases
+of this moment. A block is sent only if all agree, and its generation is looked at again when it has been sent.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+from python_backends.core.errors import ConfigError, HandoffRefused, RefusalReason
+from python_backends.core.handoff import KVHandoff, unseal
+from python_backends.kv.memory import PoolMemory
+from python_backends.kv.transfer.base import failed
+from python_backends.kv.transfer.session import Fetch, Push, Session, SessionError, Status, TlsContexts
+
+log = logging.getLogger(__name__)
+
+_HANDSHAKE_S = 2.0
+_IDLE_S = 600.0  # a connection that asks for nothing is closed
+_MOST_CONNECTIONS = 1024
+_BACKLOG = 128
+_CLOSE_S = 5.0
+
+
+@dataclass(slots=True)
+class _Lease:
+    memory: PoolMemory
+    blocks: set[int]
+
+
+class TransferServer:
+    """Listens from construction to `close`. Publishing and releasing is the engine's thread's."""
+
+    def __init__(self, host: str, ports: Sequence[int], key: bytes, tls: TlsContexts | None, timeout_s: float) -> None:
+        """Takes the first free one of `ports`; none given: any. `timeout_s`: for one request. Raises ConfigError."""
+        self._key = key
+        self._tls = tls
+        self._timeout_s = timeout_s
+        self._leases: dict[str, _Lease] = {}
+        self._sessions: dict[Session, threading.Thread] = {}
+        self._lock = threading.Lock()  # of leases and sessions
+        self._closed = threading.Event()
+        self.push: Callable[[Session, Push, KVHandoff, PoolMemory], None] | None = None  # by NIXL, where there is one
+        self._listener = _listen(host, ports)
+        self.address = f"{_reachable(host)}:{self._listener.getsockname()[1]}"
+        self._thread = threading.Thread(target=self._run, name="transfer-server", daemon=True)
+        self._thread.start()
+
+    def publish(self, memory: PoolMemory, blocks: Sequence[int], lease_id: str) -> None:
+        """These blocks may be asked for from now on; more of a lease may follow."""
+        with self._lock:
+            self._leases.setdefault(lease_id, _Lease(memory, set())).blocks.update(blocks)
+
+    def release(self, lease_id: str) -> None:
+        with self._lock:
+            self._leases.pop(lease_id, None)
+
+    def close(self) -> None:
+        """End all connections; nobody reads the pools any more when it returns. Idempotent."""
+        with self._lock:
+            self._closed.set()
+            sessions = dict(self._sessions)
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for session in sessions:
+            session.wake()
+        for thread in (self._thread, *sessions.values()):
+            thread.join(_CLOSE_S)
+
+    # --- on the listening thread, then on one thread per connection ---
+
+    def _run(self) -> None:
+        while not self._closed.is_set():
+            try:
+                sock, address = self._listener.accept()
+            except OSError:
+                self._closed.wait(0.1)  # or out of descriptors for now
+                continue
+            if len(self._sessions) >= _MOST_CONNECTIONS:
+                sock.close()
+                continue
+            threading.Thread(target=self._serve, args=(sock, address[0]), name="transfer-serve", daemon=True).start()
+
+    def _serve(self, sock: socket.socket, peer: str) -> None:
+        session = Session(sock)
+        with self._lock:
+            if self._closed.is_set():
+                session.wake()
+            self._sessions[session] = threading.current_thread()
+        known = False
+        try:
+            session.welcome(self._key, self._tls, time.monotonic() + _HANDSHAKE_S)
+            known = True
+            while True:
+                self._answer(session, session.receive_message(time.monotonic() + _IDLE_S))
+        except (OSError, SessionError) as error:
+            log.log(logging.DEBUG if known else logging.WARNING, "the connection from %s is closed: %s", peer, error)
+        finally:
+            with self._lock:
+                self._sessions.pop(session, None)
+            session.close()
+
+    def _answer(self, session: Session, request: object) -> None:
+        deadline = time.monotonic() + self._timeout_s
+        if not isinstance(request, Fetch | Push):
+            raise SessionError("it does not ask for anything")
+        try:
+            handoff, memory = self._check(request.ticket, request.positions)
+            if isinstance(request, Push) and self.push is None:
+                raise failed("this worker has no NIXL")
+        except HandoffRefused as refused:
+            session.send_message(Status(refused.reason.value, refused.detail), deadline)
+            return
+        if isinstance(request, Push):
+            assert self.push is not None
+            self.push(session, request, handoff, memory)
+        else:
+            session.send_message(Status(), deadline)
+            self._send_blocks(session, memory, [handoff.blocks[position] for position in request.positions], deadline)
+        session.send_message(self._verdict(handoff, request.positions, memory), deadline)
+
+    def _check(self, ticket: bytes, positions: Sequence[int]) -> tuple[KVHandoff, PoolMemory]:
+        """What the ticket claims and where it lies. Raises HandoffRefused when it may not be had, or not any more."""
+        handoff = unseal(ticket, self._key, time.time())
+        if not all(0 <= position < len(handoff.blocks) for position in positions):
+            raise failed("positions are asked for that the ticket does not have")
+        with self._lock:
+            lease = self._leases.get(handoff.lease_id)
+            if lease is None:
+                raise HandoffRefused(RefusalReason.EXPIRED, f"the lease has ended, or {handoff.source} has restarted")
+            if handoff.epoch != lease.memory.epoch or not lease.memory.is_open:
+                raise HandoffRefused(RefusalReason.STALE_EPOCH, f"{handoff.source} has restarted since the ticket")
+            if not lease.blocks.issuperset(handoff.blocks[position] for position in positions):
+                raise failed("the ticket names blocks that are not of its lease")
+        self._check_generations(handoff, positions, lease.memory)
+        return handoff, lease.memory
+
+    def _check_generations(self, handoff: KVHandoff, positions: Sequence[int], memory: PoolMemory) -> None:
+        for position in positions:
+            if memory.generations[handoff.blocks[position]] != handoff.generations[position]:
+                detail = f"{handoff.source} has reused block {position} since the ticket"
+                raise HandoffRefused(RefusalReason.STALE_EPOCH, detail)
+
+    def _verdict(self, handoff: KVHandoff, positions: Sequence[int], memory: PoolMemory) -> Status:
+        """Whether what was sent was meant to the end."""
+        try:
+            self._check_generations(handoff, positions, memory)
+        except HandoffRefused as refused:
+            return Status(refused.reason.value, refused.detail)
+        return Status()
+
+    def _send_blocks(self, session: Session, memory: PoolMemory, blocks: Sequence[int], deadline: float) -> None:
+        if session.is_local or session.is_secret:  # gathered copies are faster where the kernel has to copy anyway
+            session.send_pieces([memory.blocks[block].data for block in blocks], deadline)
+            return
+        for block in blocks:
+            session.send_file(memory.fd, memory.offset_of(block), memory.block_bytes, deadline)
+
+
+def _listen(host: str, ports: Sequence[int]) -> socket.socket:
+    try:
+        family = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][0]
+    except OSError as error:
+        raise ConfigError(f"transfer.listen: {host!r}: {error.strerror or error}; give an address of this host") from error
+    problem = ""
+    for port in ports or [0]:
+        try:
+            return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+        except OSError as error:
+            problem = str(error.strerror or error)
+    where = f"{host}, ports {ports[0]} to {ports[-1]}" if ports else host
+    raise ConfigError(f"transfer.listen: {where}: {problem}; give an address of this host, or more ports in transfer.ports")
+
+
+def _reachable(host: str) -> str:
+    """The address that other hosts are told."""
+    if host in ("0.0.0.0", "::", ""):
+        host = socket.gethostbyname(socket.gethostname())
+    return f"[{host}]" if ":" in host else host
