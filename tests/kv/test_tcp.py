@@ -22,7 +22,7 @@ from python_backends.core.types import Epoch
 from python_backends.kv.memory import PoolMemory
 from python_backends.kv.transfer import create_transport
 from python_backends.kv.transfer.server import TransferServer
-from python_backends.kv.transfer.session import Fetch, Session, SessionError, Status, TlsContexts, load_tls
+from python_backends.kv.transfer.session import Claim, Fetch, Session, SessionError, Status, TlsContexts, load_tls
 from python_backends.kv.transfer.tcp import TcpTransport
 from tests.kv.certificates import write_certificates
 from tests.kv.test_transports import KEY, LAYOUT, SOURCE_BLOCKS, Rig, changed, kill, outcome, soon, start_owner, stop, tcp
@@ -220,7 +220,8 @@ def test_an_expired_ticket_is_refused_by_the_source(rig: Rig) -> None:
 @pytest.mark.parametrize("positions", [[-1], [2], [2**62], [0, 1, 2]])
 def test_positions_that_the_ticket_does_not_have_are_refused(rig: Rig, positions: list[int]) -> None:
     session = connect(address_of(rig))
-    session.send_message(Fetch(seal(rig.publish([3, 4]), KEY), positions), soon())
+    session.send_message(Claim(seal(rig.publish([3, 4]), KEY)), soon())
+    session.send_message(Fetch(positions), soon())
     status = session.receive_message(soon())
     assert isinstance(status, Status)
     assert status.reason == RefusalReason.TRANSFER_FAILED.value
@@ -230,10 +231,19 @@ def test_positions_that_the_ticket_does_not_have_are_refused(rig: Rig, positions
 @pytest.mark.parametrize("ticket", [b"", b"nonsense" * 20])
 def test_a_ticket_that_nobody_signed_gets_nothing(rig: Rig, ticket: bytes) -> None:
     session = connect(address_of(rig))
-    session.send_message(Fetch(ticket, [0]), soon())
+    session.send_message(Claim(ticket), soon())
+    session.send_message(Fetch([0]), soon())
     status = session.receive_message(soon())
     assert isinstance(status, Status)
     assert status.reason == RefusalReason.BAD_SIGNATURE.value
+    session.close()
+
+
+def test_without_a_ticket_there_is_nothing(rig: Rig) -> None:
+    rig.publish([3, 4])
+    session = connect(address_of(rig))
+    session.send_message(Fetch([0]), soon())
+    assert session.receive_message(soon()) == Status(RefusalReason.TRANSFER_FAILED.value, "no ticket was shown")
     session.close()
 
 
@@ -419,7 +429,8 @@ def test_a_reader_that_stops_reading_does_not_keep_the_source(rig: Rig, monkeypa
     monkeypatch.setattr("python_backends.kv.transfer.session._BUFFER_BYTES", 4096)
     session = connect(address_of(rig))
     ticket = seal(rig.publish(list(range(SOURCE_BLOCKS))), KEY)
-    session.send_message(Fetch(ticket, list(range(SOURCE_BLOCKS)) * 500), soon())
+    session.send_message(Claim(ticket), soon())
+    session.send_message(Fetch(list(range(SOURCE_BLOCKS)) * 500), soon())
     deadline = time.monotonic() + 5
     while server_of(rig)._sessions:
         assert time.monotonic() < deadline, "the source still waits for its reader"

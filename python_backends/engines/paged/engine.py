@@ -108,6 +108,7 @@ class PagedEngine:
         self._leases = LeaseTable(self._pool, on_end=self._transport.release)
         self._scheduler = Scheduler(self._pool, layout.block_size, self._config.max_batch, self._config.step_tokens)
         self._runner.attach(memory)
+        self._transport.attach(memory, self._role)
         self._stores = create_stores(self._store, layout, self._runner.fingerprint, memory, self._key)
         if self._stores is not None:
             early = self._store.fill == "publish"

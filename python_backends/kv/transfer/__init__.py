@@ -7,6 +7,7 @@ from python_backends.core.errors import ConfigError
 from python_backends.kv.transfer.base import CheckedTransport, KVTransport
 from python_backends.kv.transfer.faulty import FaultyTransport
 from python_backends.kv.transfer.inline import InlineTransport
+from python_backends.kv.transfer.nixl import NixlTransport
 from python_backends.kv.transfer.server import TransferServer
 from python_backends.kv.transfer.session import TlsContexts, load_tls
 from python_backends.kv.transfer.shm import ShmTransport
@@ -30,10 +31,13 @@ def create_transport(config: TransferConfig, key: bytes) -> KVTransport:
 def _create(config: TransferConfig, key: bytes) -> CheckedTransport:
     if config.transport == "inline":
         return InlineTransport()
-    if config.transport == "tcp":
-        tls = _tls(config)
-        return TcpTransport(_server(config, key, tls), key, tls, config.streams)
-    return ShmTransport()
+    if config.transport == "shm":
+        return ShmTransport()
+    tls = _tls(config)
+    server = _server(config, key, tls)
+    if config.transport == "nixl":
+        return NixlTransport(server, key, tls)
+    return TcpTransport(server, key, tls, config.streams)
 
 
 def _server(config: TransferConfig, key: bytes, tls: TlsContexts | None) -> TransferServer:

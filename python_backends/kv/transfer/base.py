@@ -19,6 +19,7 @@ import xxhash
 
 from python_backends.core.errors import HandoffRefused, RefusalReason
 from python_backends.core.handoff import KVHandoff
+from python_backends.core.types import Role
 from python_backends.kv.memory import PoolMemory
 
 
@@ -45,6 +46,11 @@ class KVTransport(Protocol):
     """Moves blocks from a source's pool into this worker's pool. `name` is what the ticket calls it."""
 
     name: str
+
+    def attach(self, memory: PoolMemory, role: Role) -> None:
+        """This worker's pool and what the worker does with it; once, before anything else, so that the first handoff does
+        not wait for what can be made ready now. Raises ConfigError.
+        """
 
     def publish(self, memory: PoolMemory, blocks: Sequence[int], lease_id: str) -> Published:
         """Make the blocks fetchable by whoever has the ticket. The caller holds them until the lease ends.
@@ -75,6 +81,10 @@ class CheckedTransport(ABC):
     """A KVTransport whose `fetch` is its own `copy` and the shared digest check."""
 
     name: str
+
+    def attach(self, memory: PoolMemory, role: Role) -> None:
+        """See KVTransport.attach."""
+        return
 
     @abstractmethod
     def publish(self, memory: PoolMemory, blocks: Sequence[int], lease_id: str) -> Published: ...

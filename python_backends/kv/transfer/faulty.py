@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from python_backends.core.handoff import KVHandoff
+from python_backends.core.types import Role
 from python_backends.kv.memory import PoolMemory
 from python_backends.kv.transfer.base import Arrived, CheckedTransport, Fetched, Published, check_time, failed
 
@@ -32,6 +33,9 @@ class FaultyTransport(CheckedTransport):
         self._random = random.Random(seed)
         self._lock = threading.Lock()  # of the generator: fetches run concurrently
         self._closed = threading.Event()
+
+    def attach(self, memory: PoolMemory, role: Role) -> None:
+        self._inner.attach(memory, role)
 
     def publish(self, memory: PoolMemory, blocks: Sequence[int], lease_id: str) -> Published:
         return self._inner.publish(memory, blocks, lease_id)

@@ -10,15 +10,26 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Protocol
 
 from python_backends.core.errors import ConfigError, HandoffRefused, RefusalReason
 from python_backends.core.handoff import KVHandoff, unseal
 from python_backends.kv.memory import PoolMemory
 from python_backends.kv.transfer.base import failed
-from python_backends.kv.transfer.session import Fetch, Push, Session, SessionError, Status, TlsContexts
+from python_backends.kv.transfer.session import (
+    Claim,
+    Fetch,
+    Landing,
+    Message,
+    Push,
+    Session,
+    SessionError,
+    Status,
+    TlsContexts,
+)
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +38,25 @@ _IDLE_S = 600.0  # a connection that asks for nothing is closed
 _MOST_CONNECTIONS = 1024
 _BACKLOG = 128
 _CLOSE_S = 5.0
+
+
+class PushLost(HandoffRefused):
+    """A push has begun and was given up. Its bytes may still arrive, or not."""
+
+
+class Pusher(Protocol):
+    """Writes blocks into a reader's memory."""
+
+    def push(self, memory: PoolMemory, blocks: Sequence[int], landing: Landing, slots: Sequence[int], deadline: float) -> None:
+        """Return when all is there. Raises HandoffRefused: before anything has moved, or else PushLost."""
+
+
+@dataclass(slots=True)
+class _Conversation:
+    """What was said on one connection and is still meant."""
+
+    claim: KVHandoff | HandoffRefused | None = None
+    landing: Landing | None = None
 
 
 @dataclass(slots=True)
@@ -47,7 +77,7 @@ class TransferServer:
         self._sessions: dict[Session, threading.Thread] = {}
         self._lock = threading.Lock()  # of leases and sessions
         self._closed = threading.Event()
-        self.push: Callable[[Session, Push, KVHandoff, PoolMemory], None] | None = None  # by NIXL, where there is one
+        self.pusher: Pusher | None = None  # where there is NIXL
         self._listener = _listen(host, ports)
         self.address = f"{_reachable(host)}:{self._listener.getsockname()[1]}"
         self._thread = threading.Thread(target=self._run, name="transfer-server", daemon=True)
@@ -96,11 +126,12 @@ class TransferServer:
                 session.wake()
             self._sessions[session] = threading.current_thread()
         known = False
+        state = _Conversation()
         try:
             session.welcome(self._key, self._tls, time.monotonic() + _HANDSHAKE_S)
             known = True
             while True:
-                self._answer(session, session.receive_message(time.monotonic() + _IDLE_S))
+                self._hear(session, state, session.receive_message(time.monotonic() + _IDLE_S))
         except (OSError, SessionError) as error:
             log.log(logging.DEBUG if known else logging.WARNING, "the connection from %s is closed: %s", peer, error)
         finally:
@@ -108,54 +139,64 @@ class TransferServer:
                 self._sessions.pop(session, None)
             session.close()
 
-    def _answer(self, session: Session, request: object) -> None:
-        deadline = time.monotonic() + self._timeout_s
-        if not isinstance(request, Fetch | Push):
-            raise SessionError("it does not ask for anything")
-        try:
-            handoff, memory = self._check(request.ticket, request.positions)
-            if isinstance(request, Push) and self.push is None:
-                raise failed("this worker has no NIXL")
-        except HandoffRefused as refused:
-            session.send_message(Status(refused.reason.value, refused.detail), deadline)
-            return
-        if isinstance(request, Push):
-            assert self.push is not None
-            self.push(session, request, handoff, memory)
+    def _hear(self, session: Session, state: _Conversation, message: Message) -> None:
+        if isinstance(message, Claim):
+            state.claim = self._read_ticket(message.ticket)
+        elif isinstance(message, Landing):
+            state.landing = message
+        elif isinstance(message, Fetch | Push):
+            self._answer(session, state, message)
         else:
-            session.send_message(Status(), deadline)
-            self._send_blocks(session, memory, [handoff.blocks[position] for position in request.positions], deadline)
-        session.send_message(self._verdict(handoff, request.positions, memory), deadline)
+            raise SessionError("it does not ask for anything")
 
-    def _check(self, ticket: bytes, positions: Sequence[int]) -> tuple[KVHandoff, PoolMemory]:
+    def _read_ticket(self, ticket: bytes) -> KVHandoff | HandoffRefused:
+        try:
+            return unseal(ticket, self._key, time.time())
+        except HandoffRefused as refused:
+            return refused
+
+    def _answer(self, session: Session, state: _Conversation, request: Fetch | Push) -> None:
+        deadline = time.monotonic() + self._timeout_s
+        status = Status()
+        try:
+            handoff, memory = self._check(state.claim, request.positions)
+            if isinstance(request, Fetch):
+                session.send_message(Status(), deadline)
+                self._send_blocks(session, memory, [handoff.blocks[position] for position in request.positions], deadline)
+            elif self.pusher is None or state.landing is None:
+                raise failed("this worker has no NIXL, or no landing was named")
+            else:
+                blocks = [handoff.blocks[position] for position in request.positions]
+                self.pusher.push(memory, blocks, state.landing, request.slots, deadline)
+            self._check_generations(handoff, request.positions, memory)  # what was sent was meant to the end
+        except HandoffRefused as refused:
+            status = Status(refused.reason.value, refused.detail, late=isinstance(refused, PushLost))
+        session.send_message(status, deadline)
+
+    def _check(self, claim: KVHandoff | HandoffRefused | None, positions: Sequence[int]) -> tuple[KVHandoff, PoolMemory]:
         """What the ticket claims and where it lies. Raises HandoffRefused when it may not be had, or not any more."""
-        handoff = unseal(ticket, self._key, time.time())
-        if not all(0 <= position < len(handoff.blocks) for position in positions):
+        if claim is None:
+            raise failed("no ticket was shown")
+        if isinstance(claim, HandoffRefused):
+            raise claim
+        if not all(0 <= position < len(claim.blocks) for position in positions):
             raise failed("positions are asked for that the ticket does not have")
         with self._lock:
-            lease = self._leases.get(handoff.lease_id)
+            lease = self._leases.get(claim.lease_id)
             if lease is None:
-                raise HandoffRefused(RefusalReason.EXPIRED, f"the lease has ended, or {handoff.source} has restarted")
-            if handoff.epoch != lease.memory.epoch or not lease.memory.is_open:
-                raise HandoffRefused(RefusalReason.STALE_EPOCH, f"{handoff.source} has restarted since the ticket")
-            if not lease.blocks.issuperset(handoff.blocks[position] for position in positions):
+                raise HandoffRefused(RefusalReason.EXPIRED, f"the lease has ended, or {claim.source} has restarted")
+            if claim.epoch != lease.memory.epoch or not lease.memory.is_open:
+                raise HandoffRefused(RefusalReason.STALE_EPOCH, f"{claim.source} has restarted since the ticket")
+            if not lease.blocks.issuperset(claim.blocks[position] for position in positions):
                 raise failed("the ticket names blocks that are not of its lease")
-        self._check_generations(handoff, positions, lease.memory)
-        return handoff, lease.memory
+        self._check_generations(claim, positions, lease.memory)
+        return claim, lease.memory
 
     def _check_generations(self, handoff: KVHandoff, positions: Sequence[int], memory: PoolMemory) -> None:
         for position in positions:
             if memory.generations[handoff.blocks[position]] != handoff.generations[position]:
                 detail = f"{handoff.source} has reused block {position} since the ticket"
                 raise HandoffRefused(RefusalReason.STALE_EPOCH, detail)
-
-    def _verdict(self, handoff: KVHandoff, positions: Sequence[int], memory: PoolMemory) -> Status:
-        """Whether what was sent was meant to the end."""
-        try:
-            self._check_generations(handoff, positions, memory)
-        except HandoffRefused as refused:
-            return Status(refused.reason.value, refused.detail)
-        return Status()
 
     def _send_blocks(self, session: Session, memory: PoolMemory, blocks: Sequence[int], deadline: float) -> None:
         if session.is_local or session.is_secret:  # gathered copies are faster where the kernel has to copy anyway

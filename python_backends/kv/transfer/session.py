@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import select
 import socket
 import ssl
 import struct
@@ -41,32 +42,43 @@ class SessionError(Exception):
     """The other end is not what it should be, or has gone. Nothing more can be said to it."""
 
 
+class Claim(msgspec.Struct, frozen=True, tag=True):
+    """The signed ticket that the next requests on this connection are about. Not answered."""
+
+    ticket: bytes
+
+
 class Fetch(msgspec.Struct, frozen=True, tag=True):
     """Send the bytes of these positions of the ticket, in this order. Answered by a Status, the bytes, another Status."""
 
-    ticket: bytes
     positions: list[int]
+
+
+class Landing(msgspec.Struct, frozen=True, tag=True):
+    """Memory of the reader that the next requests write to by NIXL: `slots` blocks from `address` on. Not answered."""
+
+    agent: str  # NIXL's name of the reader
+    metadata: bytes  # NIXL's own description of it
+    address: int
+    slots: int
 
 
 class Push(msgspec.Struct, frozen=True, tag=True):
-    """Write these positions of the ticket, one after the other, into the asker's memory by NIXL. Answered by a Status."""
+    """Write these positions of the ticket into these slots of the landing. Answered by a Status when all is there."""
 
-    ticket: bytes
     positions: list[int]
-    agent: str  # NIXL's name of the asker
-    metadata: bytes  # NIXL's own description of it; empty: known from an earlier Push on this connection
-    address: int  # where the first block goes, in the asker's memory
-    size: int  # bytes there
+    slots: list[int]
 
 
 class Status(msgspec.Struct, frozen=True, tag=True):
-    """`reason` is a RefusalReason's value, or empty when all is well."""
+    """`reason` is a RefusalReason's value, or empty when all is well. `late`: bytes of a push may still arrive."""
 
     reason: str = ""
     detail: str = ""
+    late: bool = False
 
 
-Message = Fetch | Push | Status
+Message = Claim | Fetch | Landing | Push | Status
 
 
 class TlsContexts(msgspec.Struct, frozen=True):
@@ -227,6 +239,13 @@ class Session:
         data = bytearray(count)
         self.receive_into([memoryview(data)], deadline)
         return bytes(data)
+
+    @property
+    def has_news(self) -> bool:
+        """Whether receiving would find something now, be it the end."""
+        if isinstance(self._socket, ssl.SSLSocket) and self._socket.pending():
+            return True
+        return bool(select.select([self._socket], [], [], 0)[0])
 
     def wake(self) -> None:
         """End the connection under whatever thread waits for it."""

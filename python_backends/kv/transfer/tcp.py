@@ -19,7 +19,7 @@ from python_backends.core.handoff import KVHandoff, seal
 from python_backends.kv.memory import PoolMemory
 from python_backends.kv.transfer.base import Arrived, CheckedTransport, Published, check_time, failed
 from python_backends.kv.transfer.server import TransferServer
-from python_backends.kv.transfer.session import Fetch, Session, SessionError, Status, TlsContexts
+from python_backends.kv.transfer.session import Claim, Fetch, Session, SessionError, Status, TlsContexts
 
 _STREAM_BYTES = 2 << 20  # a share of less is not worth another connection
 _PIECE_BYTES = 4 << 20  # received before it is digested, while it is in the processor's cache
@@ -195,7 +195,8 @@ class _Share:
     def receive(self, session: Session, deadline: float) -> None:
         """Ask for what is missing and take it in. Raises HandoffRefused, OSError or SessionError."""
         self.answered = False
-        session.send_message(Fetch(self._ticket, [self._wanted[index] for index in self.left]), deadline)
+        session.send_message(Claim(self._ticket), deadline)
+        session.send_message(Fetch([self._wanted[index] for index in self.left]), deadline)
         self._read_status(session, deadline)
         step = max(1, _PIECE_BYTES // self._into.block_bytes)
         self.answered = False
