@@ -29,7 +29,8 @@ from python_backends.core.layout import KVLayout
 from python_backends.core.types import Epoch, WorkerId
 from python_backends.kv.memory import PoolMemory
 from python_backends.kv.transfer import create_transport
-from python_backends.kv.transfer.base import CheckedTransport, KVTransport, block_digest
+from python_backends.kv.transfer.auto import AutoTransport, Ways
+from python_backends.kv.transfer.base import CheckedTransport, KVTransport, Published, block_digest
 from python_backends.kv.transfer.faulty import FaultyTransport
 from python_backends.kv.transfer.inline import InlineTransport
 from python_backends.kv.transfer.nixl import NixlTransport, is_installed
@@ -131,10 +132,21 @@ def nixl(**settings: str) -> NixlTransport:
     return NixlTransport(TransferServer("127.0.0.1", (), KEY, None, timeout_s=5.0), KEY, None, settings)
 
 
+class Elsewhere(AutoTransport):
+    """Publishes as if from another host."""
+
+    def publish(self, memory: PoolMemory, blocks: Sequence[int], lease_id: str) -> Published:
+        published = super().publish(memory, blocks, lease_id)
+        ways = msgspec.msgpack.decode(published.opaque, type=Ways)
+        return Published(published.locator, msgspec.msgpack.encode(msgspec.structs.replace(ways, host="another")))
+
+
 TRANSPORTS: dict[str, Callable[[], CheckedTransport]] = {
     "shm": ShmTransport,
     "inline": InlineTransport,
     "tcp": tcp,
+    "auto": lambda: AutoTransport(ShmTransport(), tcp(), None, ()),
+    "auto elsewhere": lambda: Elsewhere(ShmTransport(), tcp(), None, ()),
     "nixl": nixl,
     "nixl over tcp": lambda: nixl(UCX_TLS="tcp"),
     "faulty": lambda: FaultyTransport(ShmTransport(), {}),
@@ -215,7 +227,7 @@ def flip(memory: PoolMemory, handoff: KVHandoff, position: int, bit: int) -> KVH
     """Damage the published bytes at the source and, where they travel in it, in the ticket."""
     memory.blocks[handoff.blocks[position], bit // 8] ^= 1 << bit % 8
     opaque = bytearray(handoff.opaque)
-    if opaque:
+    if len(opaque) == len(handoff.blocks) * LAYOUT.block_bytes:
         opaque[position * LAYOUT.block_bytes + bit // 8] ^= 1 << bit % 8
     return changed(handoff, opaque=bytes(opaque))
 
@@ -540,8 +552,19 @@ def test_faults_come_in_the_given_shares_and_the_same_order() -> None:
 # --- the registry -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "kind"), [("shm", ShmTransport), ("inline", InlineTransport), ("tcp", TcpTransport)])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("auto", AutoTransport),
+        ("shm", ShmTransport),
+        ("inline", InlineTransport),
+        ("tcp", TcpTransport),
+        ("nixl", NixlTransport),
+    ],
+)
 def test_configured_transport_is_created(name: Any, kind: type) -> None:
+    if name == "nixl":
+        nixl().close()  # skips where it isn't installed
     transport = create_transport(TransferConfig(transport=name), KEY)
     assert isinstance(transport, kind)
     assert transport.name == name

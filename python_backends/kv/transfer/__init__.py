@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from python_backends.core.config import TransferConfig
 from python_backends.core.errors import ConfigError
+from python_backends.kv.transfer.auto import AutoTransport
 from python_backends.kv.transfer.base import CheckedTransport, KVTransport
 from python_backends.kv.transfer.faulty import FaultyTransport
 from python_backends.kv.transfer.inline import InlineTransport
-from python_backends.kv.transfer.nixl import NixlTransport
+from python_backends.kv.transfer.nixl import NixlTransport, is_installed, rdma_devices
 from python_backends.kv.transfer.server import TransferServer
 from python_backends.kv.transfer.session import TlsContexts, load_tls
 from python_backends.kv.transfer.shm import ShmTransport
@@ -33,11 +34,18 @@ def _create(config: TransferConfig, key: bytes) -> CheckedTransport:
         return InlineTransport()
     if config.transport == "shm":
         return ShmTransport()
+    if config.transport == "auto" and not config.listen:
+        return AutoTransport(ShmTransport(), None, None, ())
     tls = _tls(config)
     server = _server(config, key, tls)
     if config.transport == "nixl":
         return NixlTransport(server, key, tls)
-    return TcpTransport(server, key, tls, config.streams)
+    tcp = TcpTransport(server, key, tls, config.streams)
+    if config.transport == "tcp":
+        return tcp
+    devices = rdma_devices()
+    nixl = NixlTransport(server, key, tls) if devices and is_installed() else None
+    return AutoTransport(ShmTransport(), tcp, nixl, devices)
 
 
 def _server(config: TransferConfig, key: bytes, tls: TlsContexts | None) -> TransferServer:
