@@ -54,6 +54,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=8)
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(["pytest", "numpy", "tests.flow.house", "python_backends.engines.fake"])
 
+Transport = Literal["auto", "shm", "tcp", "nixl", "inline"]
 Fault = Literal["delay", "drop", "corrupt", "truncate", "hang"]
 
 
@@ -90,7 +91,8 @@ def deployment(
     *,
     engine: EngineConfig | None = None,
     router: RouterConfig | None = None,
-    transport: Literal["shm", "inline"] = "shm",
+    transport: Transport = "auto",
+    listen: str = "",
     faults: Mapping[Fault, float] | None = None,
     lease_s: float = 10.0,
     transfer_timeout_s: float = 2.0,
@@ -104,7 +106,9 @@ def deployment(
             WorkerConfig(role=role, name=f"{role.value}_{i}", engine="fake") for role, count in roles for i in range(count)
         ),
         engine=engine or fake_engine(),
-        transfer=TransferConfig(transport=transport, lease_s=lease_s, timeout_s=transfer_timeout_s, faults=dict(faults or {})),
+        transfer=TransferConfig(
+            transport=transport, listen=listen, lease_s=lease_s, timeout_s=transfer_timeout_s, faults=dict(faults or {})
+        ),
         store=store or StoreConfig(),
         router=router or RouterConfig(mode="remote", worker_wait_s=5.0, default_deadline_s=TIMEOUT_S),
         health=HealthConfig(heartbeat_s=0.05, silent_s=silent_s),
