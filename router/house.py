@@ -8,13 +8,14 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from python_backends.core.block_hash import block_hashes, chain_root
 from python_backends.core.config import Deployment
 from python_backends.core.errors import InvalidRequest, Unavailable
-from python_backends.core.messages import BlockEvents, Heartbeat, Located, Outputs, PrefillDone
+from python_backends.core.messages import BlockEvents, Heartbeat, Lent, Located, Output, Outputs, PrefillDone
 from python_backends.core.types import BlockHash, RequestId, Role, WorkerId
 from router.admission import Admission
 from router.fleet import Fleet
@@ -26,6 +27,7 @@ from router.seams import Calls, Observer
 from router.tokenizer import Tokenizer
 from router.types import ClientRequest, RouteDecision, Way, Wish
 
+_LEND_S = 0.25  # that a worker may take to lend; it answers between two steps
 _LONG_PROMPT_BYTES = 4_000  # from here on a prompt is tokenised off the event loop
 
 
@@ -113,18 +115,32 @@ class House:
 
     async def _locate(self, worker: WorkerId, hashes: list[BlockHash]) -> int:
         """Leading blocks that the worker finds in its stores; 0 when it does not say in time."""
+        answer = await self._ask(worker, lambda question: self.calls.locate(worker, question, hashes), self._locate_s)
+        return answer.blocks if isinstance(answer, Located) else 0
+
+    async def borrow(self, lender: WorkerId, tokens: list[int], salt: str) -> Lent | None:
+        """A ticket for the leading tokens that the worker has cached. None when it does not say in time."""
+        view = self.fleet.get(lender)
+        if view is None:
+            return None
+        root = chain_root(view.heartbeat.fingerprint, salt)
+        hashes = block_hashes(tokens[:-1], view.heartbeat.layout.block_size, root)
+        answer = await self._ask(lender, lambda question: self.calls.lend(lender, question, hashes), _LEND_S)
+        return answer if isinstance(answer, Lent) and answer.ticket is not None else None
+
+    async def _ask(self, worker: WorkerId, ask: Callable[[RequestId], None], within_s: float) -> Output | None:
+        """One question to a worker, and its answer if that comes in time."""
         self._questions += 1
-        question = RequestId(f"{self.name}.s{self._questions}")
+        question = RequestId(f"{self.name}.q{self._questions}")
         with self.mailroom.box(question, worker) as box:
-            self.calls.locate(worker, question, hashes)
+            ask(question)
             answering = asyncio.ensure_future(box.get())
             try:
                 # Not wait_for: before Python 3.12 it loses a cancellation that comes together with the answer.
-                await asyncio.wait({answering}, timeout=self._locate_s)
-                answer = answering.result() if answering.done() else None
+                await asyncio.wait({answering}, timeout=within_s)
+                return answering.result() if answering.done() else None
             finally:
                 answering.cancel()
-        return answer.blocks if isinstance(answer, Located) else 0
 
     def _check_length(self, num_tokens: int) -> None:
         known = [worker for worker in self.fleet if worker.role is not Role.PREFILL]
@@ -161,7 +177,7 @@ class House:
         if not self.fleet.is_current(outputs.worker, outputs.epoch):
             return
         for output in self.mailroom.deliver(outputs.outputs):
-            if isinstance(output, PrefillDone) and output.lease_id is not None:
+            if isinstance(output, PrefillDone | Lent) and output.lease_id is not None:
                 self.calls.release(outputs.worker, output.lease_id)  # its request is gone
 
     def hear_events(self, events: BlockEvents) -> bool:

@@ -3,7 +3,8 @@
 1. A decode worker that has all but a few tokens of the prompt, or finds them in its stores, computes the rest itself,
    unless it is much busier than the others: `cached` when only tokens outside full blocks are missing, else `local`.
 2. Otherwise the least busy decode worker is taken, and the prefill worker that is done with the prompt first, counted
-   in tokens ahead of it plus tokens that it has not cached: `remote`.
+   in tokens ahead of it plus tokens that it has not cached: `remote`. What it has not cached and another worker has, it
+   borrows, if that is much; that counts as a fraction of computing it.
 3. Without prefill workers the decode worker does it (`local`); without decode workers an aggregated one (`aggregated`).
 """
 
@@ -16,6 +17,8 @@ from python_backends.core.types import Role, WorkerId
 from router.fleet import WorkerView
 from router.types import RouteDecision, Way, Wish
 
+_LOAN_TOKENS = 256  # fewer are not worth asking for
+_LOAN_SHARE = 16  # borrowing so many tokens is taken to cost as much as computing one; the worker knows better
 _STICKY_REQUESTS = 4  # a prefix hit is worth being so many requests busier than the least busy worker
 
 
@@ -50,7 +53,7 @@ def choose(query: Query, workers: Sequence[WorkerView]) -> RouteDecision | None:
     ]
     if query.wish is Wish.LOCAL or not prefills:
         return _local(query, idle, "as asked" if query.wish is Wish.LOCAL else "no prefill worker of this model is up")
-    return _remote(query, prefills, idle)
+    return _remote(query, prefills, idle, workers)
 
 
 def _candidates(workers: Sequence[WorkerView], role: Role, query: Query) -> list[WorkerView]:
@@ -95,14 +98,40 @@ def _local(query: Query, worker: WorkerView, reason: str) -> RouteDecision:
     return RouteDecision(Way.LOCAL, None, worker.id, uncached, why)
 
 
-def _remote(query: Query, prefills: Sequence[WorkerView], decode: WorkerView) -> RouteDecision:
-    best = min(prefills, key=lambda w: (w.prefill_tokens + _uncached(query, w), w.id))
-    uncached = _uncached(query, best)
+def _remote(query: Query, prefills: Sequence[WorkerView], decode: WorkerView, workers: Sequence[WorkerView]) -> RouteDecision:
+    lender = _lender(query, decode.heartbeat.fingerprint, workers)
+    best = min(prefills, key=lambda w: (w.prefill_tokens + _cost(query, w, lender), w.id))
+    borrowed = _borrowed(query, best, lender)
+    uncached = _uncached(query, best) - borrowed
     why = (
         f"{_uncached(query, decode)} of {query.num_tokens} tokens are uncached at {decode.id} ({decode.requests} requests); "
         f"{best.id} computes {uncached} after {best.prefill_tokens} ahead"
     )
+    if borrowed and lender is not None:
+        why += f", and borrows {borrowed} from {lender.id}"
+        return RouteDecision(Way.REMOTE, best.id, decode.id, uncached, why, lender.id)
     return RouteDecision(Way.REMOTE, best.id, decode.id, uncached, why)
+
+
+def _lender(query: Query, fingerprint: str, workers: Sequence[WorkerView]) -> WorkerView | None:
+    """Who has the most of the prompt in its pool, and lends it."""
+    able = [w for w in workers if w.up and w.heartbeat.lends and w.heartbeat.fingerprint == fingerprint]
+    able = [w for w in able if w.id not in query.avoid]
+    return max(able, key=lambda w: (query.matched.get(w.id, 0), -w.requests, w.id), default=None)
+
+
+def _borrowed(query: Query, worker: WorkerView, lender: WorkerView | None) -> int:
+    """Tokens that the worker would borrow."""
+    if lender is None or lender.id == worker.id or not worker.heartbeat.lends:
+        return 0
+    more = query.matched.get(lender.id, 0) - _has(query, worker)
+    return more if more >= _LOAN_TOKENS else 0
+
+
+def _cost(query: Query, worker: WorkerView, lender: WorkerView | None) -> int:
+    """Of the prompt on this worker, in computed tokens."""
+    borrowed = _borrowed(query, worker, lender)
+    return _uncached(query, worker) - borrowed + borrowed // _LOAN_SHARE
 
 
 def _aggregated(query: Query, workers: Sequence[WorkerView], reason: str) -> RouteDecision:

@@ -65,6 +65,7 @@ class Run:
         self._prefill_charge: Charge | None = None
         self._prefill_leg: tuple[WorkerId, RequestId] | None = None
         self._decode_leg: tuple[WorkerId, RequestId] | None = None
+        self._loan: tuple[WorkerId, str] | None = None
         self._lease: tuple[WorkerId, str] | None = None
 
     @property
@@ -98,15 +99,23 @@ class Run:
         self._move(Event.ROUTE)
         return decision
 
-    async def prefill(self, worker: WorkerId) -> bytes | None:
+    async def borrow(self, lender: WorkerId) -> bytes | None:
+        """Have another worker lend what it has cached of the prompt. Returns the ticket, if it does so in time."""
+        lent = await self._house.borrow(lender, self._prompt_ids + self._output_ids, self._request.salt)
+        if lent is None or lent.lease_id is None:
+            return None
+        self._loan = (lender, lent.lease_id)
+        return lent.ticket
+
+    async def prefill(self, worker: WorkerId, loan: bytes | None = None) -> bytes | None:
         """Have the prompt computed, send the first token to the client. Returns the ticket for the KV."""
         request = self._generate_request("p")
         with self._house.mailroom.box(request.request_id, worker) as box:
             self._prefill_leg = (worker, request.request_id)
-            self._house.calls.submit(worker, PrefillWork(request))
+            self._house.calls.submit(worker, PrefillWork(request, loan))
             self._move(Event.PREFILL)
-            done = await self._next(box)
-        assert isinstance(done, PrefillDone)
+            while not isinstance(done := await self._next(box), PrefillDone):
+                self._give_back(Held.LOAN)  # KVReady: the lender's blocks are fetched
         if self._prefill_charge is not None:
             self._prefill_charge.undo()
         if done.lease_id is not None:
@@ -247,6 +256,9 @@ class Run:
                     charge.undo()
         elif held is Held.PREFILL and self._prefill_leg is not None:
             calls.abort(*self._prefill_leg)
+        elif held is Held.LOAN and self._loan is not None:
+            calls.release(*self._loan)
+            self._loan = None
         elif held is Held.LEASE and self._lease is not None:
             calls.release(*self._lease)
         elif held is Held.DECODE and self._decode_leg is not None:

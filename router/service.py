@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from python_backends.core.config import Deployment
 from python_backends.core.errors import Cancelled, DeadlineExceeded, EngineFailure, Unavailable
-from python_backends.core.messages import Abort, Locate, ReleaseLease, Work
+from python_backends.core.messages import Abort, Lend, Locate, ReleaseLease, Work
 from python_backends.core.types import BlockHash, RequestId, WorkerId
 from router.channel import RouterChannel
 from router.house import House
@@ -131,6 +131,9 @@ class RouterService:
 
     def release(self, worker: WorkerId, lease_id: str) -> None:
         self._channel.send(worker, ReleaseLease([lease_id]))
+
+    def lend(self, worker: WorkerId, request_id: RequestId, hashes: Sequence[BlockHash]) -> None:
+        self._channel.send(worker, Lend(request_id, list(hashes)))
 
     def locate(self, worker: WorkerId, request_id: RequestId, hashes: Sequence[BlockHash]) -> None:
         self._channel.send(worker, Locate(request_id, list(hashes)))

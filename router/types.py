@@ -47,6 +47,7 @@ class RouteDecision(msgspec.Struct, frozen=True):
     decode: WorkerId  # or the aggregated worker
     prefill_tokens: int  # uncached tokens that whoever prefills is expected to compute
     why: str
+    lender: WorkerId | None = None  # has more of the prompt cached than `prefill`, and lends it
 
 
 class Piece(msgspec.Struct, frozen=True):
@@ -82,6 +83,7 @@ class Proof(msgspec.Struct, frozen=True):
     prefill_tokens_reused: int  # prefix hit on the prefill worker
     prefill_tokens_node: int
     prefill_tokens_remote: int
+    prefill_tokens_peer: int  # lent by another worker
     prefill_tokens_computed: int
     kv_bytes: int
     transfer_ms: float

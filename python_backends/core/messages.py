@@ -15,10 +15,10 @@ from python_backends.core.types import (
     FinishReason,
     GenerateRequest,
     KVReport,
+    PrefixReport,
     RequestId,
     Role,
     StoreCounts,
-    StoreReport,
     TokenLogprob,
     WorkerId,
     WorkerLoad,
@@ -28,9 +28,13 @@ from python_backends.core.types import (
 
 
 class PrefillWork(msgspec.Struct, frozen=True, tag=True):
-    """Compute the prompt, sample the first token, publish the KV under a lease."""
+    """Compute the prompt, sample the first token, publish the KV under a lease.
+
+    `loan`: a ticket for KV of the first blocks, which another worker lends (Lent).
+    """
 
     request: GenerateRequest
+    loan: bytes | None = None
 
 
 class DecodeWork(msgspec.Struct, frozen=True, tag=True):
@@ -76,11 +80,11 @@ class PrefillDone(msgspec.Struct, frozen=True, tag=True):
     reused_tokens: int  # prefix hit on the prefill worker
     computed_tokens: int
     compute_ms: float  # from the first chunk's start to the published ticket
-    stored: StoreReport = StoreReport()
+    prefix: PrefixReport = PrefixReport()
 
 
 class KVReady(msgspec.Struct, frozen=True, tag=True):
-    """A decode worker has the prompt's KV it was handed, or has given up on it. `lease_id` can be released now."""
+    """A worker has the KV it was handed or lent, or has given up on it. `lease_id` can be released now."""
 
     request_id: RequestId
     lease_id: str | None
@@ -111,7 +115,16 @@ class Located(msgspec.Struct, frozen=True, tag=True):
     blocks: int
 
 
-Output = PrefillDone | KVReady | TokenChunk | RequestFailed | Located
+class Lent(msgspec.Struct, frozen=True, tag=True):
+    """The answer to Lend: a ticket for so many leading tokens, under a lease. Without a ticket nothing is cached any more."""
+
+    request_id: RequestId
+    tokens: int
+    ticket: bytes | None = None
+    lease_id: str | None = None
+
+
+Output = PrefillDone | KVReady | TokenChunk | RequestFailed | Located | Lent
 
 
 class Outputs(msgspec.Struct, frozen=True, tag=True):
@@ -147,6 +160,7 @@ class Heartbeat(msgspec.Struct, frozen=True, tag=True):
     max_context: int  # tokens, prompt and output; bounded by model and pool
     events_sequence: int  # of the last BlockEvents sent
     stores: dict[str, StoreCounts] = {}  # by the tier's name; empty: this worker has no stores
+    lends: bool = False  # whether it lends and borrows cached blocks
     node_place: str = ""  # where users of the node store meet (core/shared_memory.py); empty: it uses none
 
 
@@ -185,7 +199,14 @@ class Locate(msgspec.Struct, frozen=True, tag=True):
     hashes: list[bytes]
 
 
-ToWorker = RouterHeartbeat | Abort | ReleaseLease | Resync | Locate
+class Lend(msgspec.Struct, frozen=True, tag=True):
+    """Publish what is cached of these leading blocks for another worker, and say so (Lent)."""
+
+    request_id: RequestId
+    hashes: list[bytes]
+
+
+ToWorker = RouterHeartbeat | Abort | ReleaseLease | Resync | Locate | Lend
 
 from_worker_decoder = msgspec.msgpack.Decoder(FromWorker)
 to_worker_decoder = msgspec.msgpack.Decoder(ToWorker)

@@ -122,23 +122,24 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
     top: list[tuple[int, float]] = []  # the n likeliest, best first
 
 
-class StoreReport(msgspec.Struct, frozen=True):
-    """What a worker took from the stores for one request, verified."""
+class PrefixReport(msgspec.Struct, frozen=True):
+    """What a worker took of a request's prefix from elsewhere instead of computing it, verified."""
 
-    node_tokens: int = 0
-    remote_tokens: int = 0
+    node_tokens: int = 0  # from the node store
+    remote_tokens: int = 0  # from the remote store
+    peer_tokens: int = 0  # from another worker's pool, lent
     bytes: int = 0
     ms: float = 0.0  # looking included, also when nothing was found
 
     @property
     def tokens(self) -> int:
-        return self.node_tokens + self.remote_tokens
+        return self.node_tokens + self.remote_tokens + self.peer_tokens
 
 
 class KVReport(msgspec.Struct, frozen=True):
     """Where the KV of a request's prompt came from, counted by the decode worker as it happened.
 
-    received + reused + stored + recomputed + computed covers every prompt token but the last one or so, whose KV is
+    received + reused + prefix + recomputed + computed covers every prompt token but the last one or so, whose KV is
     always computed to get the logits.
     """
 
@@ -152,7 +153,7 @@ class KVReport(msgspec.Struct, frozen=True):
     digest: str = "none"  # verified | none | the RefusalReason value
     transport: str = ""  # that moved the bytes
     transport_why: str = ""  # it was taken, where there was a choice
-    stored: StoreReport = StoreReport()
+    prefix: PrefixReport = PrefixReport()
 
 
 class StoreCounts(msgspec.Struct, frozen=True):

@@ -95,6 +95,20 @@ class StoreReader(Protocol):
         """Tell `on_located`, from another thread, how many leading blocks the stores have and it pays to fetch."""
 
 
+@runtime_checkable
+class Lender(Protocol):
+    """What an engine offers besides, if it lends its cached blocks and borrows others'. May be called from any thread."""
+
+    def lend(self, request_id: RequestId, hashes: Sequence[BlockHash]) -> None:
+        """Publish the leading blocks that are cached, under a lease of this request: Lent."""
+
+    def prefill_with(self, request: GenerateRequest, loan: bytes) -> None:
+        """As `prefill`, with a ticket for the KV of the first blocks: KVReady when the loan is no longer needed.
+
+        A loan that can't be used, or is slower to fetch than to compute, costs nothing but itself.
+        """
+
+
 EngineFactory = Callable[[Deployment, WorkerConfig, Epoch, bytes], Engine]
 
 _ENGINES = {

@@ -14,8 +14,10 @@ from python_backends.core.errors import InvalidRequest, TritonCode
 from python_backends.core.messages import (
     Abort,
     BlockEvents,
+    DecodeWork,
     Heartbeat,
     Leaving,
+    Lend,
     Locate,
     Located,
     Output,
@@ -30,7 +32,7 @@ from python_backends.core.messages import (
     unseal_work,
 )
 from python_backends.core.types import BlockHash, Epoch, RequestId, Role
-from python_backends.engines.base import CacheChange, StoreReader, create_engine
+from python_backends.engines.base import CacheChange, Lender, StoreReader, create_engine
 from python_backends.worker.channel import WorkerChannel
 
 log = logging.getLogger(__name__)
@@ -74,10 +76,12 @@ class Worker:
         for piece in work:
             with self._live_lock:
                 self._live.add(piece.request.request_id)
-            if isinstance(piece, PrefillWork):
-                self._engine.prefill(piece.request)
-            else:
+            if isinstance(piece, DecodeWork):
                 self._engine.decode(piece.request, piece.ticket)
+            elif piece.loan is not None and isinstance(self._engine, Lender):
+                self._engine.prefill_with(piece.request, piece.loan)
+            else:
+                self._engine.prefill(piece.request)
         return len(work)
 
     def close(self) -> None:
@@ -114,6 +118,7 @@ class Worker:
             max_context=info.max_context,
             events_sequence=self._sequence,
             stores=self._reader.store_counts() if self._reader else {},
+            lends=isinstance(self._engine, Lender),
             node_place=self._reader.node_place if self._reader else "",
         )
 
@@ -130,6 +135,8 @@ class Worker:
             self._engine.resync()
         elif isinstance(message, Locate):
             self._locate(message)
+        elif isinstance(message, Lend) and isinstance(self._engine, Lender):
+            self._engine.lend(message.request_id, [BlockHash(hash_) for hash_ in message.hashes])
 
     def _locate(self, asked: Locate) -> None:
         def located(blocks: int) -> None:

@@ -15,6 +15,8 @@ _COUNTERS = {
     "baton_routes_total": "Routing decisions, by way",
     "baton_retries_total": "Attempts after a failed one",
     "baton_prompt_tokens_total": "Prompt tokens by where the decode worker had their KV from",
+    "baton_prefill_tokens_total": "Prompt tokens by where the worker that prefilled had their KV from",
+    "baton_store_bytes_total": "KV bytes taken from stores and other workers' caches, verified",
     "baton_kv_received_bytes_total": "KV bytes moved and verified",
     "baton_handoffs_total": "Handoffs by verdict: verified, or why the KV was not used",
     "baton_ttft_seconds_total": "Sum of times to first token; divide by baton_requests_total{outcome=ok}",
@@ -24,6 +26,9 @@ _GAUGES = {
     "baton_worker_requests": "Requests at the worker, by state",
     "baton_worker_queued_tokens": "Prompt tokens the worker has yet to compute",
     "baton_kv_blocks": "KV blocks of the worker, by state; free + cached + held is the pool",
+    "baton_store_up": "1 when the worker can use the store tier",
+    "baton_store_used_bytes": "Bytes in the store tier, as the worker knows",
+    "baton_store_blocks": "Blocks since the worker's start: read, missed (prefixes), written, corrupt, dropped",
     "baton_leases": "Published KV waiting to be fetched or released",
     "baton_router_requests": "Requests in the router",
     "baton_router_queued_tokens": "Prompt tokens that wait for their first token",
@@ -55,10 +60,13 @@ class Metrics:
             return
         self._metric("baton_ttft_seconds_total").increment(proof.ttft_ms / 1e3)
         self._metric("baton_kv_received_bytes_total").increment(proof.kv_bytes)
+        self._metric("baton_store_bytes_total").increment(proof.store_bytes)
         if proof.digest != "none":
             self._metric("baton_handoffs_total", verdict=proof.digest).increment(1)
         for source in ("reused", "received", "node", "remote", "recomputed", "computed"):
             self._metric("baton_prompt_tokens_total", source=source).increment(getattr(proof, f"kv_tokens_{source}"))
+        for source in ("reused", "node", "remote", "peer", "computed"):
+            self._metric("baton_prefill_tokens_total", source=source).increment(getattr(proof, f"prefill_tokens_{source}"))
 
     def refresh(self, house: House) -> None:
         """Called on the event loop now and then."""
@@ -72,6 +80,11 @@ class Metrics:
             self._metric("baton_leases", **labels).set(load.active_leases)
             for state in ("queued", "running"):
                 self._metric("baton_worker_requests", **labels, state=state).set(getattr(load, f"{state}_requests"))
+            for tier, counts in worker.heartbeat.stores.items():
+                self._metric("baton_store_up", **labels, tier=tier).set(int(counts.up))
+                self._metric("baton_store_used_bytes", **labels, tier=tier).set(counts.used_bytes)
+                for what in ("read", "missed", "written", "corrupt", "dropped"):
+                    self._metric("baton_store_blocks", **labels, tier=tier, what=what).set(getattr(counts, what))
             for state in ("free", "cached", "held"):
                 self._metric("baton_kv_blocks", **labels, state=state).set(getattr(load, f"{state}_blocks"))
 

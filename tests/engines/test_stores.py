@@ -111,9 +111,9 @@ def test_a_dead_workers_prompt_is_not_computed_again(make: Make, sampling: dict[
     first.engine.close()
     tokens, report = second.decode(make_request("b", PROMPT, **sampling))
     assert tokens == expected
-    assert (report.stored.node_tokens, report.computed_tokens, report.reused_tokens) == (64, 10, 0)
-    assert report.stored.bytes == 4 * second.engine.info.layout.block_bytes
-    assert report.stored.ms > 0
+    assert (report.prefix.node_tokens, report.computed_tokens, report.reused_tokens) == (64, 10, 0)
+    assert report.prefix.bytes == 4 * second.engine.info.layout.block_bytes
+    assert report.prefix.ms > 0
 
 
 def test_a_prefill_worker_reads_and_hands_over_what_it_has_read(make: Make) -> None:
@@ -122,9 +122,9 @@ def test_a_prefill_worker_reads_and_hands_over_what_it_has_read(make: Make) -> N
     written(one, 4)
     second = two.prefill(make_request("b", PROMPT))
     assert first.token_id == second.token_id
-    assert (second.stored.node_tokens, second.computed_tokens, second.reused_tokens) == (64, 11, 0)
+    assert (second.prefix.node_tokens, second.computed_tokens, second.reused_tokens) == (64, 11, 0)
     tokens, report = decode.decode(make_request("d", PROMPT, [second.token_id]), second.ticket)
-    assert (report.received_tokens, report.digest, report.stored.tokens) == (len(PROMPT), "verified", 0)
+    assert (report.received_tokens, report.digest, report.prefix.tokens) == (len(PROMPT), "verified", 0)
     alone, _ = make(Role.AGGREGATED, StoreConfig()).decode(make_request("alone", PROMPT))
     assert [second.token_id, *tokens] == alone
 
@@ -134,7 +134,7 @@ def test_the_answer_is_stored_for_the_next_turn(make: Make) -> None:
     answer, _ = one.decode(make_request("a", PROMPT, max_tokens=30))
     written(one, 6)
     _, report = two.decode(make_request("b", [*PROMPT, *answer, 5, 6, 7]))
-    assert report.stored.node_tokens == 96
+    assert report.prefix.node_tokens == 96
 
 
 def test_the_pool_comes_first_and_the_store_continues_it(make: Make) -> None:
@@ -144,7 +144,7 @@ def test_the_pool_comes_first_and_the_store_continues_it(make: Make) -> None:
     two.decode(make_request("b", PROMPT[:40], max_tokens=1))
     tokens, report = two.decode(make_request("c", PROMPT))
     assert tokens == expected
-    assert (report.reused_tokens, report.stored.node_tokens, report.computed_tokens) == (32, 32, 10)
+    assert (report.reused_tokens, report.prefix.node_tokens, report.computed_tokens) == (32, 32, 10)
 
 
 def test_a_handoff_that_fails_falls_back_on_the_store(make: Make) -> None:
@@ -153,7 +153,7 @@ def test_a_handoff_that_fails_falls_back_on_the_store(make: Make) -> None:
     written(prefill, 4)
     tokens, report = decode.decode(make_request("d", PROMPT, [done.token_id]), done.ticket)
     assert report.digest == RefusalReason.TRANSFER_FAILED.value
-    assert (report.received_tokens, report.stored.node_tokens, report.recomputed_tokens) == (0, 64, 11)
+    assert (report.received_tokens, report.prefix.node_tokens, report.recomputed_tokens) == (0, 64, 11)
     expected, _ = make(Role.AGGREGATED, StoreConfig()).decode(make_request("ref", PROMPT))
     assert [done.token_id, *tokens] == expected
     decode.assert_nothing_held()
@@ -164,7 +164,7 @@ def test_a_bad_ticket_falls_back_on_the_store(make: Make) -> None:
     done = prefill.prefill(make_request("p", PROMPT))
     written(prefill, 4)
     _, report = decode.decode(make_request("d", PROMPT, [done.token_id]), b"nonsense")
-    assert (report.digest, report.stored.node_tokens) == (RefusalReason.BAD_SIGNATURE.value, 64)
+    assert (report.digest, report.prefix.node_tokens) == (RefusalReason.BAD_SIGNATURE.value, 64)
 
 
 # --- the remote store ---------------------------------------------------------------------------------------------------
@@ -191,7 +191,7 @@ def test_a_dead_workers_prompt_comes_from_redis(make: Make, server: RedisServer)
     first.engine.close()
     tokens, report = second.decode(make_request("b", PROMPT))
     assert tokens == expected
-    assert (report.stored.remote_tokens, report.stored.node_tokens, report.computed_tokens) == (64, 0, 10)
+    assert (report.prefix.remote_tokens, report.prefix.node_tokens, report.computed_tokens) == (64, 0, 10)
 
 
 def test_what_comes_from_redis_is_in_the_node_store_afterwards(make: Make, server: RedisServer) -> None:
@@ -199,13 +199,13 @@ def test_what_comes_from_redis_is_in_the_node_store_afterwards(make: Make, serve
     expected, _ = first.decode(make_request("a", PROMPT))
     written(first, 4, "remote")
     second = make(Role.AGGREGATED, remote(server, node_mib=8))
-    assert second.decode(make_request("b", PROMPT))[1].stored.remote_tokens == 64
+    assert second.decode(make_request("b", PROMPT))[1].prefix.remote_tokens == 64
     written(second, 4)
     server.kill()
     third = make(Role.AGGREGATED, remote(server, node_mib=8))
     tokens, report = third.decode(make_request("c", PROMPT))
     assert tokens == expected
-    assert (report.stored.node_tokens, report.stored.remote_tokens) == (64, 0)
+    assert (report.prefix.node_tokens, report.prefix.remote_tokens) == (64, 0)
 
 
 def test_a_waiting_prompt_is_prefetched(make: Make, server: RedisServer) -> None:
@@ -220,7 +220,7 @@ def test_a_waiting_prompt_is_prefetched(make: Make, server: RedisServer) -> None
     second.wait_load(lambda: tiers(second)["node"].count(_hashes(second, PROMPT), time.monotonic() + 1) == 4)
     tokens, report = second.result("b")
     assert tokens == expected
-    assert (report.stored.node_tokens, report.stored.remote_tokens) == (64, 0)
+    assert (report.prefix.node_tokens, report.prefix.remote_tokens) == (64, 0)
 
 
 def _hashes(bench: EngineBench, tokens: list[int]) -> list[BlockHash]:
@@ -249,7 +249,7 @@ def test_redis_in_trouble_costs_hits_and_not_the_text(make: Make, server: RedisS
     tokens, report = second.decode(make_request("b", PROMPT))
     assert time.monotonic() - began < 5
     assert tokens == expected
-    assert (report.stored.tokens, report.computed_tokens) == (0, 74)
+    assert (report.prefix.tokens, report.computed_tokens) == (0, 74)
     second.assert_nothing_held()
 
 
@@ -261,7 +261,7 @@ def test_tenants_do_not_share(make: Make) -> None:
     one.decode(make_request("a", PROMPT, salt="tenant a"))
     written(one, 4)
     _, report = two.decode(make_request("b", PROMPT, salt="tenant b"))
-    assert (report.stored.tokens, report.computed_tokens) == (0, 74)
+    assert (report.prefix.tokens, report.computed_tokens) == (0, 74)
 
 
 def test_other_weights_are_another_model(make: Make, tmp_path: Path) -> None:
@@ -271,7 +271,7 @@ def test_other_weights_are_another_model(make: Make, tmp_path: Path) -> None:
     one.decode(make_request("a", PROMPT))
     written(one, 4)
     _, report = two.decode(make_request("b", PROMPT))
-    assert report.stored.tokens == 0
+    assert report.prefix.tokens == 0
 
 
 def test_damaged_blocks_are_computed_again(make: Make) -> None:
@@ -282,7 +282,7 @@ def test_damaged_blocks_are_computed_again(make: Make) -> None:
     node._blocks[2, 5] ^= 1
     tokens, report = two.decode(make_request("b", PROMPT))
     assert tokens == expected
-    assert (report.stored.node_tokens, report.computed_tokens) == (32, 42)
+    assert (report.prefix.node_tokens, report.computed_tokens) == (32, 42)
     assert node.counts().corrupt == 1
 
 
@@ -300,7 +300,7 @@ def test_evict_stores_what_leaves_the_pool(make: Make) -> None:
     one.wait_load(lambda: tiers(one)["node"].counts().written > 20)
     tokens, report = two.decode(make_request("b", PROMPT))
     assert tokens == expected
-    assert report.stored.node_tokens == 64
+    assert report.prefix.node_tokens == 64
 
 
 def test_a_pool_several_times_too_small_is_served_by_the_store(make: Make) -> None:
@@ -370,7 +370,7 @@ def test_closing_stores_what_was_published_last(make: Make) -> None:
     one.engine.close()
     tokens, report = two.decode(make_request("b", PROMPT))
     assert tokens == expected
-    assert report.stored.node_tokens == 64
+    assert report.prefix.node_tokens == 64
 
 
 def test_bytes_in_the_pool_are_those_of_the_first_worker(make: Make) -> None:

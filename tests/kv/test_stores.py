@@ -16,6 +16,7 @@ from python_backends.core.types import BlockHash, StoreCounts
 from python_backends.kv.memory import PoolMemory
 from python_backends.kv.store.base import Offer
 from python_backends.kv.store.node import NodeStore
+from python_backends.kv.store.pace import Pace
 from python_backends.kv.store.stores import Stores
 from tests.kv.blocks import BLOCK_BYTES, Pool, content, hashes
 
@@ -77,11 +78,17 @@ def pool() -> Iterator[Pool]:
 
 
 @pytest.fixture
-def make(pool: Pool) -> Iterator[Callable[..., Stores]]:
+def compute() -> Pace:
+    """Of the worker's prefill."""
+    return Pace()
+
+
+@pytest.fixture
+def make(pool: Pool, compute: Pace) -> Iterator[Callable[..., Stores]]:
     made: list[Stores] = []
 
     def make_stores(*tiers: Any, queue_blocks: int = 1000) -> Stores:
-        made.append(Stores(tiers, pool.memory, BLOCK_SIZE, queue_blocks))
+        made.append(Stores(tiers, pool.memory, BLOCK_SIZE, queue_blocks, compute))
         return made[-1]
 
     yield make_stores
@@ -136,25 +143,25 @@ def test_nothing_anywhere_asks_each_once(make: Make, pool: Pool) -> None:
     assert (near.reads, far.reads) == ([20], [20])
 
 
-def test_reading_stops_where_computing_is_faster(make: Make, pool: Pool) -> None:
+def test_reading_stops_where_computing_is_faster(make: Make, pool: Pool, compute: Pace) -> None:
     slow, names = DictTier("slow", delay_s=0.05), hashes(4)
     slow.fill(names)
     stores = make(slow)
     assert load(stores, pool, names) == {"slow": 4}, "what is not known yet is tried"
-    stores.computed(10_000, 0.1)  # 64 tokens in 0.64 ms
+    compute.measure(10_000, 0.1)  # 64 tokens in 0.64 ms
     assert load(stores, pool, names) == {}
     assert stores.locate(names, time.monotonic() + 1) == 0
     assert slow.reads == [4]
     for _ in range(30):
-        stores.computed(64, 1.0)
+        compute.measure(64, 1.0)
     assert load(stores, pool, names) == {"slow": 4}
 
 
-def test_a_slow_tier_is_tried_again_later(make: Make, pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_tier_is_tried_again_later(make: Make, pool: Pool, compute: Pace, monkeypatch: pytest.MonkeyPatch) -> None:
     slow, names = DictTier("slow", delay_s=0.05), hashes(4)
     slow.fill(names)
     stores = make(slow)
-    stores.computed(10_000, 0.1)
+    compute.measure(10_000, 0.1)
     load(stores, pool, names)
     assert load(stores, pool, names) == {}
     monkeypatch.setattr("python_backends.kv.store.pace._FORGOTTEN_S", 0.0)
@@ -216,7 +223,7 @@ def test_the_queue_is_bounded_and_drops_the_oldest(make: Make, pool: Pool) -> No
 
 def test_closing_writes_what_waits_and_closes_the_tiers(pool: Pool) -> None:
     tier = DictTier("tier")
-    stores = Stores([tier], pool.memory, BLOCK_SIZE, 1000)
+    stores = Stores([tier], pool.memory, BLOCK_SIZE, 1000, Pace())
     stores.offer(pool.offer(hashes(200)))
     stores.close()
     assert len(tier.blocks) == 200
@@ -226,7 +233,7 @@ def test_closing_writes_what_waits_and_closes_the_tiers(pool: Pool) -> None:
 def test_closing_does_not_wait_long_for_a_tier_that_hangs(pool: Pool) -> None:
     tier = DictTier("tier")
     tier.gate.clear()
-    stores = Stores([tier], pool.memory, BLOCK_SIZE, 1000)
+    stores = Stores([tier], pool.memory, BLOCK_SIZE, 1000, Pace())
     stores.offer(pool.offer(hashes(200)))
     began = time.monotonic()
     stores.close()

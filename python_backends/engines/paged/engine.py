@@ -21,16 +21,16 @@ from python_backends.core.block_hash import chain_root, content_hash
 from python_backends.core.config import Deployment, WorkerConfig
 from python_backends.core.errors import BatonError, ConfigError, HandoffRefused, RefusalReason, TritonCode
 from python_backends.core.handoff import TICKET_VERSION, KVHandoff, seal, unseal
-from python_backends.core.messages import KVReady, Output, PrefillDone, RequestFailed, TokenChunk
+from python_backends.core.messages import KVReady, Lent, Output, PrefillDone, RequestFailed, TokenChunk
 from python_backends.core.types import (
     BlockHash,
     Epoch,
     FinishReason,
     GenerateRequest,
     KVReport,
+    PrefixReport,
     RequestId,
     StoreCounts,
-    StoreReport,
     WorkerId,
     WorkerLoad,
 )
@@ -43,6 +43,7 @@ from python_backends.kv.block_pool import BlockPool
 from python_backends.kv.lease import LeaseTable
 from python_backends.kv.memory import PoolMemory
 from python_backends.kv.store import create_stores
+from python_backends.kv.store.pace import Pace
 from python_backends.kv.store.stores import Loaded, Stores
 from python_backends.kv.transfer import create_transport
 from python_backends.kv.transfer.base import Fetched, block_digest
@@ -87,6 +88,8 @@ class PagedEngine:
         self._loaders = ThreadPoolExecutor(_LOAD_THREADS, thread_name_prefix="load")
         self._prefetcher = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
         self._memory: PoolMemory | None = None
+        self._compute_pace = Pace()  # prompt tokens
+        self._loan_pace = Pace()  # bytes
         self._stores: Stores | None = None
         self._feed: StoreFeed | None = None
 
@@ -109,7 +112,7 @@ class PagedEngine:
         self._scheduler = Scheduler(self._pool, layout.block_size, self._config.max_batch, self._config.step_tokens)
         self._runner.attach(memory)
         self._transport.attach(memory, self._role)
-        self._stores = create_stores(self._store, layout, self._runner.fingerprint, memory, self._key)
+        self._stores = create_stores(self._store, layout, self._runner.fingerprint, memory, self._key, self._compute_pace)
         if self._stores is not None:
             early = self._store.fill == "publish"
             self._feed = StoreFeed(self._stores, self._pool, memory, self._runner.export_blocks, early=early)
@@ -140,6 +143,14 @@ class PagedEngine:
 
     def load(self) -> WorkerLoad:
         return self._load
+
+    # --- the Lender contract -------------------------------------------------------------------------------------------
+
+    def lend(self, request_id: RequestId, hashes: Many[BlockHash]) -> None:
+        self._inbox.put(partial(self._lend, request_id, hashes))
+
+    def prefill_with(self, request: GenerateRequest, loan: bytes) -> None:
+        self._inbox.put(partial(self._arrive, request, loan, prefill_only=True))
 
     # --- the StoreReader contract --------------------------------------------------------------------------------------
 
@@ -220,10 +231,9 @@ class PagedEngine:
             log.exception("step failed")
             self._fail_batch(batch, error)
         else:
-            if self._stores is not None:
-                prompt_tokens = sum(count for _, count in batch if count > 1)
-                if prompt_tokens:
-                    self._stores.computed(prompt_tokens, time.monotonic() - now)
+            prompt_tokens = sum(count for _, count in batch if count > 1)
+            if prompt_tokens:
+                self._compute_pace.measure(prompt_tokens, time.monotonic() - now)
             for (sequence, count), sampled in zip(batch, results, strict=True):
                 self._advance(sequence, count, sampled)
         return True
@@ -307,7 +317,9 @@ class PagedEngine:
         if self._feed is not None:
             sequence.seeks_store = True
             self._feed.reused(sequence.hashes[: self._pool.match(sequence.reusable_hashes())])
-        if ticket is not None:
+        if ticket is not None and prefill_only:
+            self._read_loan(sequence, ticket)
+        elif ticket is not None:
             self._read_ticket(sequence, ticket)
         self._scheduler.add(sequence)
 
@@ -381,22 +393,28 @@ class PagedEngine:
                 ticket=seal(handoff, self._key) if handoff else None,
                 lease_id=handoff.lease_id if handoff else None,
                 reused_tokens=sequence.reused_tokens,
-                computed_tokens=sequence.num_given - sequence.reused_tokens - sequence.stored.tokens,
+                computed_tokens=sequence.num_given - sequence.reused_tokens - sequence.prefix.tokens,
                 compute_ms=(time.monotonic() - sequence.started) * 1e3,
-                stored=sequence.stored,
+                prefix=sequence.prefix,
             )
         )
 
     def _publish(self, sequence: Sequence) -> KVHandoff:
         """Put the given tokens' KV under a lease and describe it. The lease takes over a reference of each block."""
+        size = sequence.block_size
+        blocks = sequence.blocks[: self.info.layout.blocks_for(sequence.num_given)]
+        self._pool.retain(blocks)
+        given = sequence.token_ids[: sequence.num_given]
+        content = content_hash(given, sequence.hashes[: sequence.num_given // size], size, sequence.root)
+        return self._describe(sequence.id, blocks, sequence.num_given, content)
+
+    def _describe(self, request_id: RequestId, blocks: list[int], num_tokens: int, content: BlockHash) -> KVHandoff:
+        """The ticket for blocks that hold so many tokens; a new lease takes over one reference of each."""
         memory = self._require_memory()
         size = self.info.layout.block_size
-        blocks = sequence.blocks[: self.info.layout.blocks_for(sequence.num_given)]
         self._runner.export_blocks(blocks)
-        self._pool.retain(blocks)
-        lease_id = self._leases.grant(sequence.id, blocks, self._transfer.lease_s)
+        lease_id = self._leases.grant(request_id, blocks, self._transfer.lease_s)
         published = self._transport.publish(memory, blocks, lease_id)
-        given = sequence.token_ids[: sequence.num_given]
         return KVHandoff(
             version=TICKET_VERSION,
             transport=self._transport.name,
@@ -406,13 +424,13 @@ class PagedEngine:
             expires_at=time.time() + self._transfer.lease_s,
             layout=self.info.layout,
             fingerprint=self.info.fingerprint,
-            num_tokens=sequence.num_given,
+            num_tokens=num_tokens,
             blocks=blocks,
             generations=[int(memory.generations[block]) for block in blocks],
-            digests=[self._digest(block, full=(i + 1) * size <= sequence.num_given) for i, block in enumerate(blocks)],
+            digests=[self._digest(block, full=(i + 1) * size <= num_tokens) for i, block in enumerate(blocks)],
             locator=published.locator,
             opaque=published.opaque,
-            content=content_hash(given, sequence.hashes[: sequence.num_given // size], size, sequence.root),
+            content=content,
         )
 
     def _digest(self, block: int, *, full: bool) -> bytes:
@@ -424,6 +442,44 @@ class PagedEngine:
         if full:
             self._pool.set_digest(block, digest)
         return digest
+
+    # --- lending and borrowing -----------------------------------------------------------------------------------------
+
+    def _lend(self, request_id: RequestId, hashes: Many[BlockHash]) -> None:
+        """Publish cached blocks for another worker. A block's hash stands for all tokens up to its end."""
+        count = self._pool.match(hashes)
+        if count == 0:
+            self._outputs.append(Lent(request_id, 0))
+            return
+        blocks = self._pool.reuse(hashes[:count])
+        handoff = self._describe(request_id, blocks, count * self.info.layout.block_size, hashes[count - 1])
+        self._outputs.append(Lent(request_id, handoff.num_tokens, seal(handoff, self._key), handoff.lease_id))
+
+    def _read_loan(self, sequence: Sequence, ticket: bytes) -> None:
+        """Check a ticket for the first blocks. Without it they are computed, as if nobody had offered them."""
+        try:
+            loan = unseal(ticket, self._key, time.time())
+            sequence.lease_id = loan.lease_id
+            self._check_origin(loan)
+            blocks, rest = divmod(loan.num_tokens, sequence.block_size)
+            if rest or not 0 < blocks <= len(sequence.reusable_hashes()) or loan.content != sequence.hashes[blocks - 1]:
+                raise HandoffRefused(RefusalReason.FOREIGN_CONTENT, "KV of other tokens")
+        except HandoffRefused as refused:
+            log.warning("request %s: the loan is of no use: %s", sequence.id, refused)
+            self._outputs.append(KVReady(sequence.id, sequence.lease_id, self._report(sequence)))
+        else:
+            self._used_leases[loan.lease_id] = loan.expires_at
+            sequence.handoff = loan
+
+    def _accept_loan(self, sequence: Sequence, loan: KVHandoff, num_blocks: int, taken_ms: float) -> None:
+        first = len(loan.blocks) - num_blocks
+        self._runner.import_blocks(sequence.blocks[first : len(loan.blocks)])
+        if sequence.is_fresh:
+            tokens = max(loan.num_tokens - sequence.num_computed, 0)
+            num_bytes = num_blocks * self.info.layout.block_bytes
+            sequence.prefix = PrefixReport(peer_tokens=tokens, bytes=num_bytes, ms=taken_ms)
+        sequence.num_computed = max(loan.num_tokens, sequence.num_computed)
+        self._scheduler.publish_full_blocks(sequence)
 
     # --- decode: fetch -------------------------------------------------------------------------------------------------
 
@@ -442,11 +498,14 @@ class PagedEngine:
             self._used_leases[handoff.lease_id] = handoff.expires_at
             sequence.handoff = handoff
 
-    def _check_ticket(self, sequence: Sequence, handoff: KVHandoff) -> None:
+    def _check_origin(self, handoff: KVHandoff) -> None:
         if (handoff.fingerprint, handoff.layout) != (self.info.fingerprint, self.info.layout):
             raise HandoffRefused(RefusalReason.FOREIGN_FINGERPRINT, "KV of another model, layout or version")
         if handoff.lease_id in self._used_leases:
             raise HandoffRefused(RefusalReason.REPLAYED, "this ticket was used before")
+
+    def _check_ticket(self, sequence: Sequence, handoff: KVHandoff) -> None:
+        self._check_origin(handoff)
         covered = handoff.num_tokens
         content = content_hash(
             sequence.token_ids[:covered],
@@ -464,6 +523,10 @@ class PagedEngine:
             self._begin_load(sequence)
             return
         wanted = range(sequence.num_published, len(handoff.blocks))
+        if not sequence.was_handed and not self._loan_pays(len(wanted)):
+            refused = HandoffRefused(RefusalReason.TRANSFER_FAILED, "computing is faster")
+            self._inbox.put(partial(self._end_fetch, sequence, 0, 0.0, refused))
+            return
         if not wanted:
             self._inbox.put(partial(self._end_fetch, sequence, 0, 0.0, Fetched(self._transport.name)))
             return
@@ -491,7 +554,9 @@ class PagedEngine:
         if sequence.doomed:
             self._scheduler.drop_fetching(sequence)
             return
-        if isinstance(outcome, HandoffRefused):
+        if not sequence.was_handed:
+            self._end_loan(sequence, handoff, num_blocks, taken_ms, outcome)
+        elif isinstance(outcome, HandoffRefused):
             self._refused(sequence, outcome)
         else:
             sequence.fetched = outcome
@@ -501,6 +566,21 @@ class PagedEngine:
             self._begin_load(sequence)
         else:
             self._scheduler.fetched(sequence)
+
+    def _end_loan(
+        self, sequence: Sequence, loan: KVHandoff, num_blocks: int, taken_ms: float, outcome: Fetched | HandoffRefused
+    ) -> None:
+        if isinstance(outcome, HandoffRefused):
+            log.info("request %s: the loan is not taken: %s", sequence.id, outcome)
+        else:
+            self._accept_loan(sequence, loan, num_blocks, taken_ms)
+        if num_blocks:
+            got = 0 if isinstance(outcome, HandoffRefused) else num_blocks * self.info.layout.block_bytes
+            self._loan_pace.measure(got, taken_ms / 1e3)
+
+    def _loan_pays(self, num_blocks: int) -> bool:
+        layout = self.info.layout
+        return self._loan_pace.beats(num_blocks * layout.block_bytes, self._compute_pace, num_blocks * layout.block_size)
 
     def _accept(self, sequence: Sequence, handoff: KVHandoff, num_blocks: int, taken_ms: float) -> None:
         first = len(handoff.blocks) - num_blocks
@@ -562,7 +642,7 @@ class PagedEngine:
         if sequence.is_fresh:
             tokens = {f"{name}_tokens": blocks * sequence.block_size for name, blocks in loaded.of_tier.items()}
             num_bytes = loaded.blocks * self.info.layout.block_bytes
-            sequence.stored = StoreReport(**tokens, bytes=num_bytes, ms=loaded.seconds * 1e3)
+            sequence.prefix = PrefixReport(**tokens, bytes=num_bytes, ms=loaded.seconds * 1e3)
         sequence.num_computed += loaded.blocks * sequence.block_size
         self._scheduler.publish_full_blocks(sequence)
         self._scheduler.fetched(sequence)
@@ -579,7 +659,7 @@ class PagedEngine:
             digest=sequence.refusal,
             transport=sequence.fetched.transport if sequence.was_handed else "",
             transport_why=sequence.fetched.why,
-            stored=sequence.stored,
+            prefix=sequence.prefix,
         )
 
     def _require_memory(self) -> PoolMemory:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from python_backends.core.block_hash import block_hash, block_hashes
 from python_backends.core.handoff import KVHandoff
-from python_backends.core.types import BlockHash, FinishReason, GenerateRequest, RequestId, StoreReport
+from python_backends.core.types import BlockHash, FinishReason, GenerateRequest, PrefixReport, RequestId
 from python_backends.kv.transfer.base import Fetched
 
 
@@ -24,7 +24,7 @@ class Sequence:
     arrival: int  # order of arrival in this engine
     block_size: int
     root: BlockHash
-    handoff: KVHandoff | None = None  # a verified ticket whose KV is yet to be fetched
+    handoff: KVHandoff | None = None  # a verified ticket, of a handoff or a loan, whose KV is yet to be fetched
     lease_id: str | None = None  # of that ticket; reported in KVReady
     was_handed: bool = False  # a ticket came with the request, good or bad: what is computed here is a recompute
     refusal: str = "none"  # KVReport.digest
@@ -46,7 +46,7 @@ class Sequence:
     received_bytes: int = 0
     transfer_ms: float = 0.0
     fetched: Fetched = field(default_factory=lambda: Fetched(""))
-    stored: StoreReport = field(default_factory=StoreReport)
+    prefix: PrefixReport = field(default_factory=PrefixReport)
     forwarded_tokens: int = 0  # given tokens that went through the model here, the last one not counted
 
     def __post_init__(self) -> None:
@@ -83,7 +83,7 @@ class Sequence:
     @property
     def is_fresh(self) -> bool:
         """Whether nothing has brought KV here for it yet; not so after a preemption, whose reuse is not to be reported."""
-        return not (self.received_tokens or self.forwarded_tokens or self.stored.tokens)
+        return not (self.received_tokens or self.forwarded_tokens or self.prefix.tokens)
 
     def append(self, token_id: int) -> None:
         self.token_ids.append(token_id)

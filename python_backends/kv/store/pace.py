@@ -35,6 +35,11 @@ class Pace:
                 return None
             return (self._latency or 0.0) + (amount / self._rate if self._rate is not None else 0.0)
 
+    def beats(self, amount: float, other: Pace, other_amount: float) -> bool:
+        """Whether this way is the faster one. What is not known yet is tried."""
+        ours, theirs = self.seconds(amount), other.seconds(other_amount)
+        return ours is None or theirs is None or ours < theirs
+
 
 def _mixed(old: float | None, new: float) -> float:
     return new if old is None else old + _WEIGHT * (new - old)

@@ -38,14 +38,19 @@ class Loaded:
 
 
 class Stores:
-    def __init__(self, tiers: Sequence[StoreTier], memory: PoolMemory, block_size: int, queue_blocks: int) -> None:
-        """`memory` is the worker's pool, its blocks hold `block_size` tokens. The tiers are closed with the stores."""
+    def __init__(
+        self, tiers: Sequence[StoreTier], memory: PoolMemory, block_size: int, queue_blocks: int, compute: Pace
+    ) -> None:
+        """`memory` is the worker's pool, its blocks hold `block_size` tokens; `compute` is its pace in prompt tokens.
+
+        The tiers are closed with the stores.
+        """
         self._tiers = list(tiers)
         self._memory = memory
         self._block_size = block_size
         self._writers = {tier.name: _Writer(tier, memory, queue_blocks) for tier in self._tiers}
         self._paces = {tier.name: Pace() for tier in self._tiers}
-        self._compute = Pace()  # tokens per second of this worker's prefill
+        self._compute = compute
 
     @property
     def node_place(self) -> str:
@@ -67,10 +72,6 @@ class Stores:
         """These were found in the pool itself."""
         for writer in self._writers.values():
             writer.touch(hashes)
-
-    def computed(self, tokens: int, seconds: float) -> None:
-        """So many prompt tokens took so long to compute."""
-        self._compute.measure(tokens, seconds)
 
     @property
     def can_prefetch(self) -> bool:
@@ -144,10 +145,8 @@ class Stores:
         return count
 
     def _pays(self, tier: StoreTier, blocks: int) -> bool:
-        """Whether fetching beats computing; what is not known yet is tried."""
-        fetch = self._paces[tier.name].seconds(blocks * self._memory.block_bytes)
-        compute = self._compute.seconds(blocks * self._block_size)
-        return fetch is None or compute is None or fetch < compute
+        """Whether fetching beats computing."""
+        return self._paces[tier.name].beats(blocks * self._memory.block_bytes, self._compute, blocks * self._block_size)
 
 
 def _with_dropped(counts: StoreCounts, dropped: int) -> StoreCounts:
