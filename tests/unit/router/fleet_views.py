@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from python_backends.core.layout import KVLayout
 from python_backends.core.messages import Heartbeat
-from python_backends.core.types import Epoch, Role, WorkerId, WorkerLoad
+from python_backends.core.types import Epoch, Role, StoreCounts, WorkerId, WorkerLoad
 from router.fleet import WorkerView
 
 LAYOUT = KVLayout(1, 1, 1, 16, "float32")
@@ -17,6 +19,8 @@ def heartbeat(
     max_context: int = 1000,
     fingerprint: str = "f",
     sequence: int = 0,
+    stores: Collection[str] = (),
+    lends: bool = False,
 ) -> Heartbeat:
     return Heartbeat(
         worker=WorkerId(name),
@@ -28,6 +32,8 @@ def heartbeat(
         fingerprint=fingerprint,
         max_context=max_context,
         events_sequence=sequence,
+        stores={tier: StoreCounts() for tier in stores},
+        lends=lends,
     )
 
 
@@ -40,6 +46,8 @@ def view(
     up: bool = True,
     max_context: int = 1000,
     fingerprint: str = "f",
+    stores: Collection[str] = (),
+    lends: bool = False,
 ) -> WorkerView:
-    beat = heartbeat(name, role, max_context=max_context, fingerprint=fingerprint)
+    beat = heartbeat(name, role, max_context=max_context, fingerprint=fingerprint, stores=stores, lends=lends)
     return WorkerView(beat, heard=0.0, up=up, requests=requests, prefill_tokens=prefill_tokens)

@@ -16,10 +16,24 @@ P, D, A = Role.PREFILL, Role.DECODE, Role.AGGREGATED
 
 
 def query(
-    num_tokens: int = 200, matched: Mapping[str, int] | None = None, wish: Wish = Wish.AUTO, avoid: Collection[str] = ()
+    num_tokens: int = 200,
+    matched: Mapping[str, int] | None = None,
+    wish: Wish = Wish.AUTO,
+    avoid: Collection[str] = (),
+    stored: Mapping[str, int] | None = None,
 ) -> Query:
-    believed = {WorkerId(name): count for name, count in (matched or {}).items()}
-    return Query(num_tokens, believed, wish, local_prefill_tokens=32, avoid={WorkerId(name) for name in avoid})
+    return Query(
+        num_tokens,
+        _by_worker(matched),
+        wish,
+        local_prefill_tokens=32,
+        stored=_by_worker(stored),
+        avoid={WorkerId(name) for name in avoid},
+    )
+
+
+def _by_worker(counts: Mapping[str, int] | None) -> dict[WorkerId, int]:
+    return {WorkerId(name): count for name, count in (counts or {}).items()}
 
 
 def chosen(asked: Query, *workers: WorkerView) -> RouteDecision:
@@ -190,3 +204,76 @@ def test_every_decision_can_be_carried_out(fleet: list[WorkerView], num_tokens: 
     assert decision.prefill_tokens == num_tokens - matched[computes.id] > 0
     unavoided = {worker.id for worker in able.values() if worker.role is decode.role} - avoid
     assert not unavoided or decode.id in unavoided
+
+
+# --- what the stores have ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("stored", "way"), [(192, Way.CACHED), (176, Way.LOCAL), (160, Way.REMOTE), (0, Way.REMOTE)])
+def test_the_stores_count_as_the_cache_does(stored: int, way: Way) -> None:
+    decision = chosen(query(stored={"d": stored}), view("p", P), view("d", D))
+    assert decision.way is way
+    assert ("in the stores" in decision.why) is (way is not Way.REMOTE)
+
+
+def test_cache_and_stores_are_not_added_up() -> None:
+    decision = chosen(query(matched={"d": 192}, stored={"d": 64}), view("p", P), view("d", D))
+    assert decision.way is Way.CACHED
+    assert "cached" in decision.why
+
+
+def test_with_stores_the_idle_worker_need_not_have_the_prefix() -> None:
+    workers = (view("p", P), view("busy", D, requests=3), view("idle", D))
+    decision = chosen(query(matched={"busy": 192}, stored={"idle": 192, "busy": 192}), *workers)
+    assert (decision.way, decision.decode) == (Way.CACHED, "idle")
+
+
+def test_a_prefill_worker_is_charged_only_for_what_it_does_not_find() -> None:
+    decision = chosen(query(400, stored={"p": 160, "d": 160}), view("p", P), view("d", D))
+    assert (decision.way, decision.prefill_tokens) == (Way.REMOTE, 240)
+
+
+# --- lending ----------------------------------------------------------------------------------------------------------
+
+
+def lenders(**ahead: int) -> list[WorkerView]:
+    """Prefill workers with so many tokens ahead of each, and a decode worker; all lend."""
+    prefills = [view(name, P, prefill_tokens=tokens, lends=True, max_context=4000) for name, tokens in ahead.items()]
+    return [*prefills, view("d", D, lends=True, max_context=4000)]
+
+
+def test_an_idle_worker_borrows_from_a_busy_one() -> None:
+    decision = chosen(query(2000, {"busy": 1600}), *lenders(busy=3000, idle=0))
+    assert (decision.prefill, decision.lender, decision.prefill_tokens) == ("idle", "busy", 400)
+    assert "borrows 1600 from busy" in decision.why
+
+
+def test_whoever_has_the_prefix_needs_no_loan_unless_it_is_busy() -> None:
+    decision = chosen(query(2000, {"p": 1600}), *lenders(p=0, q=0))
+    assert (decision.prefill, decision.lender, decision.prefill_tokens) == ("p", None, 400)
+
+
+def test_a_decode_worker_lends_too() -> None:
+    decision = chosen(query(2000, {"d": 1600}), *lenders(p=0))
+    assert (decision.prefill, decision.lender, decision.decode) == ("p", "d", "d")
+
+
+@pytest.mark.parametrize(
+    ("matched", "stored", "borrows"),
+    [(1600, 0, True), (256, 0, True), (240, 0, False), (1600, 1600, False), (1600, 1400, False), (1600, 1280, True)],
+)
+def test_little_is_not_borrowed(matched: int, stored: int, borrows: bool) -> None:
+    workers = lenders(busy=9000, idle=0)
+    decision = chosen(query(2000, {"busy": matched}, stored={"idle": stored}), *workers)
+    assert (decision.lender is not None) is borrows
+
+
+def test_only_workers_of_the_same_model_that_are_up_and_did_not_fail_lend() -> None:
+    others = [
+        view("q", P, lends=False),
+        view("q", P, lends=True, up=False),
+        view("q", P, lends=True, fingerprint="other"),
+    ]
+    for other in others:
+        assert chosen(query(2000, {"q": 1600}), *lenders(p=0), other).lender is None
+    assert chosen(query(2000, {"d": 1600}, avoid=["d"]), *lenders(p=0)).lender is None
