@@ -28,6 +28,7 @@ _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _MADV_POPULATE_WRITE = 23  # madvise(2), Linux 5.14; Python has no name for it
 _CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))  # v2, v1
 _JOIN_TIMEOUT_S = 300.0  # others join only after whoever makes the memory has it from the kernel, page by page
+_LEAVE_TIMEOUT_S = 1.0  # what could not be cleared away is cleared by whoever comes next
 _POLL_S = 0.005
 
 
@@ -84,7 +85,7 @@ class Membership:
         if self.fd < 0:
             return
         self._entry.unlink(missing_ok=True)
-        sweep(self._place, self._name)
+        sweep(self._place, self._name, patience_s=_LEAVE_TIMEOUT_S)
         os.close(self.fd)
         self.fd = -1
 
@@ -112,9 +113,9 @@ def hold(place: Path, name: str) -> Membership | None:
         return None
 
 
-def sweep(place: Path, name: str) -> None:
-    """Remove a meeting place whose members have all died. Does nothing where one lives or somebody is at it."""
-    with suppress(OSError, Unavailable), _alone_at(place, patience_s=0.0):
+def sweep(place: Path, name: str, patience_s: float = 0.0) -> None:
+    """Remove a meeting place whose members have all died. Does nothing where one lives, or somebody stays at it."""
+    with suppress(OSError, Unavailable), _alone_at(place, patience_s):
         fd = _open_any(place, name, lambda fd: True)
         if fd is None:
             place.rmdir()
@@ -149,7 +150,8 @@ def _alone_at(place: Path, patience_s: float = _JOIN_TIMEOUT_S) -> Iterator[None
     """The directory exists and nobody else is inside this context. The kernel ends a dead process's turn."""
     deadline = time.monotonic() + patience_s
     while True:
-        place.mkdir(mode=0o700, exist_ok=True)
+        with suppress(FileExistsError):
+            place.mkdir(mode=0o700)
         try:
             turn = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except FileNotFoundError:
