@@ -30,6 +30,7 @@ from python_backends.core.types import (
     KVReport,
     PrefixReport,
     RequestId,
+    Role,
     StoreCounts,
     WorkerId,
     WorkerLoad,
@@ -88,6 +89,8 @@ class PagedEngine:
         self._loaders = ThreadPoolExecutor(_LOAD_THREADS, thread_name_prefix="load")
         self._prefetcher = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
         self._memory: PoolMemory | None = None
+        # What a prefill worker hands over is digested while the next chunk is computed, not between the last and the ticket.
+        self._digester = ThreadPoolExecutor(1, thread_name_prefix="digest") if self._role is Role.PREFILL else None
         self._compute_pace = Pace()  # prompt tokens
         self._loan_pace = Pace()  # bytes
         self._stores: Stores | None = None
@@ -174,6 +177,8 @@ class PagedEngine:
             self._thread = None
         self._fetchers.shutdown(wait=True, cancel_futures=True)
         self._loaders.shutdown(wait=True, cancel_futures=True)
+        if self._digester is not None:
+            self._digester.shutdown(wait=True, cancel_futures=True)
         self._prefetcher.shutdown(wait=True, cancel_futures=True)
         if self._stores is not None:
             self._stores.close()
@@ -281,6 +286,8 @@ class PagedEngine:
         stored, removed = self._pool.take_changes()
         if self._feed is not None:
             self._feed.changed(stored, removed)
+        if stored and self._digester is not None:
+            self._digest_ahead(self._digester, stored)
         if self._reset_events:
             self._reset_events = False
             return CacheChange(stored=list(self._pool.hashes()), removed=[], reset=True)
@@ -412,7 +419,8 @@ class PagedEngine:
         """The ticket for blocks that hold so many tokens; a new lease takes over one reference of each."""
         memory = self._require_memory()
         size = self.info.layout.block_size
-        self._runner.export_blocks(blocks)
+        # A block with a digest is in the pool memory already.
+        self._runner.export_blocks([block for block in blocks if self._pool.digest_of(block) is None])
         lease_id = self._leases.grant(request_id, blocks, self._transfer.lease_s)
         published = self._transport.publish(memory, blocks, lease_id)
         return KVHandoff(
@@ -442,6 +450,26 @@ class PagedEngine:
         if full:
             self._pool.set_digest(block, digest)
         return digest
+
+    def _digest_ahead(self, digester: ThreadPoolExecutor, hashes: Many[BlockHash]) -> None:
+        found = [(hash_, self._pool.find(hash_)) for hash_ in hashes]
+        blocks = [(hash_, block) for hash_, block in found if block is not None and self._pool.digest_of(block) is None]
+        self._runner.export_blocks([block for _, block in blocks])
+        generations = self._require_memory().generations
+        digester.submit(self._make_digests, [(hash_, block, int(generations[block])) for hash_, block in blocks])
+
+    def _make_digests(self, blocks: list[tuple[BlockHash, int, int]]) -> None:
+        """On the digesting thread."""
+        memory = self._require_memory()
+        made = [(*block, block_digest(memory.blocks[block[1]])) for block in blocks]
+        self._inbox.put(partial(self._take_digests, made))
+
+    def _take_digests(self, made: list[tuple[BlockHash, int, int, bytes]]) -> None:
+        """Keep those of blocks that nobody has reused since."""
+        generations = self._require_memory().generations
+        for hash_, block, generation, digest in made:
+            if self._pool.find(hash_) == block and generations[block] == generation:
+                self._pool.set_digest(block, digest)
 
     # --- lending and borrowing -----------------------------------------------------------------------------------------
 
