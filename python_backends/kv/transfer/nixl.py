@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 _ZONE_BYTES = 64 << 20
 _ZONE_SLOTS = 4096  # at most; each costs a descriptor at the source
 _PIECE_BYTES = 4 << 20  # pushed at once; then copied and digested while it is in the processor's cache
+_POLL_BYTES = 512 << 10  # copied between two looks at what arrives
 _MOST_READERS = 256  # that a source keeps connections to
 _AHEAD = 3  # pieces asked for before the first has arrived
 _SETTINGS = {  # of NIXL and of UCX, its transport layer; whoever sets them in the environment knows better
@@ -231,6 +232,11 @@ class _Zone:
             self._free += slots
             self._freed.notify_all()
 
+    def poll(self) -> None:
+        """Give NIXL the processor to take in what comes."""
+        with self.agent as agent:
+            agent.get_new_notifs()
+
     def retire(self) -> None:
         """Called by its last user. Whatever still comes writes into pages that nobody looks at."""
         self.agent.destroy()
@@ -266,8 +272,13 @@ class _Arriving:
                 self._settle(session, status, deadline)
                 raise refusal(status)
             piece, slots = self._asked.popleft()
+            copied = 0
             for index, slot in zip(piece, slots, strict=True):
                 self._into.blocks[self._blocks[index]] = self._zone.blocks[slot]
+                copied += self._into.block_bytes
+                if copied >= _POLL_BYTES:  # the next pieces are arriving
+                    copied = 0
+                    self._zone.poll()
             self._zone.give_back(slots)
             self._arrived(piece)
 
@@ -290,11 +301,10 @@ class _Arriving:
             status = self._await_status(session, deadline)
 
     def _await_status(self, session: Session, deadline: float) -> Status:
-        """The source's answer; meanwhile NIXL is given the processor to take in what comes."""
+        """The source's answer; meanwhile what comes is taken in."""
         while not session.has_news:
             check_time(deadline)
-            with self._zone.agent as agent:
-                agent.get_new_notifs()
+            self._zone.poll()
             time.sleep(0)  # lets the engine's thread have the GIL
         status = session.receive_message(deadline)
         if not isinstance(status, Status):
@@ -326,37 +336,23 @@ class _Source:
                 rows = _rows(address, memory.num_blocks, memory.block_bytes)
                 self._local = agent.prep_xfer_dlist("NIXL_INIT_AGENT", rows, "DRAM")
 
-    def push(self, memory: PoolMemory, blocks: Sequence[int], landing: Landing, slots: Sequence[int], deadline: float) -> None:
-        """See Pusher.push."""
+    def begin(
+        self, memory: PoolMemory, blocks: Sequence[int], landing: Landing, slots: Sequence[int], deadline: float
+    ) -> _Pushing:
+        """See Pusher.begin."""
         if len(slots) != len(blocks) or not all(0 <= slot < landing.slots for slot in slots):
             raise failed("the landing has no such slots")
-        handle: Any = None
         owner = self._require_agent(memory)
         remote = self._prepare(owner, memory, landing)
+        indices = np.array(blocks, np.int32), np.array(slots, np.int32)
         try:
             with owner as agent:
-                handle = agent.make_prepped_xfer(
-                    "WRITE", self._local, np.array(blocks, np.int32), remote, np.array(slots, np.int32)
-                )
+                handle = agent.make_prepped_xfer("WRITE", self._local, indices[0], remote, indices[1])
                 state = agent.transfer(handle)
-            while state == "PROC":
-                if time.monotonic() >= deadline:
-                    raise PushLost(RefusalReason.TRANSFER_TIMEOUT, "the push did not end in transfer.timeout_s")
-                time.sleep(0)
-                with owner as agent:
-                    state = agent.check_xfer_state(handle)
-            if state != "DONE":
-                raise PushLost(RefusalReason.TRANSFER_FAILED, f"NIXL says {state}")
-        except PushLost:
-            self._forget(owner, landing.agent)
-            raise
         except Exception as error:  # NIXL's errors have no common base
-            self._forget(owner, landing.agent)
-            raise PushLost(RefusalReason.TRANSFER_FAILED, f"NIXL: {error or type(error).__name__}") from error
-        finally:
-            if handle is not None:
-                with owner as agent, suppress(Exception):
-                    agent.release_xfer_handle(handle)
+            self.forget(owner, landing.agent)
+            raise _lost(error) from error
+        return _Pushing(self, owner, handle, state, landing.agent, deadline)
 
     def close(self) -> None:
         with self._lock:
@@ -396,12 +392,54 @@ class _Source:
             raise ValueError("its name is another")
         return agent.prep_xfer_dlist(name, _rows(landing.address, landing.slots, block_bytes), "DRAM")
 
-    def _forget(self, owner: _Agent, name: str) -> None:
+    def forget(self, owner: _Agent, name: str) -> None:
         """The reader has failed; should it live, its next request introduces it again."""
         with self._lock, owner as agent:
             self._remote.pop(name, None)
             with suppress(Exception):
                 agent.remove_remote_agent(name)
+
+
+class _Pushing:
+    """Implements server.Pushing."""
+
+    def __init__(self, source: _Source, owner: _Agent, handle: Any, state: str, reader: str, deadline: float) -> None:
+        """`state`: NIXL's, after posting the transfer `handle` to the agent `reader`."""
+        self._source = source
+        self._owner = owner
+        self._handle = handle
+        self._state = state
+        self._reader = reader
+        self._deadline = deadline
+
+    def has_ended(self) -> bool:
+        """See Pushing.has_ended."""
+        try:
+            if self._state == "PROC":
+                with self._owner as agent:
+                    self._state = agent.check_xfer_state(self._handle)
+        except Exception as error:  # NIXL's errors have no common base
+            self._source.forget(self._owner, self._reader)
+            raise _lost(error) from error
+        if self._state == "PROC" and time.monotonic() < self._deadline:
+            return False
+        if self._state != "DONE":
+            self._source.forget(self._owner, self._reader)
+            late = self._state == "PROC"
+            reason = RefusalReason.TRANSFER_TIMEOUT if late else RefusalReason.TRANSFER_FAILED
+            raise PushLost(reason, "the push did not end in transfer.timeout_s" if late else f"NIXL says {self._state}")
+        return True
+
+    def drop(self) -> None:
+        """See Pushing.drop."""
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            with self._owner as agent, suppress(Exception):  # what is not over can't be released, and is, later
+                agent.release_xfer_handle(handle)
+
+
+def _lost(error: Exception) -> PushLost:
+    return PushLost(RefusalReason.TRANSFER_FAILED, f"NIXL: {error or type(error).__name__}")
 
 
 @contextmanager

@@ -10,7 +10,8 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
@@ -44,11 +45,23 @@ class PushLost(HandoffRefused):
     """A push has begun and was given up. Its bytes may still arrive, or not."""
 
 
-class Pusher(Protocol):
-    """Writes blocks into a reader's memory."""
+class Pushing(Protocol):
+    """Blocks on their way into a reader's memory."""
 
-    def push(self, memory: PoolMemory, blocks: Sequence[int], landing: Landing, slots: Sequence[int], deadline: float) -> None:
-        """Return when all is there. Raises HandoffRefused: before anything has moved, or else PushLost."""
+    def has_ended(self) -> bool:
+        """Whether all is there; meanwhile gives the transfer some of the processor. Raises PushLost."""
+
+    def drop(self) -> None:
+        """Nobody waits for it any more. Idempotent; also called when it has ended."""
+
+
+class Pusher(Protocol):
+    """Writes blocks into readers' memory."""
+
+    def begin(
+        self, memory: PoolMemory, blocks: Sequence[int], landing: Landing, slots: Sequence[int], deadline: float
+    ) -> Pushing:
+        """Raises HandoffRefused when nothing has moved and nothing will, PushLost when that is not sure."""
 
 
 @dataclass(slots=True)
@@ -63,6 +76,34 @@ class _Conversation:
 class _Lease:
     memory: PoolMemory
     blocks: set[int]
+
+
+@dataclass(slots=True)
+class _UnderWay:
+    """One push, from its request to its answer."""
+
+    pushing: Pushing | None
+    refused: HandoffRefused | None
+    check: Callable[[], None]  # that what was pushed was meant to the end; raises HandoffRefused
+
+    def status(self) -> Status | None:
+        """The answer, once there is one."""
+        try:
+            if self.refused is not None:
+                raise self.refused
+            assert self.pushing is not None
+            if not self.pushing.has_ended():
+                return None
+            self.drop()
+            self.check()
+        except HandoffRefused as refused:
+            self.drop()
+            return _refusal(refused)
+        return Status()
+
+    def drop(self) -> None:
+        if self.pushing is not None:
+            self.pushing.drop()
 
 
 class TransferServer:
@@ -144,8 +185,10 @@ class TransferServer:
             state.claim = self._read_ticket(message.ticket)
         elif isinstance(message, Landing):
             state.landing = message
-        elif isinstance(message, Fetch | Push):
-            self._answer(session, state, message)
+        elif isinstance(message, Fetch):
+            self._send(session, state, message)
+        elif isinstance(message, Push):
+            self._push(session, state, message)
         else:
             raise SessionError("it does not ask for anything")
 
@@ -155,23 +198,49 @@ class TransferServer:
         except HandoffRefused as refused:
             return refused
 
-    def _answer(self, session: Session, state: _Conversation, request: Fetch | Push) -> None:
+    def _send(self, session: Session, state: _Conversation, request: Fetch) -> None:
         deadline = time.monotonic() + self._timeout_s
         status = Status()
         try:
             handoff, memory = self._check(state.claim, request.positions)
-            if isinstance(request, Fetch):
-                session.send_message(Status(), deadline)
-                self._send_blocks(session, memory, [handoff.blocks[position] for position in request.positions], deadline)
-            elif self.pusher is None or state.landing is None:
-                raise failed("this worker has no NIXL, or no landing was named")
-            else:
-                blocks = [handoff.blocks[position] for position in request.positions]
-                self.pusher.push(memory, blocks, state.landing, request.slots, deadline)
+            session.send_message(Status(), deadline)
+            self._send_blocks(session, memory, [handoff.blocks[position] for position in request.positions], deadline)
             self._check_generations(handoff, request.positions, memory)  # what was sent was meant to the end
         except HandoffRefused as refused:
-            status = Status(refused.reason.value, refused.detail, late=isinstance(refused, PushLost))
+            status = _refusal(refused)
         session.send_message(status, deadline)
+
+    def _push(self, session: Session, state: _Conversation, request: Push) -> None:
+        """Several pushes overlap, so that the network does not wait for answers. They are answered in order."""
+        under_way = deque([self._begin_push(state, request)])
+        try:
+            while under_way:
+                if session.has_news:
+                    more = session.receive_message(time.monotonic() + self._timeout_s)
+                    if not isinstance(more, Push):
+                        raise SessionError("it asks for something else while blocks are pushed")
+                    under_way.append(self._begin_push(state, more))
+                status = under_way[0].status()
+                if status is None:
+                    time.sleep(0)  # lets the engine's thread have the GIL
+                else:
+                    under_way.popleft()
+                    session.send_message(status, time.monotonic() + self._timeout_s)
+        finally:
+            for push in under_way:
+                push.drop()
+
+    def _begin_push(self, state: _Conversation, request: Push) -> _UnderWay:
+        try:
+            handoff, memory = self._check(state.claim, request.positions)
+            if self.pusher is None or state.landing is None:
+                raise failed("this worker has no NIXL, or no landing was named")
+            blocks = [handoff.blocks[position] for position in request.positions]
+            deadline = time.monotonic() + self._timeout_s
+            pushing = self.pusher.begin(memory, blocks, state.landing, request.slots, deadline)
+        except HandoffRefused as refused:
+            return _UnderWay(None, refused, lambda: None)
+        return _UnderWay(pushing, None, lambda: self._check_generations(handoff, request.positions, memory))
 
     def _check(self, claim: KVHandoff | HandoffRefused | None, positions: Sequence[int]) -> tuple[KVHandoff, PoolMemory]:
         """What the ticket claims and where it lies. Raises HandoffRefused when it may not be had, or not any more."""
@@ -204,6 +273,10 @@ class TransferServer:
             return
         for block in blocks:
             session.send_file(memory.fd, memory.offset_of(block), memory.block_bytes, deadline)
+
+
+def _refusal(refused: HandoffRefused) -> Status:
+    return Status(refused.reason.value, refused.detail, late=isinstance(refused, PushLost))
 
 
 def _listen(host: str, ports: Sequence[int]) -> socket.socket:
