@@ -1,8 +1,8 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test check clean
+.PHONY: help demo serve loadtest test check clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: ## Install what is needed and show a whole deployment at work
 	scripts/install
@@ -10,6 +10,9 @@ demo: ## Install what is needed and show a whole deployment at work
 
 serve: ## Start configs/default.yaml on ports 8000 (HTTP), 8001 (gRPC) and 8002 (metrics)
 	scripts/serve
+
+loadtest: ## Put a minute of load on a deployment of its own and write a report about it
+	scripts/loadtest --streams 4 --period 10 --length-scale 0.25 --duration 45
 
 test: ## Run all tests
 	scripts/install --dev

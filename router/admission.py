@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from python_backends.core.errors import QueueFull
+from python_backends.core.errors import QueueFull, Unavailable
+
+SHUTTING_DOWN = "the server is shutting down; send the request again elsewhere or later"
 
 
 class Admission:
@@ -13,9 +15,16 @@ class Admission:
         self._max_queued_tokens = max_queued_tokens
         self.requests = 0
         self.queued_tokens = 0
+        self._closed = False
+
+    def close(self) -> None:
+        """Refuse everybody from now on."""
+        self._closed = True
 
     def enter(self) -> Place:
-        """Take a place. Raises QueueFull."""
+        """Take a place. Raises QueueFull, or Unavailable when closed."""
+        if self._closed:
+            raise Unavailable(SHUTTING_DOWN)
         if self.requests >= self._max_requests:
             raise QueueFull(f"{self.requests} requests are being served (router.max_requests); try again in a moment")
         self.requests += 1

@@ -1,16 +1,25 @@
-"""The router's end of the channel: one socket on the event loop, one message per engine step for all of its streams."""
+"""The router's end of the channel: one connection to each worker, all on the event loop.
+
+Every connection brings one message per engine step for all of this router's streams. Which addresses there are is told by
+`Directory`s (this server's own workers, lists, DNS, a registry); who is at an address, by the worker's heartbeats.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
+from collections.abc import Iterable
 from typing import Protocol
 
 import msgspec
 import zmq
 import zmq.asyncio
+from zmq.utils.monitor import recv_monitor_message
 
+from python_backends.core.curve import CurveKeys
+from python_backends.core.host import host_id
 from python_backends.core.messages import (
     BlockEvents,
     FromWorker,
@@ -35,69 +44,144 @@ class Watcher(Protocol):
 
     def seen(self, heartbeat: Heartbeat) -> None: ...
 
+    def faulty(self, heartbeat: Heartbeat) -> None:
+        """The worker lives and says that it can't work."""
+
     def left(self, worker: WorkerId, epoch: Epoch) -> None: ...
+
+    def cut_off(self, worker: WorkerId) -> None:
+        """The connection is broken."""
+
+
+class _Connection:
+    """To whoever listens at one address."""
+
+    def __init__(self, socket: zmq.asyncio.Socket) -> None:
+        self.socket = socket
+        self.worker: WorkerId | None = None  # as its last heartbeat said
+        self.epoch: Epoch | None = None
+        self.tasks: list[asyncio.Task[None]] = []
+
+    def send(self, message: ToWorker) -> None:
+        """Never blocks. What is sent while nobody is there is lost, which epochs make harmless."""
+        sent = self.socket.send(encode(message), zmq.NOBLOCK)
+        assert isinstance(sent, asyncio.Future)
+        sent.add_done_callback(_ignore)
+
+    def close(self) -> None:
+        for task in self.tasks:
+            task.cancel()
+        self.socket.disable_monitor()
+        self.socket.close(linger=0)
+
+
+def _ignore(sent: asyncio.Future[object]) -> None:
+    if not sent.cancelled():
+        sent.exception()
 
 
 class RouterChannel:
     """Create it and use it on the event loop."""
 
-    def __init__(self, address: str, name: str, heartbeat_s: float) -> None:
-        self._name = name
+    def __init__(self, house: House, watcher: Watcher, place: str, keys: CurveKeys, heartbeat_s: float) -> None:
+        """`place`: what only one living router can have, such as the run directory of its server."""
+        self._house = house
+        self._watcher = watcher
+        self._keys = keys
         self._heartbeat_s = heartbeat_s
-        self._identities: dict[WorkerId, bytes] = {}
+        self._greeting = RouterHeartbeat(house.name, os.getpid(), host_id(), place)
+        self._connections: dict[str, _Connection] = {}  # by address
+        self._workers: dict[WorkerId, _Connection] = {}
         self._context = zmq.asyncio.Context()
-        self._socket: zmq.asyncio.Socket = self._context.socket(zmq.ROUTER)
-        self._socket.set_hwm(_HIGH_WATER_MARK)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
-        try:
-            self._socket.bind(address)
-        except zmq.ZMQError:
-            self.close()
-            raise
+
+    def connect(self, addresses: Iterable[str]) -> None:
+        """Be connected to exactly these from now on. ipc addresses are of this host; others are encrypted."""
+        wanted = set(addresses)
+        for address in wanted - self._connections.keys():
+            self._connections[address] = self._open(address)
+        for address in self._connections.keys() - wanted:
+            self._drop(self._connections.pop(address))
 
     def send(self, worker: WorkerId, message: ToWorker) -> None:
-        """Never blocks. What is sent to a worker that isn't there is lost, which its epoch makes harmless."""
-        identity = self._identities.get(worker)
-        if identity is not None:
-            self._socket.send_multipart([identity, encode(message)], zmq.NOBLOCK)
-
-    async def listen(self, house: House, watcher: Watcher) -> None:
-        """Take in messages until cancelled."""
-        while True:
-            identity, *frames = await self._socket.recv_multipart()
-            try:
-                message = from_worker_decoder.decode(b"".join(frames))
-            except msgspec.MsgspecError as error:
-                log.warning("a message that is not of this version came from %r: %s", identity, error)
-                continue
-            self._hear(identity, message, house, watcher)
-
-    def _hear(self, identity: bytes, message: FromWorker, house: House, watcher: Watcher) -> None:
-        if isinstance(message, Outputs):
-            house.hear_outputs(message)
-        elif isinstance(message, BlockEvents):
-            if house.hear_events(message):
-                self.send(message.worker, Resync())
-        elif isinstance(message, Heartbeat):
-            if house.fleet.is_over(message.epoch):
-                return
-            if self._identities.get(message.worker) != identity:
-                self._identities[message.worker] = identity
-                self.send(message.worker, RouterHeartbeat(self._name))  # it should know at once whom it works for
-            if house.hear_heartbeat(message, time.monotonic()):
-                self.send(message.worker, Resync())
-            watcher.seen(message)
-        else:
-            watcher.left(message.worker, message.epoch)
+        """See _Connection.send."""
+        connection = self._workers.get(worker)
+        if connection is not None:
+            connection.send(message)
 
     async def beat(self) -> None:
         """Tell the workers that this router lives, until cancelled."""
         while True:
-            for worker in list(self._identities):
-                self.send(worker, RouterHeartbeat(self._name))
+            for connection in self._connections.values():
+                connection.send(self._greeting)
             await asyncio.sleep(self._heartbeat_s)
 
     def close(self) -> None:
-        self._socket.close(linger=0)
+        for connection in self._connections.values():
+            connection.close()
         self._context.destroy(linger=0)
+
+    def _open(self, address: str) -> _Connection:
+        socket: zmq.asyncio.Socket = self._context.socket(zmq.DEALER)
+        socket.set_hwm(_HIGH_WATER_MARK)
+        socket.setsockopt(zmq.IDENTITY, self._house.name.encode())
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.IMMEDIATE, 1)  # nothing is collected for a worker that isn't there
+        socket.setsockopt(zmq.RECONNECT_IVL, 20)
+        socket.setsockopt(zmq.RECONNECT_IVL_MAX, 200)
+        if not address.startswith("ipc:"):
+            self._keys.connect(socket)
+            socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
+            socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, 10)
+        socket.connect(address)
+        connection = _Connection(socket)
+        loop = asyncio.get_running_loop()
+        connection.tasks = [loop.create_task(self._listen(connection)), loop.create_task(self._watch(connection))]
+        return connection
+
+    def _drop(self, connection: _Connection) -> None:
+        """Its address is not one of the deployment's any more: whoever was there has left."""
+        connection.close()
+        if connection.worker is not None and self._workers.get(connection.worker) is connection:
+            del self._workers[connection.worker]
+            if connection.epoch is not None:
+                self._watcher.left(connection.worker, connection.epoch)
+
+    async def _listen(self, connection: _Connection) -> None:
+        """Take in messages until cancelled."""
+        while True:
+            payload = await connection.socket.recv()
+            try:
+                message = from_worker_decoder.decode(payload)
+            except msgspec.MsgspecError as error:
+                log.warning("a message that is not of this version came from %s: %s", connection.worker or "a worker", error)
+                continue
+            self._hear(connection, message)
+
+    async def _watch(self, connection: _Connection) -> None:
+        """Tell of broken connections until cancelled. On one host that is a process's end, which its supervisor sees, too."""
+        monitor = connection.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        while True:
+            await recv_monitor_message(monitor)
+            if connection.worker is not None:
+                self._watcher.cut_off(connection.worker)
+
+    def _hear(self, connection: _Connection, message: FromWorker) -> None:
+        house = self._house
+        if isinstance(message, Outputs):
+            house.hear_outputs(message)
+        elif isinstance(message, BlockEvents):
+            if house.hear_events(message):
+                connection.send(Resync())
+        elif isinstance(message, Heartbeat):
+            if house.fleet.is_over(message.epoch):
+                return
+            connection.worker, connection.epoch = message.worker, message.epoch
+            self._workers[message.worker] = connection
+            if message.load.fault:
+                self._watcher.faulty(message)
+                return
+            if house.hear_heartbeat(message, time.monotonic()):
+                connection.send(Resync())
+            self._watcher.seen(message)
+        else:
+            self._watcher.left(message.worker, message.epoch)

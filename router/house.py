@@ -6,9 +6,10 @@ One owner per piece of state, all on the router's event loop. What workers say c
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -16,16 +17,20 @@ from python_backends.core.block_hash import block_hashes, chain_root
 from python_backends.core.config import Deployment
 from python_backends.core.errors import InvalidRequest, Unavailable
 from python_backends.core.messages import BlockEvents, Heartbeat, Lent, Located, Output, Outputs, PrefillDone
-from python_backends.core.types import BlockHash, RequestId, Role, WorkerId
+from python_backends.core.types import BlockHash, LeaseEnd, RequestId, Role, WorkerId
 from router.admission import Admission
 from router.fleet import Fleet
+from router.journal import Journal
+from router.lifecycle import State
 from router.mailroom import Mailroom
 from router.node_memory import NodeMemory
 from router.policy import Query, choose
 from router.prefix_index import PrefixIndex
-from router.seams import Calls, Observer
+from router.seams import Calls, Destination, Observer, Snapshot
 from router.tokenizer import Tokenizer
 from router.types import ClientRequest, RouteDecision, Way, Wish
+
+log = logging.getLogger(__name__)
 
 _LEND_S = 0.25  # that a worker may take to lend; it answers between two steps
 _LONG_PROMPT_BYTES = 4_000  # from here on a prompt is tokenised off the event loop
@@ -43,14 +48,33 @@ class House:
         self.index = PrefixIndex()
         self.mailroom = Mailroom()
         self.node_memory = NodeMemory()
+        self.journal = Journal()
         self.admission = Admission(self.config.max_requests, self.config.max_queued_tokens)
         self._encoders = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
         self._requests = 0
         self._questions = 0
+        self._orphans: dict[WorkerId, set[RequestId]] = {}  # what lost workers may still compute, should they come back
 
     def close(self) -> None:
         self.node_memory.close()
         self._encoders.shutdown(wait=False, cancel_futures=True)
+
+    def snapshot(self, states: Mapping[State, int]) -> Snapshot:
+        """`states`: how many live requests are in each."""
+        return Snapshot(states, self.admission.requests, self.admission.queued_tokens, len(self.index), list(self.fleet))
+
+    def destination(self, worker: WorkerId) -> Destination | None:
+        """Where a worker is, up or not; None when it was never heard of."""
+        known = self.fleet.get(worker)
+        return None if known is None else Destination(worker, known.heartbeat.model, known.heartbeat.server)
+
+    @property
+    def trouble(self) -> str:
+        """Why requests can't be served now; empty when they can."""
+        if any(worker.role is not Role.PREFILL for worker in self.fleet.up()):
+            return ""
+        up = ", ".join(worker.id for worker in self.fleet.up()) or "none"
+        return f"no decode or aggregated worker is up (up: {up})"
 
     # --- for a request ---
 
@@ -93,8 +117,7 @@ class House:
                 self.observer.decided(decision.way)
                 return decision
             if time.monotonic() >= give_up:
-                up = ", ".join(worker.id for worker in workers) or "none"
-                raise Unavailable(f"no decode or aggregated worker is up (up: {up}); try again in a moment")
+                raise Unavailable(f"{self.trouble or 'no worker that is up can take the request'}; try again in a moment")
             await self.fleet.wait_for_change(give_up - time.monotonic())
 
     async def _ask_stores(self, query: Query, decision: RouteDecision, tokens: list[int], salt: str) -> RouteDecision | None:
@@ -168,9 +191,14 @@ class House:
         known = self.fleet.get(heartbeat.worker)
         if known is not None and known.up and known.epoch != heartbeat.epoch:
             self.lose(heartbeat.worker, f"worker {heartbeat.worker} was restarted")
+        told = known is None or known.epoch != heartbeat.epoch or known.heartbeat.load.tells_blocks
         self.fleet.hear(heartbeat, now)
         if heartbeat.node_place:
             self.node_memory.named(heartbeat.node_place, now)
+        if told and not heartbeat.load.tells_blocks:
+            log.warning("worker %s does not tell what its prefix cache holds: prefixes are not routed to it", heartbeat.worker)
+        for request_id in self._orphans.pop(heartbeat.worker, ()):  # of a life that was only cut off or held up
+            self.calls.abort(heartbeat.worker, request_id)
         return self.index.is_behind(heartbeat.worker, heartbeat.epoch, heartbeat.events_sequence)
 
     def hear_outputs(self, outputs: Outputs) -> None:
@@ -178,7 +206,7 @@ class House:
             return
         for output in self.mailroom.deliver(outputs.outputs):
             if isinstance(output, PrefillDone | Lent) and output.lease_id is not None:
-                self.calls.release(outputs.worker, output.lease_id)  # its request is gone
+                self.calls.release(outputs.worker, output.lease_id, LeaseEnd.UNWANTED)  # its request is gone
 
     def hear_events(self, events: BlockEvents) -> bool:
         """Returns whether the worker's blocks must be asked for again."""
@@ -188,7 +216,7 @@ class House:
         """A worker is dead, wedged or restarted. Returns whether it was up."""
         was_up = self.fleet.lose(worker)
         self.index.forget(worker)
-        self.mailroom.lose(worker, why)
+        self._orphans.setdefault(worker, set()).update(self.mailroom.lose(worker, why))
         return was_up
 
 

@@ -61,7 +61,8 @@ HOLDS: dict[State, frozenset[Held]] = {
     State.CANCELLED: frozenset(),
 }
 
-_LIVE = (State.QUEUED, State.ROUTED, State.PREFILLING, State.HANDING_OFF, State.DECODING)
+LIVE = (State.QUEUED, State.ROUTED, State.PREFILLING, State.HANDING_OFF, State.DECODING)
+"""States of a request that has not ended."""
 _AT_WORKER = (State.PREFILLING, State.HANDING_OFF, State.DECODING)
 
 TRANSITIONS: dict[tuple[State, Event], State] = {
@@ -76,8 +77,8 @@ TRANSITIONS: dict[tuple[State, Event], State] = {
     (State.DECODING, Event.FINISH): State.DONE,
     (State.DECODING, Event.STOP): State.DONE,
     **{(state, Event.WORKER_LOST): State.QUEUED for state in _AT_WORKER},
-    **{(state, Event.FAIL): State.FAILED for state in _LIVE},
-    **{(state, Event.CANCEL): State.CANCELLED for state in _LIVE},
+    **{(state, Event.FAIL): State.FAILED for state in LIVE},
+    **{(state, Event.CANCEL): State.CANCELLED for state in LIVE},
 }
 
 ENDED_BY_ITSELF: dict[tuple[State, Event], frozenset[Held]] = {
@@ -99,7 +100,7 @@ class Lifecycle:
 
     @property
     def live(self) -> bool:
-        return self.state in _LIVE
+        return self.state in LIVE
 
     @property
     def holds(self) -> frozenset[Held]:

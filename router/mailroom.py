@@ -53,10 +53,12 @@ class Mailroom:
                 box.put(output)
         return unclaimed
 
-    def lose(self, worker: WorkerId, why: str) -> None:
-        for box in self._boxes.values():
-            if box.worker == worker:
-                box.put(RequestFailed(box.request_id, TritonCode.UNAVAILABLE, why, retryable=True))
+    def lose(self, worker: WorkerId, why: str) -> list[RequestId]:
+        """Tell everybody who waits for this worker. Returns what it had been asked for."""
+        lost = [box for box in self._boxes.values() if box.worker == worker]
+        for box in lost:
+            box.put(RequestFailed(box.request_id, TritonCode.UNAVAILABLE, why, retryable=True))
+        return [box.request_id for box in lost]
 
     def fail(self, request_ids: Iterable[RequestId], why: str) -> None:
         """Work that could not be handed over."""

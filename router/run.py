@@ -20,16 +20,18 @@ from python_backends.core.errors import (
     EngineFailure,
     InvalidRequest,
     QueueFull,
+    RefusalReason,
     TritonCode,
     WorkerLost,
 )
 from python_backends.core.messages import DecodeWork, KVReady, Output, PrefillDone, PrefillWork, RequestFailed, TokenChunk
-from python_backends.core.types import FinishReason, GenerateRequest, KVReport, RequestId, SamplingParams, WorkerId
+from python_backends.core.types import FinishReason, GenerateRequest, KVReport, LeaseEnd, RequestId, SamplingParams, WorkerId
 from router.account import Account
 from router.admission import Place
 from router.detokenizer import Detokenizer
 from router.fleet import Charge
 from router.house import House
+from router.journal import Entry
 from router.lifecycle import Event, Held, Lifecycle, State
 from router.mailroom import Box
 from router.seams import Reply
@@ -53,10 +55,11 @@ class Run:
         self._attempts = 0
         self._avoid: set[WorkerId] = set()
         self._prompt_ids: list[int] = []
-        self._output_ids: list[int] = []
+        self._output_ids: list[int] = [*request.output_ids]
         self._cumulative_logprob = 0.0
         self._sampling = request.sampling
         self._account = Account(arrival)
+        self._entry = Entry(self._id, request, arrival)
         self.deadline = arrival + (request.timeout_s or house.config.default_deadline_s)
         self.interruption: BatonError = Cancelled("the request was cancelled")
         # held, and given back when the lifecycle says so
@@ -67,6 +70,11 @@ class Run:
         self._decode_leg: tuple[WorkerId, RequestId] | None = None
         self._loan: tuple[WorkerId, str] | None = None
         self._lease: tuple[WorkerId, str] | None = None
+        self._lease_end = LeaseEnd.UNWANTED
+
+    @property
+    def state(self) -> State:
+        return self._life.state
 
     @property
     def ended(self) -> bool:
@@ -76,11 +84,14 @@ class Run:
 
     async def enter(self) -> None:
         """Take a place, tokenise, validate. Raises InvalidRequest or QueueFull."""
+        self._house.journal.begin(self._entry)
         self._place = self._house.admission.enter()
         self._prompt_ids = await self._house.tokenize(self._request)
         self._sampling = self._check_tokens(self._request.sampling)
+        self._entry.tokenized(self._prompt_ids)
         self._place.queue(len(self._prompt_ids))
         self._text = Detokenizer(self._house.tokenizer, self._sampling.stop, self._sampling.min_tokens, self._prompt_ids)
+        self._text.push(self._output_ids)  # the client has this text
 
     async def route(self) -> RouteDecision:
         """Choose where this attempt goes. Raises Unavailable, or InvalidRequest when the prompt is too long for all."""
@@ -93,6 +104,7 @@ class Run:
             await asyncio.sleep(_RETRY_PAUSE_S * 2**self._attempts)
             decision = await self._house.decide(tokens, self._request.salt, wish, self._avoid)
         self._account.routed(decision, self._attempts)
+        self._entry.routed(decision)
         fleet = self._house.fleet
         self._decode_charge = fleet.charge(decision.decode, 0 if decision.prefill else decision.prefill_tokens)
         self._prefill_charge = fleet.charge(decision.prefill, decision.prefill_tokens) if decision.prefill else None
@@ -118,8 +130,8 @@ class Run:
                 self._give_back(Held.LOAN)  # KVReady: the lender's blocks are fetched
         if self._prefill_charge is not None:
             self._prefill_charge.undo()
-        if done.lease_id is not None:
-            self._lease = (worker, done.lease_id)
+        self._lease = (worker, done.lease_id) if done.lease_id is not None else None
+        self._lease_end = LeaseEnd.UNWANTED
         self._account.prefilled(done)
         self._take(TokenChunk(done.request_id, [done.token_id], [done.logprob] if done.logprob else None, done.finish_reason))
         return done.ticket
@@ -142,6 +154,7 @@ class Run:
 
     def retry(self, error: BatonError) -> None:
         """After a failed attempt: another one. Raises the error when the attempts are used up."""
+        self._entry.failed_attempt(str(error))
         if self._attempts >= self._house.config.max_attempts:
             raise error
         log.warning("request %s: attempt %d failed (%s); trying again", self._id, self._attempts, error)
@@ -154,9 +167,9 @@ class Run:
             return
         self._move(Event.CANCEL if isinstance(error, Cancelled) else Event.FAIL)
         self._reply.fail(error)
-        self._house.observer.ended(_outcome(error), None)
+        self._house.observer.ended(self._house.journal.end(self._entry, _outcome(error), str(error)))
 
-    def interrupt(self, task: asyncio.Task[None], why: Cancelled | DeadlineExceeded) -> None:
+    def interrupt(self, task: asyncio.Task[None], why: BatonError) -> None:
         """End the request from outside, wherever it is."""
         self.interruption = why
         task.cancel()
@@ -168,6 +181,9 @@ class Run:
         self._first_token()
         self._output_ids += chunk.token_ids
         self._account.tokens(len(self._output_ids), chunk.report)
+        gap_s = self._entry.tokens(len(chunk.token_ids))
+        if gap_s:
+            self._house.observer.tokens(len(chunk.token_ids), gap_s)
         logprobs = chunk.logprobs or []
         self._cumulative_logprob += sum(entry.logprob for entry in logprobs)
         # The token that stopped the engine is not text.
@@ -178,7 +194,7 @@ class Run:
         if finish is not None or self._text.stopped:
             self._move(Event.STOP if finish is None else Event.FINISH)
             finish = FinishReason.STOP if self._text.stopped else finish
-        elif self._life.state is State.DECODING:
+        elif self.state is State.DECODING:
             self._move(Event.TOKENS)
         self._send(Piece(text, chunk.token_ids, logprobs, self._cumulative_logprob, len(self._prompt_ids), finish))
 
@@ -192,13 +208,14 @@ class Run:
         if piece.finish_reason is None:
             self._reply.send(piece)
             return
-        proof = self._account.proof()
+        proof = msgspec.structs.replace(self._account.proof(), request_id=self._id, trace_id=self._entry.trace_id)
         self._reply.send(msgspec.structs.replace(piece, proof=proof))
-        self._house.observer.ended(Outcome.OK, proof)
+        self._house.observer.ended(self._house.journal.end(self._entry, Outcome.OK, proof=proof))
 
     def _kv_ready(self, report: KVReport) -> None:
         self._account.kv_ready(report)
-        if self._life.state is State.HANDING_OFF:
+        self._lease_end = lease_end(report)
+        if self.state is State.HANDING_OFF:
             self._move(Event.KV_READY)
 
     # --- workers ---
@@ -232,7 +249,12 @@ class Run:
         size = self._house.tokenizer.vocab_size
         if not self._prompt_ids:
             raise InvalidRequest("the prompt is empty: give text_input, messages or input_ids with at least one token")
-        named = {"input_ids": self._prompt_ids, "logit_bias": sampling.logit_bias, "stop_token_ids": sampling.stop_token_ids}
+        named = {
+            "input_ids": self._prompt_ids,
+            "output_ids": self._output_ids,
+            "logit_bias": sampling.logit_bias,
+            "stop_token_ids": sampling.stop_token_ids,
+        }
         for field, ids in named.items():
             outside = next((token for token in ids if not 0 <= token < size), None)
             if outside is not None:
@@ -245,6 +267,7 @@ class Run:
         """Advance the lifecycle and give back what the new state does not hold."""
         for held in self._life.on(event):
             self._give_back(held)
+        self._entry.state = self.state
 
     def _give_back(self, held: Held) -> None:
         calls = self._house.calls
@@ -257,12 +280,19 @@ class Run:
         elif held is Held.PREFILL and self._prefill_leg is not None:
             calls.abort(*self._prefill_leg)
         elif held is Held.LOAN and self._loan is not None:
-            calls.release(*self._loan)
+            calls.release(*self._loan, LeaseEnd.FETCHED)
             self._loan = None
         elif held is Held.LEASE and self._lease is not None:
-            calls.release(*self._lease)
+            calls.release(*self._lease, self._lease_end)
         elif held is Held.DECODE and self._decode_leg is not None:
             calls.abort(*self._decode_leg)
+
+
+def lease_end(report: KVReport) -> LeaseEnd:
+    """What a decode worker's report means for the lease of the KV it was handed."""
+    if report.received_tokens + report.reused_tokens:
+        return LeaseEnd.FETCHED
+    return LeaseEnd.LOST if report.digest == RefusalReason.TRANSFER_TIMEOUT.value else LeaseEnd.UNWANTED
 
 
 def _outcome(error: BatonError) -> Outcome:

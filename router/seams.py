@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 from python_backends.core.errors import BatonError
 from python_backends.core.messages import Work
-from python_backends.core.types import BlockHash, RequestId, WorkerId
-from router.types import Outcome, Piece, Proof, Way
+from python_backends.core.types import BlockHash, LeaseEnd, RequestId, WorkerId
+from router.fleet import WorkerView
+from router.journal import Record
+from router.lifecycle import State
+from router.types import Piece, Way
 
-if TYPE_CHECKING:
-    from router.house import House
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """A worker as work is sent to it: its Triton model, and HOST:PORT of its server's gRPC (empty: this server)."""
+
+    worker: WorkerId
+    model: str
+    server: str
 
 
 class Calls(Protocol):
@@ -24,7 +34,7 @@ class Calls(Protocol):
 
     def abort(self, worker: WorkerId, request_id: RequestId) -> None: ...
 
-    def release(self, worker: WorkerId, lease_id: str) -> None: ...
+    def release(self, worker: WorkerId, lease_id: str, end: LeaseEnd) -> None: ...
 
     def lend(self, worker: WorkerId, request_id: RequestId, hashes: Sequence[BlockHash]) -> None: ...
 
@@ -39,14 +49,31 @@ class Reply(Protocol):
     def fail(self, error: BatonError) -> None: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The house at one moment. `workers` are its own views: read them at once and keep none."""
+
+    states: Mapping[State, int]  # live requests
+    requests: int
+    queued_tokens: int
+    index_blocks: int
+    workers: Sequence[WorkerView]
+
+
 class Observer(Protocol):
     """Who counts. Called on the event loop; must not block."""
 
-    def refresh(self, house: House) -> None:
-        """Take in the state of the fleet; called a few times a second."""
+    def refresh(self, snapshot: Snapshot) -> None:
+        """Take in how things stand; called a few times a second."""
 
     def decided(self, way: Way) -> None: ...
 
     def retried(self) -> None: ...
 
-    def ended(self, outcome: Outcome, proof: Proof | None) -> None: ...
+    def warmed(self, verdict: str) -> None:
+        """A first handoff between two workers was tried: what became of the KV (KVReport.digest), or why nothing did."""
+
+    def tokens(self, count: int, gap_s: float) -> None:
+        """A running request has so many more tokens, so long after those before."""
+
+    def ended(self, record: Record) -> None: ...

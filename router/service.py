@@ -9,23 +9,29 @@ import asyncio
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
 from python_backends.core.config import Deployment
-from python_backends.core.errors import Cancelled, DeadlineExceeded, EngineFailure, Unavailable
+from python_backends.core.curve import CurveKeys
+from python_backends.core.errors import BatonError, Cancelled, DeadlineExceeded, EngineFailure, Unavailable
 from python_backends.core.messages import Abort, Lend, Locate, ReleaseLease, Work
-from python_backends.core.types import BlockHash, RequestId, WorkerId
+from python_backends.core.types import BlockHash, LeaseEnd, RequestId, WorkerId
+from router.admission import SHUTTING_DOWN
 from router.channel import RouterChannel
+from router.discovery import Discovery, Source
 from router.house import House
 from router.run import Run
-from router.seams import Observer, Reply
+from router.seams import Destination, Observer, Reply
 from router.serve import serve
 from router.supervisor import ModelControl, Supervisor
 from router.tokenizer import Tokenizer
 from router.types import ClientRequest
+from router.warm_up import WarmUp
 
 log = logging.getLogger(__name__)
 
@@ -36,36 +42,49 @@ _STOP_S = 5.0
 class Submit(Protocol):
     """Hands work to a worker by a short call, from any thread; `failed` is told if that didn't work, on any thread."""
 
-    def __call__(self, worker: WorkerId, work: Work, failed: Callable[[str], None]) -> None: ...
+    def __call__(self, worker: Destination, work: Work, failed: Callable[[str], None]) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Channels:
+    """Where the channels of workers are. `place`: what only one living router can have. `own`: of this server's workers."""
+
+    place: str
+    keys: CurveKeys
+    own: Sequence[str]
+    sources: Sequence[Source] = ()
 
 
 class RouterService:
     def __init__(
         self,
         deployment: Deployment,
-        channel_address: str,
+        channels: Channels,
         tokenizer: Tokenizer,
         submit: Submit,
         control: ModelControl | None,
         observer: Observer,
+        stopping: Callable[[], bool] = lambda: False,
     ) -> None:
+        """`stopping`: whether the server has been told to stop; asked a few times a second."""
         self._deployment = deployment
-        self._address = channel_address
+        self._channels = channels
         self._submit = submit
         self._control = control
+        self._stopping = stopping
         self._tasks: dict[Run, asyncio.Task[None]] = {}
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="router", daemon=True)
         self.house = House(deployment, tokenizer, calls=self, observer=observer)
 
     def start(self) -> None:
-        """Listens for workers when it returns. Raises zmq.ZMQError when the address can't be bound."""
+        """Looks for workers when it returns."""
         self._thread.start()
-        try:
-            self._on_loop(self._open()).result(_START_S)
-        except BaseException:
-            self._end_loop()
-            raise
+        self._on_loop(self._open()).result(_START_S)
+
+    def attend(self, chore: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Run `chore` on the loop, beginning before this returns, until the service closes. Raises what making it raises."""
+        self._on_loop(self._adopt(chore)).result(_START_S)
 
     def accept(self, request: ClientRequest, reply: Reply) -> Run:
         """Serve a request; the reply hears of everything, errors too."""
@@ -111,7 +130,7 @@ class RouterService:
         finally:
             timer.cancel()
 
-    def _interrupt(self, run: Run, why: Cancelled | DeadlineExceeded) -> None:
+    def _interrupt(self, run: Run, why: BatonError) -> None:
         task = self._tasks.get(run)
         if task is not None:
             run.interrupt(task, why)
@@ -124,13 +143,17 @@ class RouterService:
         def failed(why: str) -> None:
             self._loop.call_soon_threadsafe(self.house.mailroom.fail, [request_id], why)
 
-        self._submit(worker, work, failed)
+        destination = self.house.destination(worker)
+        if destination is None:
+            failed(f"worker {worker} has left")
+        else:
+            self._submit(destination, work, failed)
 
     def abort(self, worker: WorkerId, request_id: RequestId) -> None:
         self._channel.send(worker, Abort([request_id]))
 
-    def release(self, worker: WorkerId, lease_id: str) -> None:
-        self._channel.send(worker, ReleaseLease([lease_id]))
+    def release(self, worker: WorkerId, lease_id: str, end: LeaseEnd) -> None:
+        self._channel.send(worker, ReleaseLease([lease_id], end))
 
     def lend(self, worker: WorkerId, request_id: RequestId, hashes: Sequence[BlockHash]) -> None:
         self._channel.send(worker, Lend(request_id, list(hashes)))
@@ -140,34 +163,47 @@ class RouterService:
 
     # --- opening and shutting, on the loop ---
 
+    async def _adopt(self, chore: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        self._chores.append(self._loop.create_task(chore()))
+
     async def _open(self) -> None:
         health = self._deployment.health
-        self._channel = RouterChannel(self._address, self.house.name, health.heartbeat_s)
         self._supervisor = Supervisor(self.house, health, self._control)
+        channels = self._channels
+        self._channel = RouterChannel(self.house, self._supervisor, channels.place, channels.keys, health.heartbeat_s)
+        discovery = Discovery(channels.own, channels.sources, self._channel.connect)
         self._chores = [
             self._loop.create_task(chore)
             for chore in (
-                self._channel.listen(self.house, self._supervisor),
+                discovery.watch(),
                 self._channel.beat(),
                 self._supervisor.watch(),
+                WarmUp(self.house).watch(),
                 self._refresh(),
             )
         ]
 
+    def _end_requests(self) -> None:
+        """Answer what runs with an error, and whoever comes from now on."""
+        self.house.admission.close()
+        for run in self._tasks:
+            self._interrupt(run, Unavailable(SHUTTING_DOWN))
+
     async def _shut(self) -> None:
-        for run, task in list(self._tasks.items()):
-            run.interruption = Unavailable("the server is shutting down; send the request again elsewhere or later")
-            task.cancel()
-        running = [*self._tasks.values()]
+        self._end_requests()
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
         for chore in self._chores:
             chore.cancel()
-        await asyncio.gather(*running, *self._chores, return_exceptions=True)
+        await asyncio.gather(*self._chores, return_exceptions=True)
         self._supervisor.close()
         self._channel.close()
 
     async def _refresh(self) -> None:
         while True:
-            self.house.observer.refresh(self.house)
+            if self._stopping():  # Triton would wait for the requests that run, and stop the workers under them
+                self._end_requests()
+            states = Counter(run.state for run in self._tasks)
+            self.house.observer.refresh(self.house.snapshot(states))
             self.house.node_memory.tidy(time.monotonic())
             await asyncio.sleep(self._deployment.health.heartbeat_s)
 

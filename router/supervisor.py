@@ -1,7 +1,8 @@
 """Who watches over the workers' lives: notices death at once and silence soon, takes the worker out, restarts it.
 
-A dead process is told by the kernel (a pidfd becomes readable), a wedged or stopped one by missing heartbeats; that one
-is killed first, since nothing else ends it. A restarted worker has a new epoch, so nothing of its old life counts.
+A dead process is told by the kernel (a pidfd becomes readable), a wedged or stopped one by missing heartbeats, and one
+whose engine can't go on says so in its heartbeats. These two are killed first, since nothing else ends them. A restarted
+worker has a new epoch, so nothing of its old life counts.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import random
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -17,31 +19,34 @@ from typing import Protocol
 
 from python_backends.core.config import HealthConfig
 from python_backends.core.errors import BatonError
+from python_backends.core.host import host_id
 from python_backends.core.messages import Heartbeat
 from python_backends.core.types import Epoch, WorkerId
 from router.house import House
+from router.seams import Destination
 
 log = logging.getLogger(__name__)
 
+_PATIENCE_S = 5.0  # with workers of other hosts
 _BACKOFF_S = (0.2, 1.0, 3.0, 10.0)  # before the first, second ... try to restart; the last one repeats
 
 
 class ModelControl(Protocol):
-    """The server's hold on its models."""
+    """The hold on models, of this server and of others."""
 
-    def restart(self, worker: WorkerId) -> None:
+    def restart(self, worker: Destination) -> None:
         """Load the worker's model anew; blocks until it is up. Raises BatonError."""
 
 
 class Supervisor:
-    """Belongs to the router's event loop; restarts run on a thread of their own."""
+    """Belongs to the router's event loop; restarts run on threads of their own."""
 
     def __init__(self, house: House, health: HealthConfig, control: ModelControl | None) -> None:
         """Without `control`, or with health.restart off, workers are taken out but not restarted."""
         self._house = house
         self._health = health
         self._control = control if health.restart else None
-        self._pidfds: dict[WorkerId, tuple[Epoch, int, int]] = {}  # epoch, pid, pidfd
+        self._pidfds: dict[WorkerId, tuple[Epoch, int]] = {}
         self._left: set[Epoch] = set()
         self._restarts: dict[WorkerId, asyncio.Task[None]] = {}
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="restart")
@@ -49,18 +54,29 @@ class Supervisor:
     # --- from the channel ---
 
     def seen(self, heartbeat: Heartbeat) -> None:
-        """Watch the process of a life that is new."""
+        """Watch the process of a life that is new. Of another host there is nothing to watch: connection and silence tell."""
         watched = self._pidfds.get(heartbeat.worker)
-        if watched is not None and watched[0] == heartbeat.epoch:
+        if heartbeat.host != host_id() or (watched is not None and watched[0] == heartbeat.epoch):
             return
         self._unwatch(heartbeat.worker)
         try:
             pidfd = os.pidfd_open(heartbeat.pid)
         except OSError:
             return  # gone since, or can't be watched; silence will tell
-        self._pidfds[heartbeat.worker] = (heartbeat.epoch, heartbeat.pid, pidfd)
+        self._pidfds[heartbeat.worker] = (heartbeat.epoch, pidfd)
         asyncio.get_running_loop().add_reader(pidfd, self._died, heartbeat.worker, heartbeat.epoch)
         log.info("worker %s is up (process %d)", heartbeat.worker, heartbeat.pid)
+
+    def faulty(self, heartbeat: Heartbeat) -> None:
+        """The worker says that it can't go on. While it says so it is out, restarted or not."""
+        self.seen(heartbeat)
+        self._take_out(heartbeat.worker, f"can't go on: {heartbeat.load.fault}")
+
+    def cut_off(self, worker: WorkerId) -> None:
+        """The connection to a worker of another host is broken. If only that, its next heartbeat brings it back."""
+        if self._house.lose(worker, f"the connection to worker {worker} is broken"):
+            log.warning("the connection to worker %s is broken", worker)
+            self._begin_restart(worker, _PATIENCE_S)
 
     def left(self, worker: WorkerId, epoch: Epoch) -> None:
         """The worker ended because it was told to."""
@@ -79,7 +95,7 @@ class Supervisor:
             if time.monotonic() - began > self._health.heartbeat_s + self._health.silent_s / 2:
                 continue  # this router was held up itself: what the workers said meanwhile is not read yet
             for worker in self._house.fleet.silent(time.monotonic() - self._health.silent_s):
-                self._wedged(worker.id)
+                self._take_out(worker.id, f"has been silent for {self._health.silent_s:.1f} s")
 
     def close(self) -> None:
         for worker in list(self._pidfds):
@@ -98,24 +114,32 @@ class Supervisor:
         self._house.lose(worker, f"worker {worker} died")
         self._begin_restart(worker)
 
-    def _wedged(self, worker: WorkerId) -> None:
-        log.warning("worker %s has been silent for %.1f s; taking it out", worker, self._health.silent_s)
-        self._house.lose(worker, f"worker {worker} fell silent")
+    def _take_out(self, worker: WorkerId, why: str) -> None:
+        if self._house.lose(worker, f"worker {worker} {why}"):
+            log.warning("worker %s %s; taking it out", worker, why)
         watched = self._pidfds.get(worker)
-        if watched is not None and self._control is not None:
+        if watched is None:
+            self._begin_restart(worker, _PATIENCE_S)
+        elif self._control is not None:
             with suppress(ProcessLookupError):
-                signal.pidfd_send_signal(watched[2], signal.SIGKILL)  # its death is then noticed by _died
+                signal.pidfd_send_signal(watched[1], signal.SIGKILL)  # its death is then noticed by _died
 
-    def _begin_restart(self, worker: WorkerId) -> None:
+    def _begin_restart(self, worker: WorkerId, patience_s: float = 0.0) -> None:
+        """`patience_s`: it may come back by itself, or another router may see to it, so first wait for about so long."""
         running = self._restarts.get(worker)
         if self._control is not None and (running is None or running.done()):
-            self._restarts[worker] = asyncio.get_running_loop().create_task(self._bring_back(worker, self._control))
+            task = self._bring_back(worker, patience_s, self._control)
+            self._restarts[worker] = asyncio.get_running_loop().create_task(task)
 
-    async def _bring_back(self, worker: WorkerId, control: ModelControl) -> None:
+    async def _bring_back(self, worker: WorkerId, patience_s: float, control: ModelControl) -> None:
+        await asyncio.sleep(patience_s * (1 + random.random()))
         for attempt in range(1_000_000):
             await asyncio.sleep(_BACKOFF_S[min(attempt, len(_BACKOFF_S) - 1)])
+            destination = self._house.destination(worker)
+            if destination is None or (patience_s and self._house.fleet.is_up(worker)):
+                return
             try:
-                await asyncio.get_running_loop().run_in_executor(self._threads, control.restart, worker)
+                await asyncio.get_running_loop().run_in_executor(self._threads, control.restart, destination)
             except BatonError as error:
                 log.error("worker %s could not be restarted: %s", worker, error)
             else:
@@ -125,5 +149,5 @@ class Supervisor:
     def _unwatch(self, worker: WorkerId) -> None:
         watched = self._pidfds.pop(worker, None)
         if watched is not None:
-            asyncio.get_running_loop().remove_reader(watched[2])
-            os.close(watched[2])
+            asyncio.get_running_loop().remove_reader(watched[1])
+            os.close(watched[1])

@@ -13,6 +13,7 @@ from typing import Any
 
 import jinja2
 import tokenizers
+from jinja2 import meta
 from jinja2.ext import Extension, loopcontrols
 from jinja2.nodes import Node
 from jinja2.parser import Parser
@@ -34,7 +35,7 @@ class Tokenizer:
     def __init__(self, model_dir: Path) -> None:
         self._tokenizer = _load_tokenizer(model_dir / "tokenizer.json")
         config = _load_config(model_dir / "tokenizer_config.json")
-        self._template = _load_template(model_dir, config)
+        self._template, self.template_knows_tools = _load_template(model_dir, config)
         self._template_tokens = _special_tokens(config)
         added = self._tokenizer.get_added_tokens_decoder()
         self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
@@ -50,12 +51,12 @@ class Tokenizer:
         """Token ids of a plain prompt, with the special tokens that the model's post-processor adds."""
         return self._encode(text, add_special_tokens=True)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None) -> list[int]:
         """Token ids of `render_chat`; the template alone says which special tokens there are, BOS included."""
-        return self._encode(self.render_chat(messages), add_special_tokens=False)
+        return self._encode(self.render_chat(messages, tools), add_special_tokens=False)
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The prompt text for the assistant's next message.
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None) -> str:
+        """The prompt text for the assistant's next message. `tools` only for a template that knows them.
 
         Raises InvalidRequest that names the message and field, or says what the template objected to.
         """
@@ -64,7 +65,7 @@ class Tokenizer:
         _check_messages(messages)
         try:
             return self._template.render(
-                messages=messages, tools=None, documents=None, add_generation_prompt=True, **self._template_tokens
+                messages=messages, tools=tools or None, documents=None, add_generation_prompt=True, **self._template_tokens
             )
         except _TEMPLATE_FAILURES as error:
             raise InvalidRequest(f"messages: the model's chat template refuses them: {error}") from error
@@ -132,7 +133,8 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
-def _load_template(model_dir: Path, config: Mapping[str, Any]) -> jinja2.Template | None:
+def _load_template(model_dir: Path, config: Mapping[str, Any]) -> tuple[jinja2.Template | None, bool]:
+    """The chat template, if there is one, and whether it presents tools to the model."""
     path = model_dir / "chat_template.jinja"
     try:
         source: str | None = path.read_text(encoding="utf-8")
@@ -142,9 +144,9 @@ def _load_template(model_dir: Path, config: Mapping[str, Any]) -> jinja2.Templat
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: can't be read: {error}; check the file and its permissions") from error
     if source is None:
-        return None
+        return None, False
     try:
-        return _environment().from_string(source)
+        return _environment().from_string(source), "tools" in meta.find_undeclared_variables(_environment().parse(source))
     except jinja2.TemplateSyntaxError as error:
         raise ConfigError(f"{path}: chat template, line {error.lineno}: {error.message}; correct the template") from error
 

@@ -7,6 +7,7 @@ from enum import Enum
 import msgspec
 
 from python_backends.core.types import FinishReason, SamplingParams, TokenLogprob, WorkerId
+from router.trace_context import TraceContext
 
 
 class Way(str, Enum):
@@ -27,6 +28,13 @@ class Wish(str, Enum):
     AGGREGATED = "aggregated"
 
 
+class FrontEndTimes(msgspec.Struct, frozen=True):
+    """What a front end did before it asked the router."""
+
+    received_ns: int  # wall clock, when the request's head was there
+    tokenize_ms: float
+
+
 class ClientRequest(msgspec.Struct, frozen=True):
     """A client's request, validated field by field. Exactly one of text, messages, input_ids is given."""
 
@@ -38,7 +46,11 @@ class ClientRequest(msgspec.Struct, frozen=True):
     salt: str = ""
     priority: int = 0
     timeout_s: float | None = None  # None: router.default_deadline_s
-    client_id: str = ""  # only logged
+    client_id: str = ""  # the client's own name for it; only kept in the journal
+    answer_id: str = ""  # likewise, of the answer
+    trace: TraceContext | None = None  # None: a new one begins
+    front_end: FrontEndTimes | None = None
+    output_ids: list[int] = []  # the answer's first tokens, which the client has had from a router that died since
 
 
 class RouteDecision(msgspec.Struct, frozen=True):
@@ -91,7 +103,7 @@ class Proof(msgspec.Struct, frozen=True):
     transport_why: str  # why it was taken, with transfer.transport: auto
     store_bytes: int  # taken from stores by both workers
     store_ms: float  # spent on looking there and taking
-    digest: str  # verified | none (nothing moved) | why it was refused
+    digest: str  # verified | unchecked (moved by the engine itself) | none (nothing moved) | why it was refused
     ttft_ms: float
     queue_ms: float
     prefill_ms: float
@@ -99,6 +111,8 @@ class Proof(msgspec.Struct, frozen=True):
     first_decode_ms: float
     e2e_ms: float
     arrival_ns: int  # wall clock
+    request_id: str = ""  # the router's; scripts/trace finds the request by it ...
+    trace_id: str = ""  # ... and by this one
 
 
 class Outcome(str, Enum):

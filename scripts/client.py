@@ -1,8 +1,13 @@
 """A client of the router over gRPC: what demo, chat, soak and the tests talk through.
 
-Every request is a bidirectional stream of its own, so that cancelling it ends this request alone and its errors carry
-a code; all streams of a `Client` share one HTTP/2 connection. tritonclient gives the messages and the stub. Its
+Every request is a stream of its own, so that cancelling it ends this request alone and its errors carry a code; all
+streams of a `Client` share one HTTP/2 connection. tritonclient gives the messages and the stub. Its
 `InferenceServerClient` is not used: it holds one stream per connection and cancels all requests of it together.
+
+Triton's stream is bidirectional; a request here sends its one message and nothing after it, which on the wire is a
+call with one message up and a stream down. gRPC can read such a call in the thread that iterates. A bidirectional one
+needs two more threads and a hand-over per message: a third more CPU per token, which a load test would take from the
+server.
 """
 
 from __future__ import annotations
@@ -15,7 +20,8 @@ from types import TracebackType
 from typing import Any
 
 import grpc  # type: ignore[import-untyped]
-from tritonclient.grpc import InferResult, service_pb2, service_pb2_grpc
+import grpc.experimental  # type: ignore[import-untyped]
+from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from python_backends.core.errors import (
     BatonError,
@@ -51,7 +57,9 @@ _WITH_CODES = (("triton_grpc_error", "true"),)  # else a stream's errors are sen
 _CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_reconnect_backoff_ms", 1000),
+    (grpc.experimental.ChannelOptions.SingleThreadedUnaryStream, 1),
 )
+_STREAM_INFER = "/inference.GRPCInferenceService/ModelStreamInfer"
 _PROBE_TIMEOUT_S = 2.0
 _PROBE_EVERY_S = 0.1
 _GRACE_S = 5.0  # the server's own time-out, which comes with a sentence, is to be first
@@ -66,6 +74,7 @@ class Chunk:
     time: float  # of arrival here, monotonic seconds
     finish_reason: str = ""
     proof: dict[str, Any] | None = None
+    token_ids: tuple[int, ...] = ()  # with return_output_ids
 
 
 class Client:
@@ -78,6 +87,11 @@ class Client:
         self.address = address
         self._channel = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        self._stream_infer = self._channel.unary_stream(
+            _STREAM_INFER,
+            request_serializer=service_pb2.ModelInferRequest.SerializeToString,
+            response_deserializer=service_pb2.ModelStreamInferResponse.FromString,
+        )
 
     def __enter__(self) -> Client:
         return self
@@ -96,19 +110,18 @@ class Client:
                 raise Unavailable(problem)
             time.sleep(_PROBE_EVERY_S)
 
-    def stream(self, prompt: str | Sequence[Message], *, timeout_s: float = 600.0, **fields: object) -> Stream:
+    def stream(self, prompt: str | Sequence[Message] | None, *, timeout_s: float = 600.0, **fields: object) -> Stream:
         """Send a request now; iterate over the result for its chunks.
 
-        `prompt`: text, or the messages of a chat. `fields`: any other input of the router by its name in
-        core/tensors.py (max_tokens, temperature, stop_words, route, ...); None is left out. `timeout_s`: from now to
-        the last chunk. Raises InvalidRequest when a field is unknown or of a wrong type.
+        `prompt`: text, the messages of a chat, or None when `input_ids` is among the fields. `fields`: any other input
+        of the router by its name in core/tensors.py (max_tokens, temperature, stop_words, route, ...); None is left
+        out. `timeout_s`: from now to the last chunk. Raises InvalidRequest when a field is unknown or of a wrong type.
         """
-        text, messages = (
-            (prompt, None) if isinstance(prompt, str) else (None, json.dumps([dict(message) for message in prompt]))
-        )
-        request = encode_request({"text_input": text, "messages": messages, **fields, **_ALWAYS}, timeout_s)
-        call = self._stub.ModelStreamInfer(iter([request]), timeout=timeout_s + _GRACE_S, metadata=_WITH_CODES)
-        return Stream(self, call)
+        given: dict[str, object] = {"text_input": prompt}
+        if prompt is not None and not isinstance(prompt, str):
+            given = {"messages": json.dumps([dict(message) for message in prompt])}
+        request = encode_request({**given, **fields, **_ALWAYS}, timeout_s)
+        return Stream(self, self._stream_infer(request, timeout=timeout_s + _GRACE_S, metadata=_WITH_CODES))
 
     def explain(self, error: grpc.RpcError) -> BatonError:
         """The error as ours. A refused request and a missing server have the same code: only asking tells them apart."""
@@ -138,7 +151,7 @@ class Stream(Iterator[Chunk]):
     """The answer to one request, chunk by chunk. A context manager: what is not finished when it closes is cancelled.
 
     Iterating raises the server's error with its message: InvalidRequest, Unavailable, DeadlineExceeded, EngineFailure,
-    and Cancelled after `close`.
+    and Cancelled after `close`. One thread iterates, and leaves the `with` block.
     """
 
     def __init__(self, client: Client, call: Any) -> None:
@@ -152,6 +165,7 @@ class Stream(Iterator[Chunk]):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+        self._drain()
 
     def __next__(self) -> Chunk:
         try:
@@ -171,6 +185,14 @@ class Stream(Iterator[Chunk]):
     def close(self) -> None:
         """Cancel the request at the server if it is still running. Idempotent; any thread may call it."""
         self._call.cancel()
+
+    def _drain(self) -> None:
+        """Take what has arrived; it ends at once with the call's status, and gRPC frees the call."""
+        try:
+            while True:
+                next(self._call)
+        except (StopIteration, grpc.RpcError):
+            return
 
 
 def unreachable(address: str) -> str:
@@ -201,19 +223,20 @@ def _add_tensor(request: Any, name: str, value: object) -> None:
 
 
 def decode_response(response: Any) -> Chunk:
-    """`response`: a ModelInferResponse of the router."""
-    result = InferResult(response)
-    proof = _text(result, "proof")
+    """`response`: a ModelInferResponse of the router. Read byte by byte: numpy would be half of a client's CPU."""
+    outputs = dict(zip((output.name for output in response.outputs), response.raw_output_contents, strict=True))
+    proof = _text(outputs, "proof")
+    ids = outputs.get("output_ids")
     return Chunk(
-        text=_text(result, "text_output"),
-        num_tokens=int(result.as_numpy("num_output_tokens").item()),
+        text=_text(outputs, "text_output"),
+        num_tokens=int.from_bytes(outputs["num_output_tokens"], "little"),
         time=time.monotonic(),
-        finish_reason=_text(result, "finish_reason"),
+        finish_reason=_text(outputs, "finish_reason"),
         proof=json.loads(proof) if proof else None,
+        token_ids=tuple(memoryview(ids).cast("i")) if ids else (),
     )
 
 
-def _text(result: Any, name: str) -> str:
-    """A text output; empty when the response is without it."""
-    array = result.as_numpy(name)
-    return "" if array is None else str(array.item().decode())
+def _text(outputs: Mapping[str, bytes], name: str) -> str:
+    """A text output (one string: its length in 4 bytes, then itself); empty when the response is without it."""
+    return outputs.get(name, b"")[4:].decode()

@@ -1,9 +1,10 @@
-"""Keeps the life of one tritonserver and of all its model processes in one hand.
+"""Keeps the life of one tritonserver, of all its model processes and of its companions in one hand.
 
 A process of its own between `TritonServer` and the server, so that nothing outlives a parent that was killed:
 - its socket to the parent closes when the parent ends, however that happens; then it stops the server and cleans up;
 - orphans are given to it by the kernel (it is a subreaper), so the model processes of a killed server can't escape;
-- the server is killed by the kernel if this process itself is.
+- server and companions are killed by the kernel if this process itself is.
+Companions are processes beside the server, such as the front end; one that ends by itself is started again.
 
 The parent says `stop` or `kill`, a message each; this process says `pid <n>` and, if the server ends by itself,
 `exit <code>`. It ends when it was told to stop and nothing is left. Only the standard library: it starts in milliseconds.
@@ -26,6 +27,9 @@ _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _KILL_TIMEOUT_S = 5.0  # only a process stuck in the kernel takes longer
 _POLL_S = 0.02
+_RESTART_PAUSE_S = 0.5
+SEPARATOR = "+++"
+STOPPING = "stopping"  # as in python_backends/triton/home.py, which is not imported: this starts in milliseconds
 
 
 def remove_traces(run_dir: Path, shm_prefix: str) -> None:
@@ -35,38 +39,75 @@ def remove_traces(run_dir: Path, shm_prefix: str) -> None:
         path.unlink(missing_ok=True)
 
 
+class Process:
+    """A child that the kernel kills if this process dies."""
+
+    def __init__(self, command: list[str]) -> None:
+        self._command = command
+        self.start()
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, preexec_fn=_die_with_parent)
+        self.ended = os.pidfd_open(self.process.pid)
+
+    def restart(self) -> None:
+        """After it has ended. Output of this process goes to the server's log."""
+        os.close(self.ended)
+        print(f"companion {' '.join(self._command[:4])} ended with code {self.process.wait()}; starting it again", flush=True)
+        time.sleep(_RESTART_PAUSE_S)
+        self.start()
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def split(arguments: list[str]) -> list[list[str]]:
+    """Commands separated by SEPARATOR."""
+    commands: list[list[str]] = [[]]
+    for argument in arguments:
+        if argument == SEPARATOR:
+            commands.append([])
+        else:
+            commands[-1].append(argument)
+    return commands
+
+
 def main(arguments: list[str]) -> None:
-    """FD GRACE_S RUN_DIR SHM_PREFIX COMMAND...: run COMMAND, its output being this process's, until told to stop."""
-    descriptor, grace_s, run_dir, shm_prefix, *command = arguments
+    """FD GRACE_S RUN_DIR SHM_PREFIX COMMAND [+++ COMPANION]...: run them until told to stop; their output is this process's."""
+    descriptor, grace_s, run_dir, shm_prefix, *commands = arguments
     # Handlers, not SIG_IGN: the server would inherit that. Whoever signals the whole group means the parent.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: None)
     libc = ctypes.CDLL(None)
     libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     channel = socket.socket(fileno=int(descriptor))
-    server = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        preexec_fn=lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0),
-    )
-    _say(channel, f"pid {server.pid}")
-    _supervise(channel, server, float(grace_s))
+    server, *companions = [Process(command) for command in split(commands)]
+    _say(channel, f"pid {server.process.pid}")
+    _supervise(channel, server, companions, Path(run_dir), float(grace_s))
     remove_traces(Path(run_dir), shm_prefix)
 
 
-def _supervise(channel: socket.socket, server: subprocess.Popen[bytes], grace_s: float) -> None:
+def _supervise(channel: socket.socket, server: Process, companions: list[Process], run_dir: Path, grace_s: float) -> None:
     """Return when told to stop, or left alone by the parent, and no process is left."""
-    ended = os.pidfd_open(server.pid)
-    ready = _await([channel.fileno(), ended])
-    if ended in ready:
-        _kill_all(server)
-        _say(channel, f"exit {server.returncode}")
-        _await([channel.fileno()])
-        return
+    while True:
+        ready = _await([channel.fileno(), server.ended, *(companion.ended for companion in companions)])
+        if server.ended in ready:
+            _kill_all(server.process)
+            _say(channel, f"exit {server.process.returncode}")
+            _await([channel.fileno()])
+            return
+        if channel.fileno() in ready:
+            break
+        for companion in companions:
+            if companion.ended in ready:
+                companion.restart()
     if _hear(channel) != "kill":
-        server.send_signal(signal.SIGTERM)
-        _await_end(channel, ended, grace_s)
-    _kill_all(server)
+        (run_dir / STOPPING).touch()
+        for process in (server, *companions):
+            process.process.send_signal(signal.SIGTERM)
+        _await_end(channel, server.ended, grace_s)
+    _kill_all(server.process)
 
 
 def _await_end(channel: socket.socket, ended: int, grace_s: float) -> None:

@@ -16,7 +16,6 @@ from python_backends.core.errors import BatonError, Unavailable
 from python_backends.core.paths import DEMO_MODEL, repository_root
 from scripts.terminal import print_error
 from scripts.tritonserver import TritonServer
-from scripts.weights import prepare_demo_model
 
 _LOG_POLL_S = 0.2
 _EXAMPLE = {"text_input": "The capital of France is", "max_tokens": 32, "stream": True}
@@ -25,6 +24,8 @@ _EXAMPLE = {"text_input": "The capital of France is", "max_tokens": 32, "stream"
 def start_with_progress(server: TritonServer, console: Console) -> None:
     """Start `server`, its weights first if they are the demo model's, and say what is going on. Raises as they do."""
     if server.deployment.model.path == DEMO_MODEL:
+        from scripts.weights import prepare_demo_model  # what it needs is not in a container that serves other models
+
         prepare_demo_model(console)
     waiting = list(server.models)
 
@@ -63,26 +64,34 @@ def serve(server: TritonServer, console: Console) -> None:
 def _print_endpoints(server: TritonServer, console: Console) -> None:
     host = f"[{server.host}]" if ":" in server.host else server.host
     table = Table.grid(padding=(0, 2))
+    if server.deployment.has_front_end:
+        table.add_row("page", f"http://{host}:{server.openai_port}/")
+        table.add_row("OpenAI", f"{host}:{server.openai_port}/v1")
     table.add_row("HTTP", f"{host}:{server.http_port}")
     table.add_row("gRPC", f"{host}:{server.grpc_port}")
     table.add_row("metrics", f"{host}:{server.metrics_port}/metrics")
     table.add_row("models", ", ".join(server.models))
     console.print("[green]Ready.[/green] Ctrl-C stops it.")
     console.print(table, highlight=False, markup=False)
+    if "router" not in server.models:
+        return
     url = f"{host}:{server.http_port}/v2/models/router/generate_stream"
     console.print("Try:")
     console.print(f"curl -sN {url} -d '{json.dumps(_EXAMPLE)}'", markup=False, highlight=False, soft_wrap=True)
 
 
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
+def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="scripts/serve", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     default = repository_root() / "configs" / "default.yaml"
     parser.add_argument("--config", type=Path, default=default, metavar="FILE", help="the deployment file")
     parser.add_argument("--address", default="127.0.0.1", help="where to listen; 0.0.0.0 is every interface")
+    parser.add_argument("--openai-port", type=int, default=9000, metavar="PORT", help="0 chooses a free one")
     parser.add_argument("--http-port", type=int, default=8000, metavar="PORT", help="0 chooses a free one")
-    parser.add_argument("--grpc-port", type=int, default=8001, metavar="PORT", help="0 chooses a free one")
+    parser.add_argument(
+        "--grpc-port", type=int, default=8001, metavar="PORT", help="0 chooses a free one; with cluster.listen its grpc_port"
+    )
     parser.add_argument("--metrics-port", type=int, default=8002, metavar="PORT", help="0 chooses a free one")
     return parser.parse_args(arguments)
 
@@ -92,7 +101,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = _parse(arguments)
+    options = parse_options(arguments)
     signal.signal(signal.SIGINT, _interrupt)  # also where a parent shell has it ignored
     signal.signal(signal.SIGTERM, _interrupt)
     console = Console(stderr=True)
@@ -103,6 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
             http_port=options.http_port,
             grpc_port=options.grpc_port,
             metrics_port=options.metrics_port,
+            openai_port=options.openai_port,
         )
         serve(server, console)
     except BatonError as error:

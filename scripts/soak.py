@@ -133,7 +133,8 @@ def soak(server: TritonServer, minutes: float, clients: int, console: Console) -
         load = Load(client, clients)
         began, before = time.monotonic(), None
         while (passed := time.monotonic() - began) < minutes * 60:
-            time.sleep(min(_LINE_EVERY_S, minutes * 60 - passed))
+            if server.has_ended(min(_LINE_EVERY_S, minutes * 60 - passed)):
+                return f"tritonserver {server.end} after {passed:.0f} s; its last words: {server.log.last_words()}"
             usage = _usage(server)
             if before is None and time.monotonic() - began >= minutes * 60 * _WARM_UP_SHARE:
                 before = usage

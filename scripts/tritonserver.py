@@ -30,6 +30,7 @@ from scripts.guardian import remove_traces
 _EXIT_TIMEOUT_S = 5  # given to requests in flight when the server stops
 _GRACE_S = _EXIT_TIMEOUT_S + 1.5  # then everything is killed
 _STOP_TIMEOUT_S = _GRACE_S + 8.0  # longer than the guardian can take
+_START_TIMEOUT_S = 300.0
 _POLL_S = 0.05
 _LOG_CHUNK = 1 << 20
 # Below the kernel's range for outgoing connections (32768 up), so that none of those takes a port we have chosen.
@@ -61,22 +62,36 @@ class TritonServer:
         http_port: int = 0,
         grpc_port: int = 0,
         metrics_port: int = 0,
+        openai_port: int = 0,
         model_repository: Path | None = None,
-        start_timeout_s: float = 300.0,
+        start_timeout_s: float | None = None,
     ) -> None:
-        """Raises ConfigError when the deployment file is wrong, a port is taken, or there is no usable tritonserver."""
+        """Raises ConfigError when the deployment file is wrong, a port is taken, or there is no usable tritonserver.
+
+        start_timeout_s: by default as long as the engines of the deployment may take to load.
+        """
         self.deployment = load_deployment(config)
         self.address = address
-        self.models = ["router", *(worker.name for worker in self.deployment.workers)]
-        self.http_port, self.grpc_port, self.metrics_port = _choose_ports(
-            address, {"--http-port": http_port, "--grpc-port": grpc_port, "--metrics-port": metrics_port}
+        cluster = self.deployment.cluster
+        self.models = [*(["router"] if cluster.router else []), *(worker.name for worker in self.deployment.workers)]
+        if cluster.listen and grpc_port not in (0, cluster.grpc_port):
+            raise ConfigError(f"--grpc-port {grpc_port}: routers of other hosts are told cluster.grpc_port {cluster.grpc_port}")
+        grpc_port = cluster.grpc_port if cluster.listen else grpc_port
+        self.http_port, self.grpc_port, self.metrics_port, self.openai_port = _choose_ports(
+            address,
+            {
+                "--http-port": http_port,
+                "--grpc-port": grpc_port,
+                "--metrics-port": metrics_port,
+                "--openai-port": openai_port,
+            },
         )
         self.pid = 0
         self.end = ""
         self._config = config.absolute()
         self._binary = find_tritonserver()
         self._model_repository = model_repository or repository_root() / "model_repository"
-        self._start_timeout_s = start_timeout_s
+        self._start_timeout_s = start_timeout_s or self.deployment.load_timeout_s + _START_TIMEOUT_S
         self._guardian: subprocess.Popen[bytes] | None = None
         run_id = secrets.token_hex(4)
         self.run_dir = run_base() / run_id
@@ -144,9 +159,9 @@ class TritonServer:
         """Lay out the run directory: one link per model of the deployment, and the Python backend with its stub."""
         models = self.run_dir / "models"
         models.mkdir()
-        sources = {"router": "router", **{worker.name: worker.role.value for worker in self.deployment.workers}}
-        for name, source in sources.items():
-            directory = self._model_repository / source
+        roles = {worker.name: worker.role.value for worker in self.deployment.workers}
+        for name in self.models:
+            directory = self._model_repository / roles.get(name, name)
             if not directory.is_dir():
                 raise ConfigError(f"{directory} is missing; the model {name} needs it")
             (models / name).symlink_to(directory.absolute())
@@ -158,7 +173,8 @@ class TritonServer:
 
     def _launch(self) -> None:
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # keeps messages apart
-        arguments = [str(theirs.fileno()), str(_GRACE_S), str(self.run_dir), self.shm_prefix, *self._command()]
+        commands = [*self._command(), *(word for command in self._companions() for word in (guardian.SEPARATOR, *command))]
+        arguments = [str(theirs.fileno()), str(_GRACE_S), str(self.run_dir), self.shm_prefix, *commands]
         with theirs, self.log.path.open("wb") as log:
             self._guardian = subprocess.Popen(
                 [sys.executable, "-I", "-S", guardian.__file__, *arguments],
@@ -185,15 +201,33 @@ class TritonServer:
             *command,
             "--model-control-mode=explicit",  # lets the router restart a worker: unload, load
             "--load-model=*",
+            f"--model-load-thread-count={len(self.models)}",  # workers wait for the router: none may be queued behind another
             f"--backend-config=python,shm-region-prefix-name={self.shm_prefix}",
             f"--exit-timeout-secs={_EXIT_TIMEOUT_S}",
+            *(f"--{service}-header-forward-pattern=trace(parent|state)" for service in ("http", "grpc")),
         ]
 
+    def _companions(self) -> list[list[str]]:
+        """The processes of the front end; the first one looks after the router."""
+        if not self.deployment.has_front_end:
+            return []
+        http = self.deployment.http
+        command = [sys.executable, "-m", "router.http", "--address", self.address, "--port", str(self.openai_port)]
+        command += ["--triton", f"{self.host}:{self.http_port}", "--metrics", f"{self.host}:{self.metrics_port}"]
+        first = [*command, "--keep-router"] if self.deployment.health.restart else command
+        return [first, *[command] * (http.processes - 1)]
+
     def _environment(self) -> dict[str, str]:
-        environment = {**os.environ, "BATON_CONFIG": str(self._config), "BATON_RUN_DIR": str(self.run_dir)}
+        environment = {
+            **os.environ,
+            "BATON_CONFIG": str(self._config),
+            "BATON_RUN_DIR": str(self.run_dir),
+            "BATON_TRITON": f"[{self.host}]:{self.http_port}" if ":" in self.host else f"{self.host}:{self.http_port}",
+        }
         # The stub finds its interpreter, hence the virtual environment, by PATH alone.
         _prepend(environment, "PATH", (Path(sys.executable).parent,))
         _prepend(environment, "LD_LIBRARY_PATH", self._binary.libraries)
+        _prepend(environment, "PYTHONPATH", (repository_root(),))
         return environment
 
     def _await_ready(self, on_loaded: Callable[[str], None] | None) -> None:
@@ -212,8 +246,11 @@ class TritonServer:
                 raise Unavailable(f"{waited}: {self.log.failure()}; {self._keep_log()}")
 
     def _is_ready(self) -> bool:
-        """The metrics service starts last."""
-        return self._answers(self.http_port, "/v2/health/ready") and self._answers(self.metrics_port, "/metrics")
+        """The metrics service is the last of Triton's."""
+        probes = {self.http_port: "/v2/health/ready", self.metrics_port: "/metrics"}
+        if self.deployment.has_front_end:
+            probes[self.openai_port] = "/health"
+        return all(self._answers(port, path) for port, path in probes.items())
 
     def _answers(self, port: int, path: str) -> bool:
         connection = http.client.HTTPConnection(self.host, port, timeout=1.0)
@@ -274,6 +311,10 @@ class ServerLog:
         if not reasons:
             reasons = [line for line in lines if line.strip()][-3:] or ["it said nothing"]
         return "; ".join(dict.fromkeys(reasons))
+
+    def last_words(self) -> str:
+        """The last lines, whatever they say."""
+        return "; ".join(_without_noise(self.path.read_text(errors="replace"))[-5:])
 
 
 def _without_noise(text: str) -> list[str]:
@@ -365,7 +406,7 @@ def _choose_ports(address: str, wanted: dict[str, int]) -> list[int]:
         if port == 0:
             port = _free_port(address, {*chosen, *wanted.values()})
         else:
-            problem = _bind_problem(address, port)
+            problem = bind_problem(address, port)
             if problem:
                 raise ConfigError(f"port {port} on {address}: {problem}; give another with {flag}, or 0 for a free one")
         chosen.append(port)
@@ -374,12 +415,12 @@ def _choose_ports(address: str, wanted: dict[str, int]) -> list[int]:
 
 def _free_port(address: str, taken: set[int]) -> int:
     for port in random.sample(_FREE_PORTS, _FREE_PORT_TRIES):
-        if port not in taken and not _bind_problem(address, port):
+        if port not in taken and not bind_problem(address, port):
             return port
-    raise ConfigError(f"no free port on {address}: {_bind_problem(address, _FREE_PORTS[0])}; check --address")
+    raise ConfigError(f"no free port on {address}: {bind_problem(address, _FREE_PORTS[0])}; check --address")
 
 
-def _bind_problem(address: str, port: int) -> str:
+def bind_problem(address: str, port: int) -> str:
     """Why one can't listen there now, or an empty string."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family) as probe:

@@ -16,16 +16,12 @@ import yaml
 from msgspec import Meta
 
 from python_backends.core.errors import ConfigError
+from python_backends.core.section import Fraction, NonNegative, Positive, PositiveSeconds, Section
+from python_backends.core.trtllm import ENGINE as TRTLLM
+from python_backends.core.trtllm import TrtllmConfig, check_trtllm
 from python_backends.core.types import Role, WorkerId
 
-Positive = Annotated[int, Meta(ge=1)]
-NonNegative = Annotated[int, Meta(ge=0)]
-PositiveSeconds = Annotated[float, Meta(gt=0)]
-Fraction = Annotated[float, Meta(ge=0, le=1)]
-
-
-class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Base of all sections: immutable, and an unknown key is an error."""
+Port = Annotated[int, Meta(ge=1, le=65535)]
 
 
 class ModelConfig(Section, frozen=True):
@@ -35,6 +31,21 @@ class ModelConfig(Section, frozen=True):
     dtype: Annotated[Literal["float32", "bfloat16", "float16"], Meta(description="Of weights, arithmetic and KV cache.")] = (
         "float32"
     )
+    weights: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"],
+        Meta(
+            description="CPU: how weights are kept; arithmetic stays float32. auto: as in the checkpoint, which changes no "
+            "result. int8 and int4 are made from it, with a scale per 32 weights."
+        ),
+    ] = "auto"
+    kv_dtype: Annotated[
+        Literal["auto", "float32", "float16", "int8"],
+        Meta(description="CPU: how the KV cache is kept. auto: as `model.dtype`. int8 has a scale per token and head."),
+    ] = "auto"
+    mixed_weights: Annotated[
+        bool,
+        Meta(description="Let workers whose `weights` differ exchange KV. Text then depends on where the prompt was computed."),
+    ] = False
     max_context: Annotated[
         NonNegative, Meta(description="Tokens of prompt and output together; 0: what model and KV pool allow.")
     ] = 0
@@ -45,14 +56,23 @@ class WorkerConfig(Section, frozen=True):
     name: Annotated[
         str, Meta(description="Triton model name. Default: the role, then role_1, role_2 ...", pattern="^([a-z][a-z0-9_]*)?$")
     ] = ""
-    engine: Annotated[str, Meta(description="torch, or fake (no weights, for load and failure tests).")] = "torch"
-    device: Annotated[str, Meta(description="cpu, cuda, or cuda:N.", pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
+    engine: Annotated[
+        str, Meta(description="torch, trtllm (TensorRT-LLM), or fake (no weights, for load and failure tests).")
+    ] = "torch"
+    device: Annotated[str, Meta(description="engine torch: cpu, cuda, or cuda:N.", pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
+    gpus: Annotated[
+        str, Meta(description="engine trtllm: the GPUs this worker sees, such as `0` or `0,1`.", pattern=r"^(\d+(,\d+)*)?$")
+    ] = ""
     cpus: Annotated[
         str, Meta(description="CPU cores the worker is pinned to, such as `0-3,8`. Empty: not pinned.", pattern=r"^[\d,-]*$")
     ] = ""
     threads: Annotated[
         NonNegative, Meta(description="Compute threads. 0: the pinned cores, else an even share of the machine's.")
     ] = 0
+    weights: Annotated[
+        Literal["", "auto", "float32", "bfloat16", "float16", "int8", "int4"],
+        Meta(description="As `model.weights`, for this worker. Empty: that."),
+    ] = ""
     kv_pool_mib: Annotated[NonNegative, Meta(description="KV pool of this worker, MiB. 0: `engine.kv_pool_mib`.")] = 0
 
     @property
@@ -72,8 +92,23 @@ class EngineConfig(Section, frozen=True):
     step_tokens: Annotated[
         Positive, Meta(description="Tokens computed in one step: the chunk of a long prompt, shared with running streams.")
     ] = 256
+    draft_tokens: Annotated[
+        NonNegative,
+        Meta(
+            description="Tokens that a stream may guess ahead from its own text (prompt lookup), where that pays. Changes no "
+            "text. 0: none."
+        ),
+    ] = 4
+    kernels: Annotated[
+        Literal["auto", "compiled", "torch"],
+        Meta(
+            description="CPU: who computes the model. auto: compiled kernels where processor and model allow, else PyTorch's "
+            "own operators; compiled: an error where they can't."
+        ),
+    ] = "auto"
     max_queue: Annotated[Positive, Meta(description="Requests that may wait in one worker; more are refused.")] = 1024
     fake: FakeConfig = FakeConfig()
+    trtllm: TrtllmConfig = TrtllmConfig()
 
 
 class TransferConfig(Section, frozen=True):
@@ -111,7 +146,7 @@ class TransferConfig(Section, frozen=True):
     faults: Annotated[
         dict[Literal["delay", "drop", "corrupt", "truncate", "hang"], Fraction],
         Meta(description="Failure tests only: share of transfers to delay, drop, corrupt, truncate or hang."),
-    ] = {}
+    ] = msgspec.field(default_factory=dict)
 
 
 class RemoteStoreConfig(Section, frozen=True):
@@ -175,6 +210,13 @@ class RouterConfig(Section, frozen=True):
     worker_wait_s: Annotated[
         PositiveSeconds, Meta(description="Seconds a request waits for a worker when none is up, say during a restart.")
     ] = 20.0
+    stream_interval_ms: Annotated[
+        NonNegative,
+        Meta(
+            description="Responses of one gRPC or generate_stream request are at least so far apart and carry what has come "
+            "meanwhile; the first is never held back. 0: as fast as the server takes them."
+        ),
+    ] = 0
     max_attempts: Annotated[Positive, Meta(description="Tries of one request when workers die under it.")] = 4
 
 
@@ -192,17 +234,105 @@ class SecurityConfig(Section, frozen=True):
     ] = ""
 
 
+class HttpConfig(Section, frozen=True):
+    """The OpenAI-compatible front end, a process (or several) beside the server."""
+
+    enabled: Annotated[bool, Meta(description="Start the OpenAI-compatible front end with the server.")] = True
+    processes: Annotated[Positive, Meta(description="Processes that share its port.")] = 1
+    model_name: Annotated[str, Meta(description="Name of the model in the API. Empty: the last part of `model.path`.")] = ""
+    api_keys_file: Annotated[
+        str, Meta(description="File with one accepted API key per line; others are refused. Empty: none is asked for.")
+    ] = ""
+    cors_origins: Annotated[
+        tuple[str, ...], Meta(description="Origins whose pages may call the API from a browser; `*` is all.")
+    ] = ()
+    tenant: Annotated[
+        Literal["none", "user", "api_key"],
+        Meta(description="What keeps prefix caches apart: nothing, the request's `user`, or its API key."),
+    ] = "none"
+    max_body_bytes: Annotated[Positive, Meta(description="Largest request body accepted, bytes.")] = 4_000_000
+
+
+class PoolConfig(Section, frozen=True):
+    """Workers on other servers."""
+
+    hosts: Annotated[
+        tuple[str, ...], Meta(description="Names or addresses of servers with workers for this one's router.")
+    ] = ()
+    dns: Annotated[
+        str, Meta(description="A name whose addresses are such servers, such as a headless service; looked up again and again.")
+    ] = ""
+    channel_ports: Annotated[
+        tuple[Port, ...], Meta(description="Ports of the workers' channels on each of them.", min_length=1)
+    ] = (7000,)
+
+
+class ClusterConfig(Section, frozen=True):
+    """Several servers as one deployment. They need one `security.key_file`; nothing of this is needed on one host."""
+
+    router: Annotated[bool, Meta(description="Whether this server has a router (and front end), or only workers.")] = True
+    listen: Annotated[
+        str, Meta(description="Interface where this server's workers listen for routers of other hosts. Empty: this host only.")
+    ] = ""
+    channel_port: Annotated[Port, Meta(description="Channel of the first worker; the others follow.")] = 7000
+    advertise: Annotated[
+        str, Meta(description="How other hosts reach this server. Empty: the address of this host's name.")
+    ] = ""
+    grpc_port: Annotated[Port, Meta(description="Port of Triton's gRPC service, as other hosts reach it.")] = 8001
+    pools: Annotated[tuple[PoolConfig, ...], Meta(description="Where the router finds workers of other servers.")] = ()
+    registry: Annotated[
+        str, Meta(description="URL of a Redis where workers register and routers find them, such as redis://cache:6379.")
+    ] = ""
+    tls_ca: Annotated[str, Meta(description="Certificate authority of the servers' gRPC (PEM). Empty: no TLS.")] = ""
+    tls_certificate: Annotated[str, Meta(description="The router's own certificate, for servers that ask for one (PEM).")] = ""
+    tls_key: Annotated[str, Meta(description="Its key (PEM).")] = ""
+
+
+class TracingConfig(Section, frozen=True):
+    """One OpenTelemetry trace per request. `scripts/trace` needs none of this: it reads the router's own memory."""
+
+    otlp_endpoint: Annotated[
+        str,
+        Meta(
+            description="Where traces are sent by OTLP over HTTP, such as `http://127.0.0.1:4318/v1/traces`. Empty: nowhere.",
+            pattern="^(https?://.+)?$",
+        ),
+    ] = ""
+    sample: Annotated[
+        Fraction, Meta(description="Share of requests that is exported; where the client sent a traceparent, it decides.")
+    ] = 1.0
+    service_name: Annotated[str, Meta(description="`service.name` of the traces.", min_length=1)] = "baton"
+
+
 class Deployment(Section, frozen=True, kw_only=True):
     """One deployment file."""
 
     model: ModelConfig = ModelConfig()
-    workers: Annotated[tuple[WorkerConfig, ...], Meta(min_length=1)]
+    workers: tuple[WorkerConfig, ...]
     engine: EngineConfig = EngineConfig()
     transfer: TransferConfig = TransferConfig()
     store: StoreConfig = StoreConfig()
     router: RouterConfig = RouterConfig()
     health: HealthConfig = HealthConfig()
     security: SecurityConfig = SecurityConfig()
+    http: HttpConfig = HttpConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    tracing: TracingConfig = TracingConfig()
+
+    @property
+    def has_front_end(self) -> bool:
+        return self.http.enabled and self.cluster.router
+
+    @property
+    def model_name(self) -> str:
+        """How clients of the API call the model."""
+        return self.http.model_name or Path(self.model.path).name
+
+    @property
+    def load_timeout_s(self) -> float:
+        """How long the workers' engines may say that they are still loading; 0 when none has such a limit."""
+        uses_trtllm = any(worker.engine == TRTLLM for worker in self.workers)
+        return self.engine.trtllm.load_timeout_s if uses_trtllm else 0.0
 
     def worker(self, name: str) -> WorkerConfig:
         for worker in self.workers:
@@ -246,14 +376,47 @@ def _checked(deployment: Deployment, path: Path) -> Deployment:
         raise ConfigError(f"{path}: workers: the name {twice[0]!r} is given twice; names are Triton model names")
     if "router" in names:
         raise ConfigError(f"{path}: workers: the name 'router' belongs to the router; choose another")
+    _check_cluster(deployment, path)
     roles = {worker.role for worker in deployment.workers}
+    if deployment.cluster.pools or deployment.cluster.registry or not deployment.cluster.router:
+        roles = set(Role)  # there are others elsewhere
     if not roles & {Role.DECODE, Role.AGGREGATED}:
         raise ConfigError(f"{path}: workers: nobody can decode; add a worker with role decode or aggregated")
     if Role.DECODE not in roles and Role.PREFILL in roles:
         raise ConfigError(f"{path}: workers: prefill workers need a decode worker to hand over to; add one with role decode")
+    if deployment.http.tenant == "api_key" and not deployment.http.api_keys_file:
+        raise ConfigError(f"{path}: http.tenant: api_key needs http.api_keys_file; without keys use user or none")
+    kept = {worker.weights or deployment.model.weights for worker in deployment.workers}
+    if len(kept) > 1 and not deployment.model.mixed_weights:
+        raise ConfigError(
+            f"{path}: workers: weights differ ({', '.join(sorted(kept))}); make them equal, or let these workers exchange KV "
+            "with model.mixed_weights: true"
+        )
     for worker in deployment.workers:
         parse_cpus(worker.cpus, f"{path}: workers: {worker.name}: cpus")
+    try:
+        check_trtllm(deployment)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
     return deployment
+
+
+def _check_cluster(deployment: Deployment, path: Path) -> None:
+    cluster = deployment.cluster
+    away = bool(cluster.listen or cluster.pools or cluster.registry)
+    if away and not deployment.security.key_file:
+        raise ConfigError(f"{path}: security.key_file is needed by several servers: give all of them the same file")
+    if not cluster.router and not cluster.listen:
+        raise ConfigError(
+            f"{path}: cluster.listen: a server without a router must listen for routers of others, say on 0.0.0.0"
+        )
+    if not deployment.workers and not (cluster.router and (cluster.pools or cluster.registry)):
+        raise ConfigError(f"{path}: workers: there is none; only a server whose router has cluster.pools can do without")
+    for index, pool in enumerate(cluster.pools):
+        if bool(pool.hosts) == bool(pool.dns):
+            raise ConfigError(f"{path}: cluster.pools[{index}]: give either hosts or dns")
+    if bool(cluster.tls_certificate) != bool(cluster.tls_key) or (cluster.tls_key and not cluster.tls_ca):
+        raise ConfigError(f"{path}: cluster.tls_certificate: give it together with tls_key and tls_ca")
 
 
 def parse_cpus(text: str, where: str = "cpus") -> list[int]:

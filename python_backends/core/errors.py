@@ -91,6 +91,7 @@ class RefusalReason(str, Enum):
     DIGEST_MISMATCH = "digest_mismatch"
     TRANSFER_FAILED = "transfer_failed"
     TRANSFER_TIMEOUT = "transfer_timeout"
+    UNSUPPORTED = "unsupported"  # the engine can't hand over a request of this kind
 
 
 class HandoffRefused(Exception):

@@ -2,6 +2,9 @@
 
 The ticket is msgpack followed by HMAC-SHA256 over all of it, with the deployment's key. Never pickle. It says where the
 bytes are, never carries them (except `inline`), and nothing in it is believed before the signature is checked.
+
+An engine with a pool and a transfer of its own (TensorRT-LLM) lists no blocks: what its other end needs is in `opaque`,
+which nobody else reads, and the transport is called ENGINE_TRANSPORT.
 """
 
 from __future__ import annotations
@@ -14,13 +17,18 @@ from python_backends.core.signing import Domain, sign, verify
 from python_backends.core.types import Epoch, WorkerId
 
 TICKET_VERSION = 1
+ENGINE_TRANSPORT = "engine"
+"""`KVHandoff.transport` of KV that the engines move between themselves."""
 
 
 class KVHandoff(msgspec.Struct, frozen=True):
-    """One claim. Blocks are in prompt order and cover `num_tokens`; the last one may be partly filled."""
+    """One claim. Blocks are in prompt order and cover `num_tokens`; the last one may be partly filled.
+
+    With ENGINE_TRANSPORT the lists of blocks, generations and digests are empty.
+    """
 
     version: int
-    transport: str  # registry name in kv/transfer
+    transport: str  # registry name in kv/transfer, or ENGINE_TRANSPORT
     source: WorkerId
     epoch: Epoch
     lease_id: str
@@ -54,9 +62,11 @@ def unseal(ticket: bytes, key: bytes, now: float) -> KVHandoff:
         raise HandoffRefused(RefusalReason.MALFORMED, f"ticket version {handoff.version}, this worker reads {TICKET_VERSION}")
     if handoff.layout.block_size < 1:
         raise HandoffRefused(RefusalReason.MALFORMED, "a block holds no tokens")
-    num_blocks = handoff.layout.blocks_for(handoff.num_tokens)
+    num_blocks = handoff.layout.blocks_for(handoff.num_tokens) if handoff.transport != ENGINE_TRANSPORT else 0
     if not num_blocks == len(handoff.blocks) == len(handoff.generations) == len(handoff.digests):
         raise HandoffRefused(RefusalReason.MALFORMED, "block, generation and digest lists do not cover the tokens")
+    if handoff.num_tokens < 1:
+        raise HandoffRefused(RefusalReason.MALFORMED, "it covers no tokens")
     if now >= handoff.expires_at:
         raise HandoffRefused(RefusalReason.EXPIRED, f"the lease ended {now - handoff.expires_at:.2f} s ago")
     return handoff

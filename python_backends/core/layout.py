@@ -7,19 +7,25 @@ import hashlib
 import msgspec
 
 LAYOUT_VERSION = 1
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "fp8": 1}
+_SCALE_BYTES = 4  # int8: one float32 per token and head, for keys and for values
 
 
 class KVLayout(msgspec.Struct, frozen=True):
-    """Shape of one KV block: `[layers, 2 (K, V), kv_heads, block_size, head_dim]`, contiguous, so a block is one piece."""
+    """Shape of one KV block: `[layers, 2 (K, V), kv_heads, block_size, head_dim]`, contiguous, so a block is one piece.
+
+    keys: rows, as above; or columns: each sixteen tokens' keys of a head are `[head_dim, 16]` instead. int8: the numbers of
+    each head are followed by its scales, float32 `[block_size]`.
+    """
 
     num_layers: int
     num_kv_heads: int
     head_dim: int
     block_size: int  # tokens
-    dtype: str  # float32 | bfloat16 | float16
+    dtype: str  # float32 | bfloat16 | float16 | int8 | fp8
     tp: int = 1
     version: int = LAYOUT_VERSION
+    keys: str = "rows"  # rows | columns
 
     @property
     def block_shape(self) -> tuple[int, int, int, int, int]:
@@ -31,7 +37,12 @@ class KVLayout(msgspec.Struct, frozen=True):
 
     @property
     def token_bytes(self) -> int:
-        return self.num_layers * 2 * self.num_kv_heads * self.head_dim * DTYPE_BYTES[self.dtype]
+        return self.num_layers * 2 * self.num_kv_heads * self.vector_bytes
+
+    @property
+    def vector_bytes(self) -> int:
+        """Of the keys, or the values, of one token and head."""
+        return self.head_dim * DTYPE_BYTES[self.dtype] + (_SCALE_BYTES if self.dtype == "int8" else 0)
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks needed to hold `num_tokens`, the last one perhaps partial."""

@@ -15,6 +15,7 @@ from python_backends.core.types import (
     FinishReason,
     GenerateRequest,
     KVReport,
+    LeaseEnd,
     PrefixReport,
     RequestId,
     Role,
@@ -151,9 +152,12 @@ class BlockEvents(msgspec.Struct, frozen=True, tag=True):
 
 class Heartbeat(msgspec.Struct, frozen=True, tag=True):
     worker: WorkerId
+    model: str  # its Triton model
+    server: str  # HOST:PORT of its Triton's gRPC; empty: the router's own server
     role: Role
     epoch: Epoch
     pid: int
+    host: str  # core.host.host_id: where `pid` means something
     load: WorkerLoad
     layout: KVLayout
     fingerprint: str
@@ -162,6 +166,7 @@ class Heartbeat(msgspec.Struct, frozen=True, tag=True):
     stores: dict[str, StoreCounts] = {}  # by the tier's name; empty: this worker has no stores
     lends: bool = False  # whether it lends and borrows cached blocks
     node_place: str = ""  # where users of the node store meet (core/shared_memory.py); empty: it uses none
+    warm_up: bool = False  # its first handoff with each other worker is slow: make one before clients do
 
 
 class Leaving(msgspec.Struct, frozen=True, tag=True):
@@ -177,7 +182,12 @@ FromWorker = Outputs | BlockEvents | Heartbeat | Leaving
 
 
 class RouterHeartbeat(msgspec.Struct, frozen=True, tag=True):
-    router: str
+    """Said first on every connection, then again and again."""
+
+    router: str  # another one in every life of a router; its request ids begin with it
+    pid: int
+    host: str  # core.host.host_id
+    place: str  # what only one living router can have: one with the same place has replaced this one
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
@@ -185,7 +195,10 @@ class Abort(msgspec.Struct, frozen=True, tag=True):
 
 
 class ReleaseLease(msgspec.Struct, frozen=True, tag=True):
+    """Nobody needs these leases any more."""
+
     lease_ids: list[str]
+    end: LeaseEnd = LeaseEnd.UNWANTED
 
 
 class Resync(msgspec.Struct, frozen=True, tag=True):

@@ -57,6 +57,8 @@ ROUTER_INPUTS: tuple[TensorSpec, ...] = (
         "STRING",
         "JSON object of sampling parameters (docs/api.md); values may be strings. Tensors given besides it win.",
     ),
+    _one("guided_decoding_guide_type", "STRING", "What the answer is held to: json, json_schema, regex or ebnf_grammar."),
+    _one("guided_decoding_guide", "STRING", "The JSON schema, regular expression or grammar (GBNF or Lark) of it."),
     # how it is served
     _one("cache_salt", "STRING", "Tenant: prefixes are shared only between requests of the same salt."),
     _one("priority", "INT32", "Lower is served first. Default 0."),
@@ -80,8 +82,6 @@ ROUTER_INPUTS: tuple[TensorSpec, ...] = (
     _many("bad_words", "STRING", "Must be empty; use logit_bias in sampling_parameters."),
     _one("return_context_logits", "BOOL", "Must be false."),
     _one("return_generation_logits", "BOOL", "Must be false."),
-    _one("guided_decoding_guide_type", "STRING", "Must be empty."),
-    _one("guided_decoding_guide", "STRING", "Must be empty."),
     _one("lora_task_id", "UINT64", "Must be 0."),
 )
 

@@ -32,6 +32,14 @@ class Role(str, Enum):
     AGGREGATED = "aggregated"
 
 
+class LeaseEnd(str, Enum):
+    """Why nobody needs published KV any more."""
+
+    FETCHED = "fetched"  # it has arrived
+    LOST = "lost"  # it was asked for and did not arrive in time
+    UNWANTED = "unwanted"  # nobody asked for it, or nobody will
+
+
 class FinishReason(str, Enum):
     STOP = "stop"
     LENGTH = "length"
@@ -39,6 +47,7 @@ class FinishReason(str, Enum):
 
 _MAX_SEED = 2**64 - 1
 MAX_LOGPROBS = 20
+MAX_GRAMMAR = 200_000
 
 
 class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -59,6 +68,7 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     stop_token_ids: tuple[int, ...] = ()  # matched by the engine
     ignore_eos: bool = False
     logprobs: int | None = None  # None: none; 0: of the sampled token; n <= 20: and of the n likeliest
+    grammar: str | None = None  # what the output must be a sentence of, as llguidance reads it (router/grammar.py makes them)
 
     def validated(self) -> SamplingParams:
         """Return self. Raises InvalidRequest naming the first field that is out of bounds."""
@@ -81,6 +91,9 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         _require(self.seed is None or 0 <= self.seed <= _MAX_SEED, "seed", self.seed, "0 to 2**64 - 1")
         _require(all(self.stop) and len(self.stop) <= 16, "stop", self.stop, "at most 16 non-empty strings")
         _require(all(t >= 0 for t in self.stop_token_ids), "stop_token_ids", self.stop_token_ids, "token ids, 0 or more")
+        size = len(self.grammar or "")
+        _require(size <= MAX_GRAMMAR, "grammar", f"{size} characters long", f"at most {MAX_GRAMMAR} characters")
+        _require(not (self.grammar and self.ignore_eos), "ignore_eos", True, "false together with a grammar, which has an end")
         _require(self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, "logprobs", self.logprobs, f"0 to {MAX_LOGPROBS}")
         return self
 
@@ -150,7 +163,8 @@ class KVReport(msgspec.Struct, frozen=True):
     received_bytes: int = 0
     transfer_ms: float = 0.0
     compute_ms: float = 0.0  # from the first step here to the first token sampled here
-    digest: str = "none"  # verified | none | the RefusalReason value
+    # verified | unchecked (the engine moved the KV and tells no more) | none | the RefusalReason
+    digest: str = "none"
     transport: str = ""  # that moved the bytes
     transport_why: str = ""  # it was taken, where there was a choice
     prefix: PrefixReport = PrefixReport()
@@ -170,7 +184,7 @@ class StoreCounts(msgspec.Struct, frozen=True):
 
 
 class WorkerLoad(msgspec.Struct, frozen=True):
-    """A worker's state in numbers. Blocks: free + cached + held == total, always."""
+    """A worker's state. Blocks: free + cached + held == total, always."""
 
     queued_requests: int = 0
     queued_tokens: int = 0  # prompt tokens not yet computed
@@ -180,3 +194,5 @@ class WorkerLoad(msgspec.Struct, frozen=True):
     held_blocks: int = 0  # owned by requests and leases
     total_blocks: int = 0
     active_leases: int = 0
+    tells_blocks: bool = True  # False: what its prefix cache holds is not told, so the router routes to it blindly
+    fault: str = ""  # why the engine can't go on: a sentence; the worker is to be taken out and restarted

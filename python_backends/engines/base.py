@@ -11,10 +11,13 @@ Promises of the engine
   silence, if it was aborted. Aborting an unknown, finished or aborted request is a no-op; aborting a request before it
   arrives makes it be ignored on arrival.
 - After an abort, compute for the request stops within one step and its blocks, leases included, are free within 1 s.
+  An engine that moves KV itself may be unable to take published KV back: it is free within the lease and 1 s then.
 - A ticket that can't be used costs a recompute, never an error and never wrong text. KVReady says which.
 - Outputs are delivered by `on_outputs` once per engine step, in order, from one thread that belongs to the engine.
 - Published KV stays intact until its lease is released or expires; then it is reused and the ticket is worthless.
 - Sampling is position-deterministic: the token at output position i depends on the seed and i, not on batch or worker.
+  Engines that are not ours say in their own docstring how much of this they keep.
+- An engine that can't go on says so in `load().fault`, and does not pretend to be well.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from python_backends.core.config import Deployment, WorkerConfig
 from python_backends.core.errors import ConfigError
 from python_backends.core.layout import KVLayout
 from python_backends.core.messages import Output
-from python_backends.core.types import BlockHash, Epoch, GenerateRequest, RequestId, StoreCounts, WorkerLoad
+from python_backends.core.types import BlockHash, Epoch, GenerateRequest, LeaseEnd, RequestId, StoreCounts, WorkerLoad
 
 
 class CacheChange(msgspec.Struct, frozen=True):
@@ -49,6 +52,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     layout: KVLayout
     fingerprint: str
     max_context: int  # tokens
+    warm_up: bool = False  # the first handoff of each pair of workers is slow
 
 
 class Engine(Protocol):
@@ -67,14 +71,14 @@ class Engine(Protocol):
     def abort(self, request_id: RequestId) -> None:
         """Stop the request and give back all it holds, its published KV included."""
 
-    def release(self, lease_id: str) -> None:
+    def release(self, lease_id: str, end: LeaseEnd = LeaseEnd.UNWANTED) -> None:
         """End a lease. Unknown or ended leases are a no-op."""
 
     def resync(self) -> None:
         """Deliver a CacheChange with `reset` that lists the whole prefix cache."""
 
     def load(self) -> WorkerLoad:
-        """A snapshot, never older than one step."""
+        """A snapshot, never older than one step. Any thread may ask, and gets an answer while the engine is stuck."""
 
     def close(self) -> None:
         """Stop computing, end all leases, free memory. Idempotent."""
@@ -113,6 +117,7 @@ EngineFactory = Callable[[Deployment, WorkerConfig, Epoch, bytes], Engine]
 
 _ENGINES = {
     "torch": "python_backends.engines.torch.engine:create",
+    "trtllm": "python_backends.engines.trtllm.engine:create",
     "fake": "python_backends.engines.fake:create",
 }
 

@@ -10,18 +10,22 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
 from python_backends.core.config import Deployment, WorkerConfig
 from python_backends.core.layout import KVLayout, fingerprint
+from python_backends.core.paths import resolve_model
 from python_backends.core.types import Epoch, TokenLogprob
 from python_backends.engines.paged.engine import PagedEngine
-from python_backends.engines.paged.runner import Sampled, Slice
+from python_backends.engines.paged.runner import Draw, Sampled, Slice, accepted, draws_of
 from python_backends.kv.memory import PoolMemory
 
 _FIRST_TOKEN = 300  # below are special tokens and bytes in common vocabularies
 _NUM_TOKENS = 20_000
+_VOCAB_SIZE = 49_152  # of the demo model, whose tokenizer this engine borrows
+_EOS = 2  # never drawn, unless a grammar leaves nothing else
 _MAX_POSITIONS = 131_072
 _HEAD_DIM = 128  # 1 KiB of KV per token
 
@@ -34,10 +38,15 @@ class FakeRunner:
         self.layout = KVLayout(1, 1, _HEAD_DIM, deployment.engine.block_size, "float32")
         self.fingerprint = fingerprint(self.layout, "fake", "fake")
         self.max_positions = _MAX_POSITIONS
-        self.eos_token_ids: tuple[int, ...] = ()
+        self.eos_token_ids: tuple[int, ...] = (_EOS,)
+        self.vocab_size = _VOCAB_SIZE
+        self._model_path = deployment.model.path
 
     def start(self) -> None:
         """There is nothing to load."""
+
+    def tokenizer_path(self) -> Path:
+        return resolve_model(self._model_path) / "tokenizer.json"
 
     def attach(self, memory: PoolMemory) -> None:
         size = self.layout.block_size
@@ -54,15 +63,24 @@ class FakeRunner:
         return [self._sample(piece) for piece in batch]
 
     def _sample(self, piece: Slice) -> Sampled | None:
-        if piece.draw is None:
-            return None
-        end = piece.start + len(piece.token_ids)
+        draws = draws_of(piece)
+        end = piece.start + len(piece.token_ids) - piece.drafts
+        sampled = [self._draw(piece, end + index, draw) for index, draw in enumerate(draws)]
+        return accepted(piece, sampled) if sampled else None
+
+    def _draw(self, piece: Slice, end: int, draw: Draw) -> Sampled:
+        """From the KV of the first `end` tokens."""
         blocks = self._keys[np.asarray(piece.block_table[: self.layout.blocks_for(end)])]
         seen = np.ascontiguousarray(blocks.transpose(1, 0, 2)).reshape(2, -1)[:, :end]
-        sampling = piece.draw.sampling
-        draw = f"{sampling.seed}/{len(piece.draw.output_ids)}" if sampling.temperature else "greedy"
-        digest = hashlib.blake2b(seen.tobytes() + draw.encode(), digest_size=8).digest()
-        token_id = _FIRST_TOKEN + int.from_bytes(digest, "big") % _NUM_TOKENS
+        sampling = draw.sampling
+        seed = f"{sampling.seed}/{len(draw.output_ids)}" if sampling.temperature else "greedy"
+        digest = hashlib.blake2b(seen.tobytes() + seed.encode(), digest_size=8).digest()
+        lot = int.from_bytes(digest, "big")
+        if draw.allowed is None:
+            token_id = _FIRST_TOKEN + lot % _NUM_TOKENS
+        else:
+            choice = np.flatnonzero(draw.allowed)
+            token_id = int(choice[lot % len(choice)])
         logprob = TokenLogprob(token_id, 0.0) if sampling.logprobs is not None else None
         return Sampled(token_id, logprob)
 

@@ -1,6 +1,6 @@
 """Which deployment a model process belongs to: its file, its run directory, its key.
 
-`scripts/serve` says so in the environment (BATON_CONFIG, BATON_RUN_DIR). Under a plain `tritonserver
+`scripts/serve` says so in the environment (BATON_CONFIG, BATON_RUN_DIR, BATON_TRITON). Under a plain `tritonserver
 --model-repository=model_repository` nobody does: then it is configs/default.yaml, and a run directory named after the
 server process, which is the parent of every model process.
 """
@@ -19,6 +19,8 @@ from python_backends.core.errors import ConfigError
 from python_backends.core.paths import repository_root, run_base
 
 _KEY_BYTES = 32
+STOPPING = "stopping"
+"""File in the run directory that scripts/guardian.py makes before it stops the server."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,11 +28,20 @@ class Home:
     deployment: Deployment
     run_dir: Path  # mode 0700
     key: bytes  # signs work and tickets
+    triton_address: str = ""  # HOST:PORT of the server's HTTP service, where it is known
+
+    def channel_address(self, worker: str) -> str:
+        """Where a worker of this server listens for routers of this host."""
+        return f"ipc://{self.run_dir}/worker-{worker}"
 
     @property
-    def channel_address(self) -> str:
-        """Where the router of this server listens for its workers."""
-        return f"ipc://{self.run_dir}/channel"
+    def door_address(self) -> str:
+        """Where the router of this server listens for front ends."""
+        return f"ipc://{self.run_dir}/door"
+
+    def stopping(self) -> bool:
+        """Whether whoever started the server is stopping it. Triton itself does not tell its models."""
+        return (self.run_dir / STOPPING).exists()
 
 
 def find_home() -> Home:
@@ -39,7 +50,8 @@ def find_home() -> Home:
     deployment = load_deployment(Path(config) if config else repository_root() / "configs" / "default.yaml")
     run_dir = _run_dir()
     key_file = deployment.security.key_file
-    return Home(deployment, run_dir, _read_key(Path(key_file)) if key_file else _shared_key(run_dir / "key"))
+    key = _read_key(Path(key_file)) if key_file else _shared_key(run_dir / "key")
+    return Home(deployment, run_dir, key, os.environ.get("BATON_TRITON", ""))
 
 
 def _run_dir() -> Path:

@@ -27,7 +27,7 @@ class WorkerModel:
         name = json.loads(args["model_config"])["name"]
         try:
             home = find_home()
-            self._worker = Worker(home.deployment, home.deployment.worker(name), home.channel_address, home.key)
+            self._worker = Worker(home.deployment, home.deployment.worker(name), home.channel_address(name), home.key)
             self._worker.start()
         except BatonError as error:
             raise pb_utils.TritonModelException(f"Baton worker {name}: {error}") from None

@@ -1,136 +1,223 @@
-"""The worker's end of the channel: outputs, events and heartbeats to the router; aborts and releases from it.
+"""The worker's end of the channel: outputs, events and heartbeats to its routers; aborts and releases from them.
 
-One thread owns the ZeroMQ socket to the router. The engine's thread hands it finished messages over an in-process
-socket, one per engine step. When the router is gone messages are dropped, not collected: whoever waited for them is gone.
+The worker listens, routers connect: any number of them, from this host (ipc) and from others (tcp, encrypted). One thread
+owns the sockets. Other threads hand it finished messages over an in-process socket, the engine's one per step and router.
+What is meant for a router that is gone is dropped, not collected: whoever waited for it is gone.
 """
 
 from __future__ import annotations
 
+import logging
+import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Protocol
 
 import msgspec
 import zmq
 
+from python_backends.core.curve import CurveKeys
+from python_backends.core.errors import ConfigError
+from python_backends.core.host import host_id
 from python_backends.core.messages import FromWorker, Heartbeat, RouterHeartbeat, ToWorker, encode, to_worker_decoder
 
+log = logging.getLogger(__name__)
+
 _HIGH_WATER_MARK = 100_000  # messages queued for a router that does not read
-_LAST_WORDS_MS = 300  # how long closing waits for the router to take what was said last
+_LAST_WORDS_MS = 300  # how long closing waits for routers to take what was said last
+_OUTBOX = "inproc://outbox"
+_EVERYBODY = b""
 
 
 class ChannelListener(Protocol):
-    """What the channel tells its owner, on the channel's thread."""
+    """What the channel tells its owner, on the channel's thread. Routers are known by their names."""
 
     def heartbeat(self) -> Heartbeat: ...
 
     def told(self, message: ToWorker) -> None: ...
 
-    def router_lost(self, successor: str | None) -> FromWorker | None:
-        """The router fell silent, or the one named `successor` took its place: nobody waits for what it had begun.
+    def router_lost(self, router: str) -> FromWorker | None:
+        """The router died, fell silent or was replaced: nobody waits for what it had begun.
 
         Returns what to tell it, should it only have been held up.
         """
 
 
+@dataclass(slots=True)
+class _Router:
+    name: str
+    place: str
+    socket: zmq.Socket[bytes]
+    identity: bytes
+    heard: float  # monotonic, s
+    pidfd: int | None
+
+
 class WorkerChannel:
     """`send` may be called from any thread; everything else happens on the channel's own."""
 
-    def __init__(self, address: str, identity: str, heartbeat_s: float, silent_s: float, listener: ChannelListener) -> None:
+    def __init__(
+        self, address: str, remote_address: str, keys: CurveKeys, heartbeat_s: float, silent_s: float, listener: ChannelListener
+    ) -> None:
+        """`remote_address`: where routers of other hosts connect, with `keys`; empty: nowhere.
+
+        Raises ConfigError when an address can't be bound.
+        """
         self._listener = listener
         self._heartbeat_s = heartbeat_s
         self._silent_s = silent_s
-        self._router: str | None = None
-        self._router_heard = 0.0
+        self._routers: dict[bytes, _Router] = {}  # by identity
         self._context = zmq.Context()
-        self._outbox_name = "inproc://outbox"
         self._inbox = self._context.socket(zmq.PULL)
-        self._inbox.bind(self._outbox_name)
+        self._inbox.set_hwm(_HIGH_WATER_MARK)
+        self._inbox.bind(_OUTBOX)
         self._outbox = self._context.socket(zmq.PUSH)
         self._outbox.set_hwm(_HIGH_WATER_MARK)
-        self._outbox.connect(self._outbox_name)
+        self._outbox.connect(_OUTBOX)
         self._outbox_lock = threading.Lock()
-        self._socket = self._context.socket(zmq.DEALER)
-        self._socket.set_hwm(_HIGH_WATER_MARK)
-        self._socket.setsockopt(zmq.IDENTITY, identity.encode())
-        self._socket.setsockopt(zmq.LINGER, _LAST_WORDS_MS)
-        self._socket.setsockopt(zmq.RECONNECT_IVL, 20)
-        self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 100)
-        self._socket.connect(address)
+        self._poller = zmq.Poller()
+        self._poller.register(self._inbox, zmq.POLLIN)
+        self._sockets: list[zmq.Socket[bytes]] = []
+        self._answered = threading.Event()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="channel", daemon=True)
+        try:
+            self._listen(address, None)
+            if remote_address:
+                self._listen(remote_address, keys)
+        except ConfigError:
+            self.close()
+            raise
 
     def start(self) -> None:
         self._thread.start()
 
-    def send(self, message: FromWorker) -> None:
-        """Queue a message; never blocks. A message that doesn't fit any more is dropped."""
-        try:
-            with self._outbox_lock:
-                self._outbox.send(encode(message), zmq.NOBLOCK)
-        except zmq.Again:
-            return
+    def wait_for_router(self, timeout_s: float) -> bool:
+        """Whether a router has been heard by then. It knows this worker."""
+        return self._answered.wait(timeout_s)
+
+    def send(self, message: FromWorker, router: str | None = None) -> None:
+        """Queue a message for one router, or for all; never blocks. A message that doesn't fit any more is dropped."""
+        to = _EVERYBODY if router is None else router.encode()
+        with suppress(zmq.Again), self._outbox_lock:
+            self._outbox.send_multipart([to, encode(message)], zmq.NOBLOCK)
 
     def close(self) -> None:
         self._closing.set()
         if self._thread.ident is not None:
             self._thread.join(timeout=5)
-        for socket in (self._inbox, self._outbox, self._socket):
+        for router in list(self._routers.values()):
+            self._forget(router)
+        for socket in (self._inbox, self._outbox, *self._sockets):
             socket.close()
         self._context.term()
 
+    def _listen(self, address: str, keys: CurveKeys | None) -> None:
+        socket = self._context.socket(zmq.ROUTER)
+        self._sockets.append(socket)
+        socket.set_hwm(_HIGH_WATER_MARK)
+        socket.setsockopt(zmq.LINGER, _LAST_WORDS_MS)
+        socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        if keys is not None:
+            keys.serve(socket)
+        try:
+            socket.bind(address)
+        except zmq.ZMQError as error:
+            raise ConfigError(f"the channel can't listen at {address}: {error}; check channel.listen") from error
+        self._poller.register(socket, zmq.POLLIN)
+
+    # --- on the channel's thread ---
+
     def _run(self) -> None:
-        poller = zmq.Poller()
-        poller.register(self._inbox, zmq.POLLIN)
-        poller.register(self._socket, zmq.POLLIN)
         next_heartbeat = 0.0
         while not self._closing.is_set():
             now = time.monotonic()
             if now >= next_heartbeat:
-                heartbeat = encode(self._listener.heartbeat())
-                self._drain(self._inbox, self._post)  # the events that it counts go first
-                self._post(heartbeat)
-                self._check_router(now)
+                self._beat(now)
                 next_heartbeat = now + self._heartbeat_s
-            ready = dict(poller.poll(timeout=max(0, int((next_heartbeat - now) * 1000))))
+            ready = dict(self._poller.poll(timeout=max(0, int((next_heartbeat - now) * 1000))))
             if self._inbox in ready:
                 self._drain(self._inbox, self._post)
-            if self._socket in ready:
-                self._drain(self._socket, self._read)
+            for socket in self._sockets:
+                if socket in ready:
+                    self._drain(socket, lambda frames, socket=socket: self._read(socket, frames))  # type: ignore[misc]
+            for router in [router for router in self._routers.values() if router.pidfd in ready]:
+                self._lose(router, "died")
         self._drain(self._inbox, self._post)
 
-    def _drain(self, socket: zmq.Socket[bytes], take: Callable[[bytes], None]) -> None:
+    def _beat(self, now: float) -> None:
+        heartbeat = encode(self._listener.heartbeat())
+        self._drain(self._inbox, self._post)  # the events that it counts go first
+        for router in list(self._routers.values()):
+            self._say(router, heartbeat)
+            if now - router.heard > self._silent_s:
+                self._lose(router, "fell silent")
+
+    def _drain(self, socket: zmq.Socket[bytes], take: Callable[[list[bytes]], None]) -> None:
         try:
             while True:
-                take(socket.recv(zmq.NOBLOCK))
+                take(socket.recv_multipart(zmq.NOBLOCK))
         except zmq.Again:
             return
 
-    def _post(self, payload: bytes) -> None:
-        try:
-            self._socket.send(payload, zmq.NOBLOCK)
-        except zmq.Again:
-            return
+    def _post(self, frames: list[bytes]) -> None:
+        to, payload = frames
+        for router in self._routers.values():
+            if to in (_EVERYBODY, router.name.encode()):
+                self._say(router, payload)
 
-    def _read(self, payload: bytes) -> None:
+    def _say(self, router: _Router, payload: bytes) -> None:
+        with suppress(zmq.Again):
+            router.socket.send_multipart([router.identity, payload], zmq.NOBLOCK)
+
+    def _read(self, socket: zmq.Socket[bytes], frames: list[bytes]) -> None:
+        identity, *parts = frames
         try:
-            message = to_worker_decoder.decode(payload)
+            message = to_worker_decoder.decode(b"".join(parts))
         except msgspec.MsgspecError:
             return  # of another version; its sender learns nothing from an answer here
         if isinstance(message, RouterHeartbeat):
-            if message.router != self._router:  # also the first one heard: work of an earlier one may be here
-                self._lose_router(message.router)
-            self._router = message.router
-            self._router_heard = time.monotonic()
-        self._listener.told(message)
+            self._hear_router(socket, identity, message)
+        elif identity in self._routers:
+            self._listener.told(message)
 
-    def _check_router(self, now: float) -> None:
-        if self._router is not None and now - self._router_heard > self._silent_s:
-            self._router = None
-            self._lose_router(None)
+    def _hear_router(self, socket: zmq.Socket[bytes], identity: bytes, message: RouterHeartbeat) -> None:
+        known = self._routers.get(identity)
+        if known is not None:
+            known.heard = time.monotonic()
+            return
+        for other in [other for other in self._routers.values() if message.place and other.place == message.place]:
+            self._lose(other, "was replaced")
+        pidfd = _watch(message)
+        router = _Router(message.router, message.place, socket, identity, time.monotonic(), pidfd)
+        self._routers[identity] = router
+        if pidfd is not None:
+            self._poller.register(pidfd, zmq.POLLIN)
+        self._say(router, encode(self._listener.heartbeat()))  # it should know at once that we are here
+        self._answered.set()
 
-    def _lose_router(self, successor: str | None) -> None:
-        last_words = self._listener.router_lost(successor)
+    def _lose(self, router: _Router, why: str) -> None:
+        log.warning("router %s %s", router.name, why)
+        last_words = self._listener.router_lost(router.name)
         if last_words is not None:
-            self._post(encode(last_words))
+            self._say(router, encode(last_words))
+        self._forget(router)
+
+    def _forget(self, router: _Router) -> None:
+        del self._routers[router.identity]
+        if router.pidfd is not None:
+            self._poller.unregister(router.pidfd)
+            os.close(router.pidfd)
+
+
+def _watch(message: RouterHeartbeat) -> int | None:
+    """A pidfd of a router on this host; None for others, whose silence has to tell."""
+    if message.host != host_id():
+        return None
+    try:
+        return os.pidfd_open(message.pid)
+    except OSError:
+        return None

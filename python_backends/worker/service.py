@@ -1,4 +1,4 @@
-"""A worker: one engine joined to one router's channel. Knows neither Triton nor which engine runs."""
+"""A worker: one engine joined to the channels of its routers. Knows neither Triton nor which engine runs."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ import os
 import secrets
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 
 from python_backends.core.config import Deployment, WorkerConfig
+from python_backends.core.curve import CurveKeys
 from python_backends.core.errors import InvalidRequest, TritonCode
+from python_backends.core.host import host_id
 from python_backends.core.messages import (
     Abort,
     BlockEvents,
@@ -31,11 +34,14 @@ from python_backends.core.messages import (
     ToWorker,
     unseal_work,
 )
+from python_backends.core.place import place_of
 from python_backends.core.types import BlockHash, Epoch, RequestId, Role
 from python_backends.engines.base import CacheChange, Lender, StoreReader, create_engine
 from python_backends.worker.channel import WorkerChannel
 
 log = logging.getLogger(__name__)
+
+_ROUTER_WAIT_S = 3.0  # the router may be loading, too
 
 
 def new_epoch() -> Epoch:
@@ -47,24 +53,37 @@ class Worker:
     """Start it, submit signed work, close it."""
 
     def __init__(self, deployment: Deployment, config: WorkerConfig, channel_address: str, key: bytes) -> None:
-        """Raises ConfigError when the engine can't be made from the deployment."""
+        """`channel_address`: where routers of this host find it. Raises ConfigError when it can't listen there, or the
+        engine can't be made from the deployment.
+        """
         self._config = config
+        self._place = place_of(deployment, config)
         self._key = key
         self._epoch = new_epoch()
         self._engine = create_engine(deployment, config, self._epoch, key)
         self._reader = self._engine if isinstance(self._engine, StoreReader) else None
         self._sequence = 0
-        self._live: set[RequestId] = set()
+        self._live: dict[str, set[RequestId]] = defaultdict(set)  # by router
         self._live_lock = threading.Lock()
         health = deployment.health
         self._channel = WorkerChannel(
-            channel_address, f"{config.name}/{self._epoch}", health.heartbeat_s, health.silent_s, listener=self
+            channel_address,
+            self._place.listen,
+            CurveKeys.derive(key),
+            health.heartbeat_s,
+            health.silent_s,
+            listener=self,
         )
 
     def start(self) -> None:
-        """Load the model and report for duty. Raises ConfigError."""
+        """Load the model and report for duty. Raises ConfigError.
+
+        Returns when the router knows of it, so that a server that is ready has all its workers; but it does not insist.
+        """
         self._engine.start(self._deliver)
         self._channel.start()
+        if not self._channel.wait_for_router(_ROUTER_WAIT_S):
+            log.warning("worker %s: no router has answered yet; going on without", self._config.name)
 
     def submit(self, sealed: bytes) -> int:
         """Hand work to the engine; returns how many pieces. Raises InvalidRequest for work that no router signed."""
@@ -75,7 +94,7 @@ class Worker:
                 raise InvalidRequest(f"{type(piece).__name__} was sent to the {role.value} worker {self._config.name}")
         for piece in work:
             with self._live_lock:
-                self._live.add(piece.request.request_id)
+                self._live[router_of(piece.request.request_id)].add(piece.request.request_id)
             if isinstance(piece, DecodeWork):
                 self._engine.decode(piece.request, piece.ticket)
             elif piece.loan is not None and isinstance(self._engine, Lender):
@@ -87,20 +106,24 @@ class Worker:
     def close(self) -> None:
         """Engine first, so that its last words still reach the router. Idempotent."""
         self._engine.close()
-        self._channel.send(Leaving(self._config.id, self._epoch))
+        self._channel.send(Leaving(self._place.worker, self._epoch))
         self._channel.close()
 
     # --- on the engine's thread ---
 
     def _deliver(self, outputs: Sequence[Output], change: CacheChange | None) -> None:
-        if outputs:
-            ended = [output.request_id for output in outputs if _is_last(output)]
+        by_router: dict[str, list[Output]] = defaultdict(list)
+        for output in outputs:
+            by_router[router_of(output.request_id)].append(output)
+        for router, own in by_router.items():
             with self._live_lock:
-                self._live.difference_update(ended)
-            self._channel.send(Outputs(self._config.id, self._epoch, list(outputs)))
+                self._live[router].difference_update([output.request_id for output in own if _is_last(output)])
+            self._channel.send(Outputs(self._place.worker, self._epoch, own), router)
         if change is not None:
             sequence = self._sequence + 1
-            self._channel.send(BlockEvents(self._config.id, self._epoch, sequence, change.stored, change.removed, change.reset))
+            self._channel.send(
+                BlockEvents(self._place.worker, self._epoch, sequence, change.stored, change.removed, change.reset)
+            )
             self._sequence = sequence  # heartbeats count only what was sent
 
     # --- on the channel's thread ---
@@ -108,10 +131,13 @@ class Worker:
     def heartbeat(self) -> Heartbeat:
         info = self._engine.info
         return Heartbeat(
-            worker=self._config.id,
+            worker=self._place.worker,
+            model=self._config.name,
+            server=self._place.server,
             role=self._config.role,
             epoch=self._epoch,
             pid=os.getpid(),
+            host=host_id(),
             load=self._engine.load(),
             layout=info.layout,
             fingerprint=info.fingerprint,
@@ -120,6 +146,7 @@ class Worker:
             stores=self._reader.store_counts() if self._reader else {},
             lends=isinstance(self._engine, Lender),
             node_place=self._reader.node_place if self._reader else "",
+            warm_up=info.warm_up,
         )
 
     def told(self, message: ToWorker) -> None:
@@ -127,10 +154,11 @@ class Worker:
             for request_id in message.request_ids:
                 self._engine.abort(request_id)
             with self._live_lock:
-                self._live.difference_update(message.request_ids)
+                for request_id in message.request_ids:
+                    self._live[router_of(request_id)].discard(request_id)
         elif isinstance(message, ReleaseLease):
             for lease_id in message.lease_ids:
-                self._engine.release(lease_id)
+                self._engine.release(lease_id, message.end)
         elif isinstance(message, Resync):
             self._engine.resync()
         elif isinstance(message, Locate):
@@ -140,24 +168,28 @@ class Worker:
 
     def _locate(self, asked: Locate) -> None:
         def located(blocks: int) -> None:
-            self._channel.send(Outputs(self._config.id, self._epoch, [Located(asked.request_id, blocks)]))
+            answer = Outputs(self._place.worker, self._epoch, [Located(asked.request_id, blocks)])
+            self._channel.send(answer, router_of(asked.request_id))
 
         if self._reader is not None:
             self._reader.locate([BlockHash(hash_) for hash_ in asked.hashes], located)
 
-    def router_lost(self, successor: str | None) -> Outputs | None:
-        """Request ids begin with their router's name: work of the successor may have come before its first heartbeat."""
+    def router_lost(self, router: str) -> Outputs | None:
         with self._live_lock:
-            orphans = [id for id in self._live if successor is None or not id.startswith(f"{successor}.")]
-            self._live.difference_update(orphans)
+            orphans = self._live.pop(router, set())
         if not orphans:
             return None
-        log.warning("worker %s: the router is gone; aborting %d requests", self._config.name, len(orphans))
+        log.warning("worker %s: aborting %d requests of router %s", self._config.name, len(orphans), router)
         for request_id in orphans:
             self._engine.abort(request_id)
         why = f"worker {self._config.name} heard nothing from its router"
         failed: list[Output] = [RequestFailed(id, TritonCode.UNAVAILABLE, why, retryable=True) for id in orphans]
-        return Outputs(self._config.id, self._epoch, failed)
+        return Outputs(self._place.worker, self._epoch, failed)
+
+
+def router_of(request_id: RequestId) -> str:
+    """Request ids begin with their router's name and a dot."""
+    return request_id.partition(".")[0]
 
 
 def _is_last(output: Output) -> bool:

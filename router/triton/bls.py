@@ -1,14 +1,15 @@
-"""Work to workers of the same server by BLS: short, non-decoupled calls on one thread per worker.
+"""Work to workers by short Triton calls: by BLS to those of the same server, by gRPC to others.
 
-A call to a worker that was killed takes Triton a second or two to fail; it holds up only the thread of that worker. Work
-that queues up meanwhile goes out together in the next call.
+BLS calls block, so there is one thread per worker: a call to one that was killed takes Triton a second or two to fail,
+and holds up only that worker's. Work that queues up meanwhile goes out together in the next call.
 """
 
 from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable
+import urllib.request
+from collections.abc import Callable, Collection
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
@@ -17,42 +18,52 @@ from python_backends.core.errors import Unavailable
 from python_backends.core.messages import Work, seal_work
 from python_backends.core.tensors import ACCEPTED, WORK
 from python_backends.core.types import WorkerId
+from router.seams import Destination
+from router.triton.remote import HOW_TO_RESTART, RemoteServers
 
 _MOST_PER_CALL = 64
+_LOAD_S = 300.0  # as scripts/serve waits at the start
 
 _Item = tuple[Work, Callable[[str], None]]
 
 
-class BlsSubmitter:
+class TritonSubmitter:
     """Implements router.service.Submit; may be called from any thread."""
 
-    def __init__(self, key: bytes) -> None:
+    def __init__(self, key: bytes, own: Collection[WorkerId], remote: RemoteServers) -> None:
+        """own: workers of this server."""
         self._key = key
+        self._own = own
+        self._remote = remote
         self._queues: dict[WorkerId, queue.SimpleQueue[_Item]] = {}
         self._lock = threading.Lock()
 
-    def __call__(self, worker: WorkerId, work: Work, failed: Callable[[str], None]) -> None:
+    def __call__(self, worker: Destination, work: Work, failed: Callable[[str], None]) -> None:
+        if worker.worker not in self._own:
+            self._remote.submit(worker, seal_work([work], self._key), failed)
+            return
         with self._lock:
-            waiting = self._queues.get(worker)
+            waiting = self._queues.get(worker.worker)
             if waiting is None:
-                waiting = self._queues[worker] = queue.SimpleQueue()
-                threading.Thread(target=self._run, args=(worker, waiting), name=f"submit-{worker}", daemon=True).start()
+                waiting = self._queues[worker.worker] = queue.SimpleQueue()
+                name = f"submit-{worker.model}"
+                threading.Thread(target=self._run, args=(worker.model, waiting), name=name, daemon=True).start()
         waiting.put((work, failed))
 
-    def _run(self, worker: WorkerId, waiting: queue.SimpleQueue[_Item]) -> None:
+    def _run(self, model: str, waiting: queue.SimpleQueue[_Item]) -> None:
         while True:
             items = [waiting.get()]
             while len(items) < _MOST_PER_CALL and not waiting.empty():
                 items.append(waiting.get())
-            error = self._call(worker, [work for work, _ in items])
+            error = self._call(model, [work for work, _ in items])
             if error is not None:
                 for _, failed in items:
-                    failed(f"worker {worker} did not take the request: {error}")
+                    failed(f"worker {model} did not take the request: {error}")
 
-    def _call(self, worker: WorkerId, work: list[Work]) -> str | None:
+    def _call(self, model: str, work: list[Work]) -> str | None:
         sealed = np.frombuffer(seal_work(work, self._key), np.uint8)
         request = pb_utils.InferenceRequest(
-            model_name=worker,
+            model_name=model,
             requested_output_names=[ACCEPTED.name],
             inputs=[pb_utils.Tensor(WORK.name, sealed)],
         )
@@ -66,15 +77,35 @@ class BlsSubmitter:
 class TritonModelControl:
     """Implements router.supervisor.ModelControl."""
 
-    def restart(self, worker: WorkerId) -> None:
+    def __init__(self, address: str, own: Collection[WorkerId], remote: RemoteServers) -> None:
+        """`address`: HOST:PORT of this server's HTTP service. Without it the Python backend is asked.
+
+        That holds the interpreter until the model is up, seconds in which no stream of this router goes on.
+        """
+        self._address = address
+        self._own = own
+        self._remote = remote
+
+    def restart(self, worker: Destination) -> None:
         """Blocks until the model is up. Raises Unavailable.
 
         Loading a model whose process died does nothing as long as Triton counts it as loaded, hence unload first.
         """
+        if worker.worker not in self._own:
+            self._remote.restart(worker)
+            return
         try:
-            pb_utils.unload_model(worker)
-            pb_utils.load_model(worker)
-        except pb_utils.TritonModelException as error:
-            raise Unavailable(
-                f"{error}; restarts need tritonserver --model-control-mode=explicit --load-model=* (scripts/serve does that)"
-            ) from error
+            if self._address:
+                for action in ("unload", "load"):
+                    self._post(worker.model, action)
+            else:
+                pb_utils.unload_model(worker.model)
+                pb_utils.load_model(worker.model)
+        except (OSError, pb_utils.TritonModelException) as error:
+            raise Unavailable(f"{error}; {HOW_TO_RESTART}") from error
+
+    def _post(self, model: str, action: str) -> None:
+        """Raises OSError, which urllib's errors are."""
+        url = f"http://{self._address}/v2/repository/models/{model}/{action}"
+        with urllib.request.urlopen(urllib.request.Request(url, b"{}"), timeout=_LOAD_S) as response:
+            response.read()

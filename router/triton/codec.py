@@ -18,6 +18,8 @@ import triton_python_backend_utils as pb_utils
 
 from python_backends.core.errors import InvalidRequest
 from python_backends.core.types import SamplingParams
+from router import grammar
+from router.trace_context import continue_trace
 from router.types import ClientRequest, Piece, Wish
 
 TokenText = Callable[[int], str]
@@ -44,8 +46,6 @@ _MUST_BE = {  # tensors of TensorRT-LLM clients that are accepted with the one v
     "return_context_logits": (False, "context logits are not supported"),
     "return_generation_logits": (False, "generation logits are not supported; return_log_probs is"),
     "lora_task_id": (0, "LoRA is not supported"),
-    "guided_decoding_guide_type": ("", "guided decoding is not supported"),
-    "guided_decoding_guide": ("", "guided decoding is not supported"),
     "stop": (False, "cancel the request instead of sending stop"),
 }
 
@@ -122,8 +122,20 @@ def decode_request(request: Any, default_max_tokens: int) -> tuple[ClientRequest
         priority=tensors.scalar("priority") or 0,
         timeout_s=request.timeout() / 1e6 if request.timeout() else None,
         client_id=request.request_id(),
+        trace=continue_trace(*_trace_headers(request)),
     )
     return client, _wanted(tensors, text)
+
+
+def _trace_headers(request: Any) -> tuple[str | None, str | None]:
+    """traceparent and tracestate: the request's parameters, or else the server's own trace, if it makes one of it."""
+    parameters = request.parameters()
+    given = json.loads(parameters) if parameters else {}
+    if "traceparent" not in given:
+        context = request.trace().get_context()
+        given = json.loads(context) if context else {}
+    parent, state = given.get("traceparent"), given.get("tracestate")
+    return (str(parent) if parent else None, str(state) if state else None)
 
 
 def _prompt(tensors: _Tensors) -> tuple[str | None, list[dict[str, object]] | None, list[int] | None]:
@@ -155,6 +167,9 @@ def _sampling(tensors: _Tensors, default_max_tokens: int) -> SamplingParams:
         fields["stop_token_ids"] = [*_list(fields.get("stop_token_ids")), end_id]
     if tensors.flag("return_log_probs") or tensors.flag("return_cumulative_logprob") or tensors.flag("return_logprobs"):
         fields.setdefault("logprobs", 0)
+    guide = _grammar(tensors.scalar("guided_decoding_guide_type"), tensors.scalar("guided_decoding_guide"))
+    if guide is not None:
+        fields["grammar"] = guide
     fields.setdefault("max_tokens", default_max_tokens)
     fields.setdefault("temperature", 1.0 if _DRAWS & fields.keys() else 0.0)
     try:
@@ -162,6 +177,21 @@ def _sampling(tensors: _Tensors, default_max_tokens: int) -> SamplingParams:
     except msgspec.ValidationError as error:
         raise InvalidRequest(f"sampling: {error}") from error
     return sampling.validated()
+
+
+def _grammar(kind: str | None, guide: str | None) -> str | None:
+    """TensorRT-LLM's names of what an answer is held to."""
+    if not kind:
+        return None
+    if kind == "json":
+        return grammar.json_object()
+    if kind == "json_schema":
+        return grammar.json_schema(_json(guide or "", "guided_decoding_guide", dict[str, Any]))
+    if kind == "regex":
+        return grammar.regex(guide or "")
+    if kind == "ebnf_grammar":
+        return grammar.ebnf(guide or "")
+    raise InvalidRequest(f"guided_decoding_guide_type is {kind!r}; it must be json, json_schema, regex or ebnf_grammar")
 
 
 def _sampling_parameters(text: str | None) -> dict[str, Any]:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
+from collections import deque
 from collections.abc import Callable
 
-import msgspec
 import triton_python_backend_utils as pb_utils
 
 from python_backends.core.errors import BatonError
-from python_backends.core.types import TokenLogprob
 from python_backends.triton.errors import triton_error
 from python_backends.triton.stream import ResponseStream
+from router.reply import Gathered, merged
 from router.run import Run
 from router.triton.codec import TokenText, Wanted, encode_piece
 from router.types import Piece
@@ -21,47 +22,66 @@ _LOOK_EVERY_S = 0.1  # how often each running request is asked whether its clien
 
 
 class TritonReply:
-    """One request's answer; implements router.seams.Reply on the event loop."""
+    """One request's answer; implements router.seams.Reply on the event loop. The writer takes what has come meanwhile.
+
+    So when steps outrun the server's response path, responses carry several tokens, instead of queueing up.
+    """
 
     def __init__(self, stream: ResponseStream, wanted: Wanted, writer: Writer) -> None:
-        self._stream = stream
-        self._wanted = wanted
+        self.stream = stream
+        self.wanted = wanted
+        self.sent = 0.0  # the last response, monotonic s; 0 before the first. Belongs to the writer
         self._writer = writer
-        self._text = [wanted.prompt_text] if wanted.prompt_text else []
-        self._token_ids: list[int] = []
-        self._logprobs: list[TokenLogprob] = []
-
-    @property
-    def stream(self) -> ResponseStream:
-        return self._stream
+        self._gathered = Gathered(stream=wanted.stream, prompt_text=wanted.prompt_text)
+        self._lock = threading.Lock()
+        self._pieces: list[Piece] = []
+        self._error: BatonError | None = None
+        self._waiting = False  # for the writer
 
     def send(self, piece: Piece) -> None:
-        """Streaming: as soon as there is text to see. Otherwise: all at once at the end."""
-        self._text.append(piece.text)
-        self._token_ids += piece.token_ids
-        self._logprobs += piece.logprobs
-        final = piece.finish_reason is not None
-        if not final and not (self._wanted.stream and piece.text):
-            return
-        whole = msgspec.structs.replace(piece, text="".join(self._text), token_ids=self._token_ids, logprobs=self._logprobs)
-        self._text, self._token_ids, self._logprobs = [], [], []
-        self._writer.put(self._stream, whole, self._wanted)
+        whole = self._gathered.add(piece)
+        if whole is not None:
+            with self._lock:
+                self._pieces.append(whole)
+            self._wait()
 
     def fail(self, error: BatonError) -> None:
-        self._writer.put(self._stream, error, self._wanted)
+        with self._lock:
+            self._error = error
+        self._wait()
+
+    def take(self) -> tuple[Piece | None, BatonError | None]:
+        """What is to be sent now: a response, an error, or one after the other."""
+        with self._lock:
+            pieces, self._pieces, self._waiting = self._pieces, [], False
+            return merged(pieces), self._error
+
+    def _wait(self) -> None:
+        with self._lock:
+            if self._waiting:
+                return
+            self._waiting = True
+        self._writer.put(self)
 
 
 class Writer:
     """The one thread that sends. Sending is a call between processes; it must not hold up the event loop."""
 
-    def __init__(self, token_text: TokenText) -> None:
+    def __init__(self, token_text: TokenText, interval_s: float) -> None:
+        """interval_s: responses of one stream are at least so far apart; the first is never held back."""
         self._token_text = token_text
-        self._queue: queue.SimpleQueue[tuple[ResponseStream, Piece | BatonError, Wanted | None] | None] = queue.SimpleQueue()
+        self._interval_s = interval_s
+        self._queue: queue.SimpleQueue[TritonReply | None] = queue.SimpleQueue()
+        self._later: deque[TritonReply] = deque()  # sent too lately; in the order in which they are due
         self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
         self._thread.start()
 
-    def put(self, stream: ResponseStream, answer: Piece | BatonError, wanted: Wanted | None) -> None:
-        self._queue.put((stream, answer, wanted))
+    def put(self, reply: TritonReply) -> None:
+        self._queue.put(reply)
+
+    def refuse(self, stream: ResponseStream, error: BatonError) -> None:
+        """Answer a request that is not served at all."""
+        stream.send(pb_utils.InferenceResponse(error=triton_error(error)), final=True)
 
     def close(self) -> None:
         """Send what is queued, then stop."""
@@ -69,12 +89,31 @@ class Writer:
         self._thread.join(timeout=10)
 
     def _run(self) -> None:
-        while (item := self._queue.get()) is not None:
-            stream, answer, wanted = item
-            if isinstance(answer, BatonError):
-                stream.send(pb_utils.InferenceResponse(error=triton_error(answer)), final=True)
-            elif wanted is not None:
-                stream.send(encode_piece(answer, wanted, self._token_text), final=answer.finish_reason is not None)
+        while (reply := self._next()) is not None:
+            self._send(reply)
+        for reply in self._later:
+            self._send(reply)
+
+    def _next(self) -> TritonReply | None:
+        """The next one that is due; None to stop."""
+        while True:
+            wait_s = max(0.0, self._later[0].sent + self._interval_s - time.monotonic()) if self._later else None
+            try:
+                reply = self._queue.get(timeout=wait_s)
+            except queue.Empty:
+                return self._later.popleft()
+            if reply is None or reply.sent + self._interval_s <= time.monotonic():
+                return reply
+            self._later.append(reply)
+
+    def _send(self, reply: TritonReply) -> None:
+        piece, error = reply.take()
+        if piece is not None:
+            final = piece.finish_reason is not None
+            reply.stream.send(encode_piece(piece, reply.wanted, self._token_text), final=final)
+            reply.sent = time.monotonic()
+        if error is not None:
+            self.refuse(reply.stream, error)
 
 
 class CancelWatch:

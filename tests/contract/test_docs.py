@@ -6,7 +6,7 @@ import re
 
 from python_backends.core.paths import repository_root
 from python_backends.core.tensors import ROUTER_INPUTS, ROUTER_OUTPUTS
-from scripts.reference import render_api, render_configuration
+from scripts.reference import render_api, render_configuration, render_observability
 
 ROOT = repository_root()
 
@@ -22,8 +22,13 @@ def test_api_page_is_the_code() -> None:
     assert all(f"`{tensor.name}`" in text for tensor in (*ROUTER_INPUTS, *ROUTER_OUTPUTS))
 
 
+def test_observability_page_is_the_code() -> None:
+    assert (ROOT / "docs" / "observability.md").read_text() == render_observability()
+
+
 def test_paths_that_the_documents_name_exist() -> None:
-    named = re.compile(r"`((?:python_backends|router|configs|scripts|tests|docs|model_repository)/[\w./-]*)`")
-    for page in (ROOT / "README.md", ROOT / "docs" / "architecture.md"):
+    named = re.compile(r"`((?:python_backends|router|loadtest|configs|scripts|tests|docs|model_repository)/[\w./-]*)`")
+    pages = ("architecture", "tensorrt-llm", "observability", "loadtest", "doctor")
+    for page in (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in pages)):
         for path in named.findall(page.read_text()):
             assert (ROOT / path).exists(), f"{page.name} names {path}"

@@ -91,7 +91,9 @@ class EngineBench:
         return next((o for o in self.outputs.get(request_id, []) if isinstance(o, KVReady)), None)
 
     def assert_nothing_held(self) -> None:
-        self.wait_load(lambda: self.engine.load().held_blocks == 0 and self.engine.load().active_leases == 0)
+        self.wait_load(self._holds_nothing)
+
+    def _holds_nothing(self) -> bool:
         load = self.engine.load()
-        assert load.free_blocks + load.cached_blocks == load.total_blocks
-        assert load.running_requests == load.queued_requests == 0
+        held = load.held_blocks, load.active_leases, load.running_requests, load.queued_requests
+        return not any(held) and load.free_blocks + load.cached_blocks == load.total_blocks

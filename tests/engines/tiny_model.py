@@ -1,4 +1,7 @@
-"""A tiny random Llama in a Hugging Face directory, made without transformers: for engine tests that need a real model."""
+"""A tiny random Llama in a Hugging Face directory, made without transformers: for engine tests that need a real model.
+
+Its tokenizer has a token for every byte.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
 
 from python_backends.engines.torch.architecture import load_architecture
 from python_backends.engines.torch.weights import expected_tensors
@@ -41,5 +46,17 @@ def write_tiny_llama(directory: Path, seed: int = 0) -> Path:
         name: torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=generator) * 0.12
         for name, shape in expected_tensors(load_architecture(directory)).items()
     }
+    byte_tokenizer().save(str(directory / "tokenizer.json"))
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     return directory
+
+
+def byte_tokenizer() -> Tokenizer:
+    """Ids 0 to 2 are special (2 ends a text), then one for each byte."""
+    special = ["<pad>", "<bos>", "<eos>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(BPE(vocab={token: index for index, token in enumerate([*special, *alphabet])}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
+    return tokenizer

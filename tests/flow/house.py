@@ -35,15 +35,17 @@ from python_backends.core.config import (
     TransferConfig,
     WorkerConfig,
 )
+from python_backends.core.curve import CurveKeys
 from python_backends.core.errors import BatonError, Unavailable
 from python_backends.core.messages import Work, seal_work
 from python_backends.core.types import FinishReason, Role, SamplingParams, WorkerId
 from python_backends.worker.service import Worker
 from router.fleet import WorkerView
-from router.house import House
+from router.journal import Record
 from router.lifecycle import State
 from router.run import Run
-from router.service import RouterService
+from router.seams import Destination, Snapshot
+from router.service import Channels, RouterService
 from router.tokenizer import Tokenizer
 from router.types import ClientRequest, Outcome, Piece, Proof, Way, Wish
 
@@ -185,7 +187,7 @@ class Answer:
 
     @property
     def state(self) -> State | None:
-        return self.run._life.state if self.run is not None else None
+        return self.run.state if self.run is not None else None
 
 
 class Counts:
@@ -194,9 +196,10 @@ class Counts:
     def __init__(self) -> None:
         self.ways: list[Way] = []
         self.outcomes: list[Outcome] = []
+        self.warm_ups: list[str] = []
         self.retries = 0
 
-    def refresh(self, house: House) -> None:
+    def refresh(self, snapshot: Snapshot) -> None:
         """Nothing to show."""
 
     def decided(self, way: Way) -> None:
@@ -205,8 +208,15 @@ class Counts:
     def retried(self) -> None:
         self.retries += 1
 
-    def ended(self, outcome: Outcome, proof: Proof | None) -> None:
-        self.outcomes.append(outcome)
+    def warmed(self, verdict: str) -> None:
+        self.warm_ups.append(verdict)
+
+    def tokens(self, count: int, gap_s: float) -> None:
+        """Only the journal keeps times."""
+
+    def ended(self, record: Record) -> None:
+        assert record.outcome is not None
+        self.outcomes.append(record.outcome)
 
 
 class InProcess:
@@ -238,6 +248,7 @@ class OwnProcess:
         self.process = _processes.Process(target=_work, args=(config, worker, address, key, theirs), daemon=True)
         self.process.start()
         theirs.close()
+        self._is_ready = threading.Event()  # until then the line says nothing but that
         self._queue: queue.SimpleQueue[tuple[Work, Callable[[str], None]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._call, name=f"submit-{worker.name}", daemon=True)
         self._thread.start()
@@ -245,6 +256,7 @@ class OwnProcess:
     def ready(self) -> None:
         assert self._line.poll(TIMEOUT_S), "the worker process does not start"
         assert self._line.recv_bytes() == b"ready"
+        self._is_ready.set()
 
     def hand_over(self, work: Work, failed: Callable[[str], None]) -> None:
         self._queue.put((work, failed))
@@ -252,6 +264,7 @@ class OwnProcess:
     def _call(self) -> None:
         while (item := self._queue.get()) is not None:
             work, failed = item
+            self._is_ready.wait(TIMEOUT_S)
             try:
                 self._line.send_bytes(seal_work([work], self._key))
                 error = self._line.recv_bytes().decode()
@@ -310,7 +323,6 @@ class FlowHouse:
         self._restarts = restart
         self._workers_up = workers_up
         self._directory = Path(tempfile.mkdtemp(prefix="baton"))
-        self.address = f"ipc://{self._directory}/c"
         self.key = secrets.token_bytes(32)  # its own, hence a node store of its own
         self.service = self._router()
 
@@ -338,7 +350,13 @@ class FlowHouse:
     def _router(self) -> RouterService:
         tokenizer = cast(Tokenizer, NumberTokenizer())
         control = self if self._restarts else None
-        return RouterService(self.config, self.address, tokenizer, self._submit, control, self.counts)
+        own = [self.address(worker.name) for worker in self.config.workers]
+        channels = Channels(str(self._directory), CurveKeys.derive(self.key), own)
+        return RouterService(self.config, channels, tokenizer, self._submit, control, self.counts)
+
+    def address(self, worker: str) -> str:
+        """Of its channel."""
+        return f"ipc://{self._directory}/{worker}"
 
     # --- workers ---
 
@@ -346,7 +364,7 @@ class FlowHouse:
         """Returns when the router knows of them."""
         before = {view.id: view.epoch for view in self.service.house.fleet.up()}
         make = OwnProcess if self._own_processes else InProcess
-        made = {name: make(self.config, self.config.worker(name), self.address, self.key) for name in names}
+        made = {name: make(self.config, self.config.worker(name), self.address(name), self.key) for name in names}
         self.workers.update(made)
         for worker in made.values():
             worker.ready()
@@ -368,13 +386,14 @@ class FlowHouse:
         """Sudden death: no last words."""
         self.signal(name, signal.SIGKILL)
 
-    def _submit(self, worker: WorkerId, work: Work, failed: Callable[[str], None]) -> None:
-        self.workers[worker].hand_over(work, failed)
+    def _submit(self, worker: Destination, work: Work, failed: Callable[[str], None]) -> None:
+        self.workers[worker.model].hand_over(work, failed)
 
-    def restart(self, worker: WorkerId) -> None:
+    def restart(self, worker: Destination) -> None:
         """See router.supervisor.ModelControl."""
-        self.workers[worker].close()
-        made = self.workers[worker] = OwnProcess(self.config, self.config.worker(worker), self.address, self.key)
+        name = worker.model
+        self.workers[name].close()
+        made = self.workers[name] = OwnProcess(self.config, self.config.worker(name), self.address(name), self.key)
         try:
             made.ready()
         except (AssertionError, EOFError) as error:

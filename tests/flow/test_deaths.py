@@ -17,6 +17,7 @@ from python_backends.core.errors import Unavailable
 from python_backends.core.messages import Work
 from python_backends.core.types import Role, SamplingParams, WorkerId
 from router.lifecycle import State
+from router.seams import Destination
 from tests.flow.house import TIMEOUT_S, Answer, FlowHouse, deployment, eventually, fake_engine, prompt, reference
 
 SAMPLING = SamplingParams(seed=11, max_tokens=60)
@@ -169,7 +170,7 @@ def test_a_worker_that_speaks_before_its_model_is_loaded(in_process: FlowHouse) 
     submit = house._submit
     loaded = time.monotonic() + TIMEOUT_S
 
-    def not_yet(worker: WorkerId, work: Work, failed: Callable[[str], None]) -> None:
+    def not_yet(worker: Destination, work: Work, failed: Callable[[str], None]) -> None:
         if time.monotonic() > loaded:
             submit(worker, work, failed)
         else:
@@ -192,12 +193,12 @@ def test_late_words_of_a_dead_worker_do_not_bring_it_back(in_process: FlowHouse)
     def die_and_speak() -> None:
         service = house.service
         service._supervisor._died(last.worker, last.epoch)
-        service._channel._hear(b"late", last, service.house, service._supervisor)
+        service._channel._hear(service._channel._workers[last.worker], last)
 
     house.on_loop(die_and_speak)
     assert not house.is_up("decode_0")
     house.workers.pop("decode_0").close()
     house.start("decode_0")
-    house.on_loop(lambda: house.service._channel._hear(b"late", last, house.service.house, house.service._supervisor))
+    house.on_loop(lambda: house.service._channel._hear(house.service._channel._workers[last.worker], last))
     assert house.epoch("decode_0") != last.epoch
     assert house.ask(_prompt(0), SAMPLING).ids == reference(_prompt(0), SAMPLING)

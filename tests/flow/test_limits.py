@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator
 
 import msgspec
 import pytest
-import zmq
 
 from python_backends.core.config import RouterConfig
-from python_backends.core.errors import DeadlineExceeded, InvalidRequest, QueueFull, Unavailable
+from python_backends.core.errors import ConfigError, DeadlineExceeded, InvalidRequest, QueueFull, Unavailable
 from python_backends.core.messages import Work
-from python_backends.core.types import SamplingParams, WorkerId
+from python_backends.core.types import SamplingParams
+from python_backends.worker.service import Worker
 from router.lifecycle import State
+from router.seams import Destination
 from router.types import ClientRequest, Outcome, Wish
 from tests.flow.house import GREEDY, VOCABULARY, Answer, FlowHouse, deployment, eventually, fake_engine, prompt, reference
 
@@ -139,7 +140,7 @@ def test_a_worker_that_sees_the_deadline_first_ends_the_request_with_the_same_er
     with FlowHouse(deployment(engine=fake_engine(step_us=2000))) as house:
         submit = house._submit
 
-        def hurried(worker: WorkerId, work: Work, failed: Callable[[str], None]) -> None:
+        def hurried(worker: Destination, work: Work, failed: Callable[[str], None]) -> None:
             request = msgspec.structs.replace(work.request, deadline=time.time() + 0.1)
             submit(worker, msgspec.structs.replace(work, request=request), failed)
 
@@ -161,10 +162,9 @@ def test_shutting_down_answers_everybody() -> None:
 
 def test_a_bad_address_is_an_error_and_leaves_nothing() -> None:
     threads = threading.active_count()
-    house = FlowHouse(workers_up=False)
-    house.service._address = "tcp://no-such-interface:1"
-    with pytest.raises(zmq.ZMQError), house:
-        pass
+    config = deployment()
+    with pytest.raises(ConfigError, match=r"can't listen at ipc:///no/such/place; .*|can't listen at ipc:///no/such/place: "):
+        Worker(config, config.workers[0], "ipc:///no/such/place", b"k" * 32)
     assert threading.active_count() <= threads
 
 

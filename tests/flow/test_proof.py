@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from python_backends.core.messages import Work
-from python_backends.core.types import FinishReason, SamplingParams, WorkerId
+from python_backends.core.types import FinishReason, SamplingParams
+from router.seams import Destination
 from router.types import Way, Wish
 from tests.flow.house import GREEDY, FlowHouse, deployment, prompt, reference
 
@@ -102,8 +103,8 @@ def _submitted(house: FlowHouse) -> list[str]:
     names: list[str] = []
     submit = house._submit
 
-    def watched(worker: WorkerId, work: Work, failed: Callable[[str], None]) -> None:
-        names.append(worker)
+    def watched(worker: Destination, work: Work, failed: Callable[[str], None]) -> None:
+        names.append(worker.model)
         submit(worker, work, failed)
 
     house.service._submit = watched

@@ -9,11 +9,12 @@ import pytest
 import zmq
 
 from python_backends.core.config import EngineConfig
-from python_backends.core.messages import BlockEvents, Heartbeat, encode
-from python_backends.core.types import Epoch, SamplingParams, WorkerId
+from python_backends.core.messages import Abort, BlockEvents, Heartbeat, encode
+from python_backends.core.types import Epoch, RequestId, Role, SamplingParams
 from router.lifecycle import State
 from router.types import Wish
 from tests.flow.house import Answer, FlowHouse, deployment, eventually, fake_engine, prompt, reference
+from tests.unit.router.fleet_views import heartbeat
 
 ENDLESS = SamplingParams(temperature=0, max_tokens=4000)
 SAMPLING = SamplingParams(seed=2, max_tokens=40)
@@ -68,16 +69,31 @@ def test_a_router_that_was_held_up_is_given_up_and_goes_on(restart: bool) -> Non
 
 
 def test_nonsense_on_the_channel_is_not_heeded() -> None:
+    """By workers: a stranger that is no router is not served either."""
     with FlowHouse() as house, zmq.Context() as context, context.socket(zmq.DEALER) as stranger:
         stranger.setsockopt(zmq.LINGER, 500)
-        stranger.connect(house.address)
+        stranger.connect(house.address("decode_0"))
         stranger.send(b"nonsense")
         stranger.send_multipart([b"two", b"frames"])
         stranger.send(b"")
-        stranger.send(encode(msgspec.structs.replace(_heartbeat(house), worker=WorkerId("strange"), epoch=Epoch(5), pid=-1)))
+        stranger.send(encode(Abort([RequestId("x")])))
+        assert house.ask(prompt(50), SAMPLING, Wish.LOCAL).ids == reference(prompt(50), SAMPLING)
+        assert stranger.poll(300) == 0
+
+
+def test_nonsense_of_a_worker_is_not_heeded() -> None:
+    """By the router: it says so in its log, and a worker that nobody configured has no address to speak at."""
+    with (
+        FlowHouse(deployment(2, 2), workers_up=False) as house,
+        zmq.Context() as context,
+        context.socket(zmq.ROUTER) as impostor,
+    ):
+        impostor.bind(house.address("prefill_1"))
+        identity, _ = impostor.recv_multipart()
+        for payload in (b"nonsense", b"", encode(msgspec.structs.replace(_beat(), epoch=Epoch(5), host="elsewhere"))):
+            impostor.send_multipart([identity, payload])
         assert eventually(lambda: house.is_up("strange"), 5)
-        now = time.monotonic()
-        assert eventually(lambda: _heard(house, "decode_0") > now + 0.1, 2)
+        house.start("prefill_0", "decode_0")
         assert house.ask(prompt(50), SAMPLING, Wish.LOCAL).ids == reference(prompt(50), SAMPLING)
 
 
@@ -101,16 +117,8 @@ def test_caches_are_told_once_and_not_asked_for_again() -> None:
         assert sum(resets) == 0
 
 
-def _heartbeat(house: FlowHouse) -> Heartbeat:
-    view = house.service.house.fleet.get(WorkerId("prefill_0"))
-    assert view is not None
-    return view.heartbeat
-
-
-def _heard(house: FlowHouse, name: str) -> float:
-    view = house.service.house.fleet.get(WorkerId(name))
-    assert view is not None
-    return view.heard
+def _beat() -> Heartbeat:
+    return heartbeat("strange", Role.PREFILL)
 
 
 def _ask_at_once(house: FlowHouse) -> list[Answer]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import psutil
 import tritonclient.grpc as triton
 from tritonclient.utils import InferenceServerException
 
@@ -63,11 +64,12 @@ def tensors(fields: Mapping[str, Any]) -> list[triton.InferInput]:
 class Asking:
     """One gRPC stream, so any number of requests at once from one thread."""
 
-    def __init__(self, server: TritonServer) -> None:
-        self._server = server
+    def __init__(self, server: TritonServer, *, with_codes: bool = False) -> None:
+        """`with_codes`: errors carry their code, and the first one ends the stream, as Triton has it."""
         self._client = triton.InferenceServerClient(f"{server.host}:{server.grpc_port}")
         self._events: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
-        self._client.start_stream(lambda result, error: self._events.put((result, error)))
+        headers = {"triton_grpc_error": "true"} if with_codes else None
+        self._client.start_stream(lambda result, error: self._events.put((result, error)), headers=headers)
         self._answers: dict[str, Answer] = {}
 
     def close(self, cancel: bool = False) -> None:
@@ -138,3 +140,11 @@ def wait_until_nothing_is_held(server: TritonServer, within_s: float) -> None:
             return
         assert time.monotonic() < end, f"{held} blocks held, {leases} leases, {in_house} requests after {within_s} s"
         time.sleep(0.05)
+
+
+def worker_process(server: TritonServer, name: str) -> psutil.Process:
+    """The process of a worker's model."""
+    for process in psutil.Process(server.pid).children(recursive=True):
+        if process.status() != psutil.STATUS_ZOMBIE and re.search(rf"/{name}/1/model\.py", " ".join(process.cmdline())):
+            return process
+    raise AssertionError(f"no process of {name}")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from python_backends.core.paths import repository_root
 from scripts.tritonserver import TritonServer
 from tests.triton.asking import Asking, wait_until_nothing_is_held
 
@@ -58,3 +60,27 @@ def test_a_factual_question_gets_a_sensible_answer(real: Asking, real_server: Tr
     assert "Paris" in answer.text
     assert answer.last("finish_reason") == b"stop"
     wait_until_nothing_is_held(real_server, within_s=2)
+
+
+def test_thirty_two_in_flight_on_two_and_two_workers(real: Asking, smollm2_dir: Path) -> None:
+    """Half greedy, half seeded, a third with a shared prefix: the same tokens as from one worker alone, one by one."""
+    wanted: list[dict[str, Any]] = []
+    for i in range(32):
+        text = f"{STORY[: 120 if i % 3 else 500]} Chapter {i}: the {('eldest', 'second', 'youngest')[i % 3]} son said"
+        drawn = {"temperature": 0.8, "top_p": 0.95, "seed": i} if i % 2 else {}
+        wanted.append({"text_input": text, "max_tokens": 12, "return_output_ids": True, **drawn})
+    expected = [real.ask(**fields, route="aggregated").ids for fields in wanted]
+    with TritonServer(repository_root() / "configs" / "2p2d.yaml") as server:
+        client = Asking(server)
+        names = [f"r{i}" for i in range(32)]
+        for name, fields in zip(names, wanted, strict=True):
+            client.send(name, **fields, return_proof=True)
+        answers = client.collect(*names)
+        client.close()
+        proofs = [json.loads(answer.last("proof")) for answer in answers]
+        wait_until_nothing_is_held(server, within_s=2)
+    assert [answer.ids for answer in answers] == expected
+    assert {proof["decode_worker"] for proof in proofs} == {"decode", "decode_1"}
+    assert {proof["prefill_worker"] for proof in proofs} >= {"prefill", "prefill_1"}
+    assert sum(proof["kv_tokens_received"] for proof in proofs) > 32 * 20
+    assert sum(proof["kv_tokens_recomputed"] for proof in proofs) == 0

@@ -47,7 +47,7 @@ class Models:
     def __init__(self, directory: Path) -> None:
         self.repository = directory / "repository"
         self.config = directory / "deployment.yaml"
-        self.config.write_text("workers: [{role: aggregated}]\n")
+        self.config.write_text("workers: [{role: aggregated}]\nhttp: {enabled: false}\n")
         self.write("router")
         self.write("aggregated")
 

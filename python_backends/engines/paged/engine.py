@@ -19,7 +19,7 @@ from functools import partial
 
 from python_backends.core.block_hash import chain_root, content_hash
 from python_backends.core.config import Deployment, WorkerConfig
-from python_backends.core.errors import BatonError, ConfigError, HandoffRefused, RefusalReason, TritonCode
+from python_backends.core.errors import BatonError, ConfigError, EngineFailure, HandoffRefused, RefusalReason, TritonCode
 from python_backends.core.handoff import TICKET_VERSION, KVHandoff, seal, unseal
 from python_backends.core.messages import KVReady, Lent, Output, PrefillDone, RequestFailed, TokenChunk
 from python_backends.core.types import (
@@ -28,6 +28,7 @@ from python_backends.core.types import (
     FinishReason,
     GenerateRequest,
     KVReport,
+    LeaseEnd,
     PrefixReport,
     RequestId,
     Role,
@@ -36,9 +37,11 @@ from python_backends.core.types import (
     WorkerLoad,
 )
 from python_backends.engines.base import CacheChange, EngineInfo, OnOutputs
+from python_backends.engines.paged.guide import Guide, Guides
 from python_backends.engines.paged.runner import Draw, ModelRunner, Sampled, Slice
 from python_backends.engines.paged.scheduler import Scheduler
 from python_backends.engines.paged.sequence import Sequence
+from python_backends.engines.paged.speculation import StepCost
 from python_backends.engines.paged.store_feed import StoreFeed
 from python_backends.kv.block_pool import BlockPool
 from python_backends.kv.lease import LeaseTable
@@ -80,6 +83,7 @@ class PagedEngine:
         self._outputs: list[Output] = []
         self._aborted: OrderedDict[RequestId, None] = OrderedDict()
         self._used_leases: OrderedDict[str, float] = OrderedDict()  # lease id -> when its ticket expires anyway
+        self._step_cost = StepCost()
         self._arrivals = 0
         self._reset_events = True
         self._closing = False
@@ -88,6 +92,7 @@ class PagedEngine:
         self._fetchers = ThreadPoolExecutor(_FETCH_THREADS, thread_name_prefix="fetch")
         self._loaders = ThreadPoolExecutor(_LOAD_THREADS, thread_name_prefix="load")
         self._prefetcher = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+        self._guide_makers = ThreadPoolExecutor(1, thread_name_prefix="grammar")
         self._memory: PoolMemory | None = None
         # What a prefill worker hands over is digested while the next chunk is computed, not between the last and the ticket.
         self._digester = ThreadPoolExecutor(1, thread_name_prefix="digest") if self._role is Role.PREFILL else None
@@ -125,20 +130,21 @@ class PagedEngine:
             fingerprint=self._runner.fingerprint,
             max_context=min(max_context, num_blocks * layout.block_size),
         )
+        self._guides = Guides(self._runner.tokenizer_path, self._runner.vocab_size, self._runner.eos_token_ids)
         self._snapshot()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
     def prefill(self, request: GenerateRequest) -> None:
-        self._inbox.put(partial(self._arrive, request, None, prefill_only=True))
+        self._take_in(request, None, prefill_only=True)
 
     def decode(self, request: GenerateRequest, ticket: bytes | None) -> None:
-        self._inbox.put(partial(self._arrive, request, ticket, prefill_only=False))
+        self._take_in(request, ticket, prefill_only=False)
 
     def abort(self, request_id: RequestId) -> None:
         self._inbox.put(partial(self._abort, request_id))
 
-    def release(self, lease_id: str) -> None:
+    def release(self, lease_id: str, end: LeaseEnd = LeaseEnd.UNWANTED) -> None:
         self._inbox.put(partial(self._release, lease_id))
 
     def resync(self) -> None:
@@ -153,7 +159,7 @@ class PagedEngine:
         self._inbox.put(partial(self._lend, request_id, hashes))
 
     def prefill_with(self, request: GenerateRequest, loan: bytes) -> None:
-        self._inbox.put(partial(self._arrive, request, loan, prefill_only=True))
+        self._take_in(request, loan, prefill_only=True)
 
     # --- the StoreReader contract --------------------------------------------------------------------------------------
 
@@ -175,6 +181,7 @@ class PagedEngine:
             self._inbox.put(self._stop)
             self._thread.join(timeout=30)
             self._thread = None
+        self._guide_makers.shutdown(wait=True, cancel_futures=True)
         self._fetchers.shutdown(wait=True, cancel_futures=True)
         self._loaders.shutdown(wait=True, cancel_futures=True)
         if self._digester is not None:
@@ -228,8 +235,11 @@ class PagedEngine:
         now = time.monotonic()
         for sequence, _ in batch:
             sequence.started = sequence.started or now
+        streams = sum(1 for sequence, count in batch if sequence.num_uncomputed == count == 1)
+        marginal = self._step_cost.marginal(streams) if streams else 1.0
+        slices = [self._slice(sequence, count, marginal) for sequence, count in batch]
         try:
-            results = self._runner.step([self._slice(sequence, count) for sequence, count in batch])
+            results = self._runner.step(slices)
         except BatonError as error:
             self._fail_batch(batch, error)
         except Exception as error:  # the engine must outlive any one batch: torch raises RuntimeError, OOM and others
@@ -239,18 +249,32 @@ class PagedEngine:
             prompt_tokens = sum(count for _, count in batch if count > 1)
             if prompt_tokens:
                 self._compute_pace.measure(prompt_tokens, time.monotonic() - now)
-            for (sequence, count), sampled in zip(batch, results, strict=True):
-                self._advance(sequence, count, sampled)
+            if streams == len(batch):
+                self._step_cost.learn(sum(len(piece.token_ids) for piece in slices), time.monotonic() - now)
+            for (sequence, count), piece, sampled in zip(batch, slices, results, strict=True):
+                self._advance(sequence, count, piece.drafts, sampled)
         return True
 
-    def _slice(self, sequence: Sequence, count: int) -> Slice:
+    def _slice(self, sequence: Sequence, count: int, marginal: float) -> Slice:
         start = sequence.num_computed
+        draw = self._draw(sequence) if count == sequence.num_uncomputed else None
+        drafts = self._drafts(sequence, marginal) if draw is not None and count == 1 and _may_guess(draw) else []
         return Slice(
-            token_ids=sequence.token_ids[start : start + count],
+            token_ids=sequence.token_ids[start : start + count] + drafts,
             start=start,
             block_table=sequence.blocks,
-            draw=self._draw(sequence) if count == sequence.num_uncomputed else None,
+            draw=draw,
+            drafts=len(drafts),
         )
+
+    def _drafts(self, sequence: Sequence, marginal: float) -> list[int]:
+        """Guesses of the stream's next tokens but one: none that could go beyond its end, or where they don't pay."""
+        left = min(sequence.request.sampling.max_tokens - sequence.num_output, self.info.max_context - len(sequence.token_ids))
+        most = min(self._config.draft_tokens, left - 1)
+        if most <= 0 or sequence.prefill_only:
+            return []
+        drafts = sequence.drafts.propose(sequence.token_ids, most, marginal)
+        return drafts[: self._scheduler.room_ahead(sequence, len(drafts))] if drafts else []
 
     def _draw(self, sequence: Sequence) -> Draw:
         sampling = sequence.request.sampling
@@ -258,21 +282,31 @@ class PagedEngine:
         stops: tuple[int, ...] = ()
         if len(output_ids) < sampling.min_tokens:
             stops = sampling.stop_token_ids if sampling.ignore_eos else (*self._runner.eos_token_ids, *sampling.stop_token_ids)
-        return Draw(sampling, sequence.request.prompt_ids, output_ids, stops)
+        allowed = None if sequence.guide is None else sequence.guide.allowed()
+        return Draw(sampling, sequence.request.prompt_ids, output_ids, stops, allowed)
 
-    def _advance(self, sequence: Sequence, count: int, sampled: Sampled | None) -> None:
-        self._scheduler.computed(sequence, count)
+    def _advance(self, sequence: Sequence, count: int, drafts: int, sampled: Sampled | None) -> None:
         if sampled is None:
+            self._scheduler.computed(sequence, count)
             return
         sequence.compute_ms = sequence.compute_ms or (time.monotonic() - sequence.started) * 1e3
-        sequence.append(sampled.token_id)
-        finish = sequence.finish_reason(self._runner.eos_token_ids, self.info.max_context)
+        drawn: list[Sampled] = []
+        finish: FinishReason | None = None
+        for token in (sampled, *sampled.following):
+            sequence.append(token.token_id)
+            drawn.append(token)
+            finish = sequence.finish_reason(self._runner.eos_token_ids, self.info.max_context)
+            if finish:
+                break
+        self._scheduler.computed(sequence, count + len(drawn) - 1)
+        if drafts:
+            sequence.drafts.learn(drafts, len(sampled.following), len(sequence.token_ids))
         if sequence.prefill_only:
             self._finish_prefill(sequence, sampled, finish)
         else:
             report = self._report(sequence) if finish else None
-            logprobs = [sampled.logprob] if sampled.logprob else None
-            self._outputs.append(TokenChunk(sequence.id, [sampled.token_id], logprobs, finish, report))
+            logprobs = [token.logprob for token in drawn if token.logprob] or None
+            self._outputs.append(TokenChunk(sequence.id, [token.token_id for token in drawn], logprobs, finish, report))
             if finish:
                 self._scheduler.remove(sequence)
 
@@ -310,9 +344,33 @@ class PagedEngine:
 
     # --- arrivals and endings ------------------------------------------------------------------------------------------
 
-    def _arrive(self, request: GenerateRequest, ticket: bytes | None, *, prefill_only: bool) -> None:
+    def _take_in(self, request: GenerateRequest, ticket: bytes | None, *, prefill_only: bool) -> None:
+        """On the caller's thread. Reading a grammar may take long: requests that have one come in by way of a thread for it."""
+        arrive = partial(self._arrive, request, ticket, prefill_only=prefill_only)
+        if request.sampling.grammar is None:
+            self._inbox.put(partial(arrive, None))
+        else:
+            self._guide_makers.submit(self._make_guide, request, arrive)
+
+    def _make_guide(self, request: GenerateRequest, arrive: Callable[[Guide | BatonError], None]) -> None:
+        made: Guide | BatonError
+        try:
+            made = self._guides.make(request.sampling.grammar or "", request.output_ids)
+        except BatonError as error:
+            made = error
+        except Exception as error:  # a request must never be lost because a library has a bug
+            log.exception("grammar failed")
+            made = EngineFailure(f"worker {self._worker}: grammar: {error}")
+        self._inbox.put(partial(arrive, made))
+
+    def _arrive(
+        self, request: GenerateRequest, ticket: bytes | None, guide: Guide | BatonError | None, *, prefill_only: bool
+    ) -> None:
         if request.request_id in self._aborted:
             del self._aborted[request.request_id]
+            return
+        if isinstance(guide, BatonError):
+            self._outputs.append(RequestFailed(request.request_id, guide.code, str(guide), guide.retryable))
             return
         refusal = self._refusal(request)
         if refusal is not None:
@@ -321,6 +379,7 @@ class PagedEngine:
         self._arrivals += 1
         root = chain_root(self.info.fingerprint, request.salt)
         sequence = Sequence(request, prefill_only, self._arrivals, self.info.layout.block_size, root)
+        sequence.guide = guide
         if self._feed is not None:
             sequence.seeks_store = True
             self._feed.reused(sequence.hashes[: self._pool.match(sequence.reusable_hashes())])
@@ -350,7 +409,10 @@ class PagedEngine:
                 if len(self._aborted) > _REMEMBERED_ABORTS:
                     self._aborted.popitem(last=False)
         elif request_id in self._scheduler.fetching:
-            sequence.doomed = True
+            if sequence.transfer is not None and sequence.transfer.cancel():  # it had not begun
+                self._scheduler.drop_fetching(sequence)
+            else:
+                sequence.doomed = True
         else:
             self._scheduler.remove(sequence)
 
@@ -559,7 +621,7 @@ class PagedEngine:
             self._inbox.put(partial(self._end_fetch, sequence, 0, 0.0, Fetched(self._transport.name)))
             return
         targets = [sequence.blocks[i] for i in wanted]
-        self._fetchers.submit(self._fetch, sequence, handoff, list(wanted), targets)
+        sequence.transfer = self._fetchers.submit(self._fetch, sequence, handoff, list(wanted), targets)
 
     def _fetch(self, sequence: Sequence, handoff: KVHandoff, wanted: list[int], targets: list[int]) -> None:
         """On a transfer thread: move and verify the bytes, then tell the engine's thread."""
@@ -631,7 +693,7 @@ class PagedEngine:
     def _begin_load(self, sequence: Sequence) -> None:
         """Look for the uncached full blocks in the stores. The blocks belong to the reading thread until it is done."""
         span = slice(sequence.num_published, len(sequence.reusable_hashes()))
-        self._loaders.submit(self._load_blocks, sequence, sequence.hashes[span], sequence.blocks[span])
+        sequence.transfer = self._loaders.submit(self._load_blocks, sequence, sequence.hashes[span], sequence.blocks[span])
 
     def _prefetch_waiting(self) -> None:
         """A prompt that must wait for its turn uses the time: what the farther stores have of it comes nearer."""
@@ -693,3 +755,8 @@ class PagedEngine:
     def _require_memory(self) -> PoolMemory:
         assert self._memory is not None, "start() comes first"
         return self._memory
+
+
+def _may_guess(draw: Draw) -> bool:
+    """What is banned or allowed is known for the next token only."""
+    return not draw.banned_ids and draw.allowed is None

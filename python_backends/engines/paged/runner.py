@@ -7,8 +7,12 @@ and arithmetic and knows no queues. All calls come from the engine's one thread,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from python_backends.core.layout import KVLayout
 from python_backends.core.types import SamplingParams, TokenLogprob
@@ -23,6 +27,7 @@ class Draw:
     prompt_ids: Sequence[int]
     output_ids: Sequence[int]
     banned_ids: Sequence[int]  # must not be drawn now (stops before min_tokens)
+    allowed: npt.NDArray[np.bool_] | None = None  # [vocab_size]: what a grammar allows now; at least one token
 
 
 @dataclass(slots=True)
@@ -32,18 +37,43 @@ class Slice:
     token_ids: the tokens at positions start .. start + len - 1; the KV of positions < start is already in the blocks.
     block_table: the sequence's block numbers in prompt order, covering start + len tokens; KV is written there.
     draw: sample the next token from the last position's logits, or None in the middle of a prompt.
+    drafts: so many of the last token_ids are guesses of what will be drawn. `draw` is for the position of the first.
     """
 
     token_ids: Sequence[int]
     start: int
     block_table: Sequence[int]
     draw: Draw | None
+    drafts: int = 0
 
 
 @dataclass(slots=True)
 class Sampled:
+    """A token drawn; `following`: the next ones, as far as the drafts were what was drawn before each."""
+
     token_id: int
     logprob: TokenLogprob | None  # when sampling.logprobs is not None
+    following: tuple[Sampled, ...] = ()
+
+
+def draws_of(piece: Slice) -> list[Draw]:
+    """One for the token after the known ones, and one after each draft, as if those before it were right."""
+    first = piece.draw
+    if first is None:
+        return []
+    if not piece.drafts:
+        return [first]
+    drafts = list(piece.token_ids[-piece.drafts :])
+    return [replace(first, output_ids=[*first.output_ids, *drafts[:count]]) for count in range(piece.drafts + 1)]
+
+
+def accepted(piece: Slice, sampled: Sequence[Sampled]) -> Sampled:
+    """The first token drawn, with those after it as far as the drafts are what was drawn. `sampled` as draws_of."""
+    right = 0
+    while right < piece.drafts and sampled[right].token_id == piece.token_ids[right - piece.drafts]:
+        right += 1
+    first = sampled[0]
+    return Sampled(first.token_id, first.logprob, tuple(sampled[1 : right + 1]))
 
 
 class ModelRunner(Protocol):
@@ -53,6 +83,10 @@ class ModelRunner(Protocol):
     fingerprint: str
     max_positions: int  # tokens of context the model was made for
     eos_token_ids: tuple[int, ...]
+    vocab_size: int  # length of a row of logits
+
+    def tokenizer_path(self) -> Path:
+        """The model's tokenizer.json; asked for when the first grammar comes. Raises ConfigError when there is none."""
 
     def start(self) -> None:
         """Load weights. Raises ConfigError that says what is wrong with the model directory."""

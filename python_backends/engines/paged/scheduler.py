@@ -91,6 +91,14 @@ class Scheduler:
         prompts = sorted((s for s in self.running if s.num_uncomputed > 1), key=lambda s: s.order)
         return batch + _chunks(prompts, budget)
 
+    def room_ahead(self, sequence: Sequence, most: int) -> int:
+        """Tokens beyond the next one, at most so many, whose KV has room in the sequence's blocks. Takes blocks that nobody
+        else waits for."""
+        needed = -(-(sequence.num_computed + 1 + most) // self._block_size) - len(sequence.blocks)
+        if needed > 0 and not self.waiting and self._pool.can_allocate(needed + len(self.running)):
+            sequence.blocks += self._pool.allocate(needed)
+        return min(most, len(sequence.blocks) * self._block_size - sequence.num_computed - 1)
+
     def computed(self, sequence: Sequence, count: int) -> None:
         """The KV of the next `count` tokens is in the sequence's blocks; full blocks become findable."""
         given_now = min(sequence.num_computed + count, sequence.num_given - 1) - sequence.num_computed

@@ -9,11 +9,14 @@ Whoever advances `num_computed` (a step, a verified transfer, a prefix hit) has 
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from python_backends.core.block_hash import block_hash, block_hashes
 from python_backends.core.handoff import KVHandoff
 from python_backends.core.types import BlockHash, FinishReason, GenerateRequest, PrefixReport, RequestId
+from python_backends.engines.paged.guide import Guide
+from python_backends.engines.paged.speculation import Drafts
 from python_backends.kv.transfer.base import Fetched
 
 
@@ -30,6 +33,7 @@ class Sequence:
     refusal: str = "none"  # KVReport.digest
     seeks_store: bool = False  # there are stores that may have what is not cached here
     prefetching: bool = False  # its blocks are on their way from a farther store to a nearer one, or were
+    guide: Guide | None = None
 
     token_ids: list[int] = field(init=False)
     num_given: int = field(init=False)  # tokens that came with the request
@@ -37,7 +41,10 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     num_computed: int = 0
     num_published: int = 0
+    transfer: Future[None] | None = None  # that fetches the handed KV
     doomed: bool = False  # aborted while a transfer writes into its blocks: freed when the transfer ends
+
+    drafts: Drafts = field(default_factory=Drafts)
 
     started: float = 0.0  # monotonic, s: first step
     compute_ms: float = 0.0  # from then to the first token sampled here
@@ -67,6 +74,10 @@ class Sequence:
         return self.token_ids[len(self.request.prompt_ids) :]
 
     @property
+    def num_output(self) -> int:
+        return len(self.token_ids) - len(self.request.prompt_ids)
+
+    @property
     def order(self) -> tuple[int, int]:
         """Who is served first: priority, then arrival."""
         return (self.request.priority, self.arrival)
@@ -87,6 +98,8 @@ class Sequence:
 
     def append(self, token_id: int) -> None:
         self.token_ids.append(token_id)
+        if self.guide is not None:
+            self.guide.take(token_id)
         if len(self.token_ids) % self.block_size == 0:
             parent = self.hashes[-1] if self.hashes else self.root
             self.hashes.append(block_hash(parent, self.token_ids[-self.block_size :]))
@@ -94,13 +107,12 @@ class Sequence:
     def finish_reason(self, eos_token_ids: tuple[int, ...], max_context: int) -> FinishReason | None:
         """Of the token appended last."""
         sampling = self.request.sampling
-        num_output = len(self.token_ids) - len(self.request.prompt_ids)
         last = self.token_ids[-1]
-        if num_output > sampling.min_tokens and (
+        if self.num_output > sampling.min_tokens and (
             last in sampling.stop_token_ids or (last in eos_token_ids and not sampling.ignore_eos)
         ):
             return FinishReason.STOP
-        if num_output >= sampling.max_tokens or len(self.token_ids) >= max_context:
+        if self.num_output >= sampling.max_tokens or len(self.token_ids) >= max_context:
             return FinishReason.LENGTH
         return None
 

@@ -45,7 +45,7 @@ class Batch:
     """token_ids, positions, blocks, slots: int64 [tokens]; `slots` is the token's place in its block.
 
     new_blocks: int64, blocks whose first slot is written in this step.
-    last_tokens: int64, flat index of the last token of each slice that draws, in execution order.
+    last_tokens: int64, flat indices of the tokens that draw: the last of each slice with a draw, drafts included.
     groups: by attention window (None: unlimited), for each window that the model has.
     """
 
@@ -71,7 +71,8 @@ def prepare(
     positions = np.concatenate([_span(piece) for piece in slices])
     blocks = np.concatenate([_table(piece)[_span(piece) // layout.block_size] for piece in slices])
     slots = positions % layout.block_size
-    draws = np.array([piece.draw is not None for piece in slices])
+    ends = np.cumsum(lengths)
+    drawing = [np.arange(end - piece.drafts - 1, end) for piece, end in zip(slices, ends, strict=True) if piece.draw]
 
     def on_device(array: Ints) -> torch.Tensor:
         return torch.from_numpy(array).to(device)
@@ -82,7 +83,7 @@ def prepare(
         blocks=on_device(blocks),
         slots=on_device(slots),
         new_blocks=on_device(blocks[slots == 0]),
-        last_tokens=on_device((np.cumsum(lengths) - 1)[draws]),
+        last_tokens=on_device(np.concatenate([np.empty(0, np.int64), *drawing])),
         groups={window: _attention_groups(slices, window, layout, dtype, device) for window in set(windows)},
     )
 

@@ -22,7 +22,8 @@ def create(deployment: Deployment, worker: WorkerConfig, epoch: Epoch, key: byte
     torch.set_num_threads(threads)
     if worker.device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"workers: {worker.name}: device {worker.device!r}, but torch sees no GPU here; use device: cpu")
-    runner = TorchRunner(deployment.model, worker, deployment.engine.block_size, resolve_model(deployment.model.path))
+    engine, model_path = deployment.engine, resolve_model(deployment.model.path)
+    runner = TorchRunner(deployment.model, worker, engine.block_size, model_path, engine.kernels)
     return PagedEngine(deployment, worker, runner, epoch, key)
 
 

@@ -34,7 +34,10 @@ _Choice = tuple[torch.Tensor, torch.Tensor]  # highest logit and chosen token, b
 
 
 class Sampler:
-    """Stateless but for the vocabulary's size; one instance serves any device."""
+    """Stateless but for the vocabulary's size; one instance serves any device.
+
+    kernels/sampler.py has the three ways compiled for CPUs.
+    """
 
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
@@ -73,11 +76,25 @@ class Sampler:
                 in_order.append(row)
             else:
                 ranked.append(row)
-        ways = [(_argmax, greedy), (_draw_in_order, in_order), (self._draw_ranked, ranked)]
+        ways = [(self._argmax, greedy), (self._draw_in_order, in_order), (self._draw_ranked, ranked)]
         return [(choose, rows) for choose, rows in ways if rows]
 
     def _top_k(self, sampling: SamplingParams) -> int:
         return min(sampling.top_k or self._vocab_size, self._vocab_size)
+
+    def _argmax(self, scores: torch.Tensor, _draws: list[Draw]) -> _Choice:
+        """The lowest id among equals, as torch.max promises."""
+        peaks, tokens = scores.max(dim=1)
+        return peaks, tokens
+
+    def _draw_in_order(self, scores: torch.Tensor, draws: list[Draw]) -> _Choice:
+        peaks = scores.amax(dim=1, keepdim=True)
+        weights = _weights(scores, peaks, _column([draw.sampling.temperature for draw in draws], scores.device))
+        if any(draw.sampling.min_p for draw in draws):
+            weights.masked_fill_(weights < _column([draw.sampling.min_p for draw in draws], scores.device), 0)
+        cumulative = weights.cumsum_(dim=1)
+        target = uniforms(draws, scores.device) * cumulative[:, -1:]
+        return peaks[:, 0], torch.searchsorted(cumulative, target, right=True)[:, 0]
 
     def _draw_ranked(self, scores: torch.Tensor, draws: list[Draw]) -> _Choice:
         """Temperature, top_k, top_p over what top_k left, min_p, draw; only the leaders of each row are ordered."""
@@ -121,7 +138,7 @@ class _Filters:
         self.top_k = torch.tensor(top_k, device=device).unsqueeze(1)
         self.top_p = _column([draw.sampling.top_p for draw in draws], device)
         self.min_p = _column([draw.sampling.min_p for draw in draws], device)
-        self.uniform = _uniforms(draws, device)
+        self.uniform = uniforms(draws, device)
         self.mass = torch.zeros_like(self.top_p)
         unbounded = [i for i, k in enumerate(top_k) if k == self.vocab_size]
         if unbounded:
@@ -175,7 +192,7 @@ def _philox4x32(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tup
     return c0, c1, c2, c3
 
 
-def _uniforms(draws: list[Draw], device: torch.device) -> torch.Tensor:
+def uniforms(draws: list[Draw], device: torch.device) -> torch.Tensor:
     column = []
     for draw in draws:
         seed = draw.sampling.seed
@@ -191,22 +208,6 @@ def _column(values: list[float], device: torch.device) -> torch.Tensor:
 def _take(logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
     """`rows`, ascending, of logits: a copy, unless it is all of them."""
     return logits if len(rows) == len(logits) else logits[rows]
-
-
-def _argmax(scores: torch.Tensor, _draws: list[Draw]) -> _Choice:
-    """The lowest id among equals, as torch.max promises."""
-    peaks, tokens = scores.max(dim=1)
-    return peaks, tokens
-
-
-def _draw_in_order(scores: torch.Tensor, draws: list[Draw]) -> _Choice:
-    peaks = scores.amax(dim=1, keepdim=True)
-    weights = _weights(scores, peaks, _column([draw.sampling.temperature for draw in draws], scores.device))
-    if any(draw.sampling.min_p for draw in draws):
-        weights.masked_fill_(weights < _column([draw.sampling.min_p for draw in draws], scores.device), 0)
-    cumulative = weights.cumsum_(dim=1)
-    target = _uniforms(draws, scores.device) * cumulative[:, -1:]
-    return peaks[:, 0], torch.searchsorted(cumulative, target, right=True)[:, 0]
 
 
 def _weights(scores: torch.Tensor, peaks: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
@@ -244,7 +245,7 @@ _Part = tuple[int, npt.ArrayLike, npt.ArrayLike]  # row, token ids, one amount f
 
 
 def _edited(scores: torch.Tensor, draws: list[Draw]) -> torch.Tensor:
-    """Bias, penalties and bans applied, in this order, to a copy; `scores` itself when no row has any."""
+    """Bias, penalties, bans and grammars applied, in this order, to a copy; `scores` itself when no row has any."""
     edits: list[tuple[Callable[[torch.Tensor, torch.Tensor], torch.Tensor], list[_Part]]] = [
         (torch.add, [_bias(i, d) for i, d in enumerate(draws) if d.sampling.logit_bias]),
         (_repel, [_repetition(i, d) for i, d in enumerate(draws) if d.sampling.repetition_penalty != 1]),
@@ -258,6 +259,19 @@ def _edited(scores: torch.Tensor, draws: list[Draw]) -> torch.Tensor:
             result = scores.clone(memory_format=torch.contiguous_format) if result is scores else result
             flat = result.view(-1)
             flat[cells] = change(flat[cells], amounts)
+    return _guided(result, draws, is_copy=result is not scores)
+
+
+def _guided(scores: torch.Tensor, draws: list[Draw], *, is_copy: bool) -> torch.Tensor:
+    """-inf for what grammars forbid. Where nothing that is allowed was left, the grammar wins over bias and bans."""
+    rows = [i for i, draw in enumerate(draws) if draw.allowed is not None]
+    if not rows:
+        return scores
+    result = scores if is_copy else scores.clone(memory_format=torch.contiguous_format)
+    for row in rows:
+        allowed = torch.from_numpy(draws[row].allowed).to(scores.device)
+        guided = torch.where(allowed, result[row], -torch.inf)
+        result[row] = guided if bool(torch.isfinite(guided).any()) else torch.where(allowed, 0.0, -torch.inf)
     return result
 
 

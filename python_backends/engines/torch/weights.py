@@ -4,6 +4,8 @@ Files whose tensors have the wanted dtype are mapped as they are. Others are con
 first, into the cache directory; all workers then map the converted file.
 
     <cache>/prepared/<digest of the original file>-<dtype>.safetensors
+
+kernels/packing.py keeps weights in the order of its kernels beside them, made in the same way.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import fcntl
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,25 +33,69 @@ _READ_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
+class Shard:
+    """The header of one safetensors file, and the digest of all its bytes."""
+
+    path: Path
+    shapes: Mapping[str, tuple[int, ...]]
+    dtypes: frozenset[torch.dtype]
+    digest: str
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model's files, checked against its architecture but not yet read.
+
+    names: of the tensors to load. digest: 32 hex digits over the bytes of all files.
+    """
+
+    shards: Sequence[Shard]
+    names: frozenset[str]
+    digest: str
+
+    @property
+    def dtypes(self) -> frozenset[torch.dtype]:
+        return frozenset().union(*(shard.dtypes for shard in self.shards))
+
+    def read(self, name: str) -> torch.Tensor:
+        """As stored, viewing the mapped file."""
+        shard = next(shard for shard in self.shards if name in shard.shapes)
+        with safe_open(shard.path, framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(name)
+        return tensor
+
+
+def open_checkpoint(directory: Path, architecture: Architecture) -> Checkpoint:
+    """Raises ConfigError naming the file or tensor that is missing, foreign, damaged or of the wrong shape."""
+    shards = [_read_shard(path) for path in _shard_paths(directory)]
+    names = _check_tensors(directory, shards, architecture)
+    digest = xxhash.xxh3_128()
+    for shard in shards:
+        digest.update(shard.digest.encode())
+    return Checkpoint(shards, frozenset(names), digest.hexdigest())
+
+
+@dataclass(frozen=True)
 class Weights:
-    """tensors: by their names in the checkpoint, read-only. digest: 32 hex digits over the bytes of the original files."""
+    """tensors: by their names in the checkpoint, read-only. digest: as in Checkpoint."""
 
     tensors: Mapping[str, torch.Tensor]
     digest: str
 
 
 def load_weights(directory: Path, architecture: Architecture, dtype: torch.dtype, device: torch.device, cache: Path) -> Weights:
-    """Raises ConfigError naming the file or tensor that is missing, foreign, damaged or of the wrong shape."""
-    shards = [_read_shard(path) for path in _shard_paths(directory)]
-    names = _check_tensors(directory, shards, architecture)
+    """All tensors in one dtype: mapped (cpu) or copied to the device. Raises ConfigError as open_checkpoint does."""
+    checkpoint = open_checkpoint(directory, architecture)
+    return Weights(load_tensors(checkpoint, dtype, device, cache), checkpoint.digest)
+
+
+def load_tensors(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, cache: Path) -> dict[str, torch.Tensor]:
+    """By their names in the checkpoint, read-only: mapped (cpu) or copied to the device."""
     tensors: dict[str, torch.Tensor] = {}
-    digest = xxhash.xxh3_128()
-    for shard in shards:
-        shard_digest = _file_digest(shard.path)
-        digest.update(shard_digest.encode())
-        path = shard.path if shard.dtypes <= {dtype} else _prepared(shard, shard_digest, dtype, cache)
-        tensors.update(_map(path, names & shard.shapes.keys(), device))
-    return Weights(tensors, digest.hexdigest())
+    for shard in checkpoint.shards:
+        path = shard.path if shard.dtypes <= {dtype} else _converted(shard, dtype, cache)
+        tensors.update(_map(path, checkpoint.names & shard.shapes.keys(), device))
+    return tensors
 
 
 def expected_tensors(architecture: Architecture) -> dict[str, tuple[int, ...]]:
@@ -83,15 +129,6 @@ def expected_tensors(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-@dataclass(frozen=True)
-class _Shard:
-    """The header of one safetensors file."""
-
-    path: Path
-    shapes: Mapping[str, tuple[int, ...]]
-    dtypes: frozenset[torch.dtype]
-
-
 class _Index(msgspec.Struct):
     weight_map: dict[str, str]
 
@@ -110,7 +147,7 @@ def _shard_paths(directory: Path) -> list[Path]:
     return [directory / name for name in sorted(set(weight_map.values()))]
 
 
-def _read_shard(path: Path) -> _Shard:
+def _read_shard(path: Path) -> Shard:
     try:
         with safe_open(path, framework="pt") as file:
             headers = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
@@ -121,10 +158,10 @@ def _read_shard(path: Path) -> _Shard:
     for name, dtype in dtypes.items():
         if dtype not in _STORED_DTYPES:
             raise ConfigError(f"{path}: tensor {name} is {dtype}; supported are {', '.join(_STORED_DTYPES)}")
-    return _Shard(path, shapes, frozenset(_STORED_DTYPES[dtype] for dtype in dtypes.values()))
+    return Shard(path, shapes, frozenset(_STORED_DTYPES[dtype] for dtype in dtypes.values()), _file_digest(path))
 
 
-def _check_tensors(directory: Path, shards: Sequence[_Shard], architecture: Architecture) -> set[str]:
+def _check_tensors(directory: Path, shards: Sequence[Shard], architecture: Architecture) -> set[str]:
     """The names to load. Raises ConfigError when the files don't hold exactly the architecture's tensors."""
     expected = expected_tensors(architecture)
     found = {name: shape for shard in shards for name, shape in shard.shapes.items()}
@@ -152,7 +189,7 @@ def _file_digest(path: Path) -> str:
     return str(digest.hexdigest())
 
 
-def _map(path: Path, names: set[str], device: torch.device) -> dict[str, torch.Tensor]:
+def _map(path: Path, names: Set[str], device: torch.device) -> dict[str, torch.Tensor]:
     """Tensors that view the mapped file (cpu), or copies on the device."""
     try:
         with safe_open(path, framework="pt") as file:
@@ -161,30 +198,34 @@ def _map(path: Path, names: set[str], device: torch.device) -> dict[str, torch.T
         raise ConfigError(f"{path}: {error}; delete the file, it is made again") from error
 
 
-def _prepared(shard: _Shard, digest: str, dtype: torch.dtype, cache: Path) -> Path:
-    """The file converted to `dtype`; made now unless it is there."""
-    path = cache / "prepared" / f"{digest}-{str(dtype).removeprefix('torch.')}.safetensors"
+def prepared(path: Path, write: Callable[[Path], None]) -> Path:
+    """`path`, made by `write` (to the path it is given) unless another start or worker has made it."""
+    partial = path.with_suffix(".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(path.with_suffix(".lock")):
+        with exclusive(path.with_suffix(".lock")):
             if not path.exists():
-                _convert(shard, dtype, path)
+                write(partial)
+                with partial.open("rb") as written:
+                    os.fsync(written.fileno())
+                partial.rename(path)
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"{path}: {error}; make room for converted weights, or set model.dtype to the stored one") from error
     return path
 
 
-def _convert(shard: _Shard, dtype: torch.dtype, path: Path) -> None:
-    partial = path.with_suffix(".partial")
-    with safe_open(shard.path, framework="pt") as file:
-        save_file({name: file.get_tensor(name).to(dtype, copy=True) for name in shard.shapes}, partial)
-    with partial.open("rb") as written:
-        os.fsync(written.fileno())
-    partial.rename(path)
+def _converted(shard: Shard, dtype: torch.dtype, cache: Path) -> Path:
+    """The file in `dtype`."""
+
+    def write(partial: Path) -> None:
+        with safe_open(shard.path, framework="pt") as file:
+            save_file({name: file.get_tensor(name).to(dtype, copy=True) for name in shard.shapes}, partial)
+
+    return prepared(cache / "prepared" / f"{shard.digest}-{str(dtype).removeprefix('torch.')}.safetensors", write)
 
 
 @contextmanager
-def _lock(path: Path) -> Iterator[None]:
+def exclusive(path: Path) -> Iterator[None]:
     """Held by one process of this host at a time, and let go by the kernel when it dies."""
     deadline = time.monotonic() + _LOCK_TIMEOUT_S
     with path.open("w") as file:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from python_backends.core.errors import HandoffRefused, RefusalReason
-from python_backends.core.handoff import TICKET_VERSION, KVHandoff, seal, unseal
+from python_backends.core.handoff import ENGINE_TRANSPORT, TICKET_VERSION, KVHandoff, seal, unseal
 from python_backends.core.layout import KVLayout
 from python_backends.core.signing import Domain, sign
 from python_backends.core.types import Epoch, WorkerId
@@ -116,3 +116,20 @@ def test_ticket_does_not_grow_much_with_the_prompt() -> None:
     count = 512
     ticket = sealed(num_tokens=count * 4, blocks=[2**20] * count, generations=[2**20] * count, digests=[b"d" * 16] * count)
     assert len(ticket) < 40 * count + 500
+
+
+MOVED_BY_ENGINE: dict[str, Any] = {"transport": ENGINE_TRANSPORT, "blocks": [], "generations": [], "digests": []}
+
+
+def test_ticket_of_kv_that_the_engine_moves_lists_no_blocks() -> None:
+    handoff = msgspec.structs.replace(HANDOFF, **MOVED_BY_ENGINE)
+    assert unseal(seal(handoff, KEY), KEY, NOW) == handoff
+
+
+@pytest.mark.parametrize("fields", [{"blocks": [1]}, {"digests": [b"d"]}, {"num_tokens": 0}, {"num_tokens": -1}])
+def test_ticket_of_kv_that_the_engine_moves_is_checked_too(fields: dict[str, Any]) -> None:
+    assert refusal(sealed(**MOVED_BY_ENGINE | fields)) is RefusalReason.MALFORMED
+
+
+def test_blocks_may_be_missing_only_if_the_engine_moves_them() -> None:
+    assert refusal(sealed(**MOVED_BY_ENGINE | {"transport": "shm"})) is RefusalReason.MALFORMED

@@ -24,6 +24,11 @@ def test_block_bytes_are_the_bytes_of_the_shape(dtype: str, size: int) -> None:
     assert layout.block_bytes == int(np.prod(layout.block_shape)) * size
 
 
+def test_int8_keeps_a_scale_per_token_and_head() -> None:
+    layout = msgspec.structs.replace(SMOLLM2, dtype="int8")
+    assert layout.token_bytes == 30 * 2 * 3 * (64 + 4)
+
+
 @pytest.mark.parametrize(("tokens", "blocks"), [(0, 0), (1, 1), (15, 1), (16, 1), (17, 2), (160, 10)])
 def test_blocks_for_rounds_up(tokens: int, blocks: int) -> None:
     assert SMOLLM2.blocks_for(tokens) == blocks
@@ -45,6 +50,7 @@ def test_fingerprint_is_a_stable_name() -> None:
         {"dtype": "float16"},
         {"tp": 2},
         {"version": 2},
+        {"keys": "columns"},
     ],
 )
 def test_every_part_of_the_layout_changes_the_fingerprint(field: dict[str, Any]) -> None:
@@ -53,7 +59,7 @@ def test_every_part_of_the_layout_changes_the_fingerprint(field: dict[str, Any])
 
 
 def test_every_field_of_the_layout_is_tried_above() -> None:
-    assert len(KVLayout.__struct_fields__) == 7
+    assert len(KVLayout.__struct_fields__) == 8
 
 
 def test_config_and_weights_change_the_fingerprint() -> None:

@@ -97,7 +97,9 @@ def test_worker_messages_survive_the_channel(message: FromWorker) -> None:
     assert from_worker_decoder.decode(encode(message)) == message
 
 
-@pytest.mark.parametrize("message", [RouterHeartbeat("r"), Abort([RequestId("a")]), ReleaseLease(["l"]), Resync()])
+@pytest.mark.parametrize(
+    "message", [RouterHeartbeat("r", 1, "host", "place"), Abort([RequestId("a")]), ReleaseLease(["l"]), Resync()]
+)
 def test_router_messages_survive_the_channel(message: ToWorker) -> None:
     assert to_worker_decoder.decode(encode(message)) == message
 

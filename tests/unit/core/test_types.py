@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from python_backends.core.errors import InvalidRequest
-from python_backends.core.types import MAX_LOGPROBS, GenerateRequest, RequestId, SamplingParams
+from python_backends.core.types import MAX_GRAMMAR, MAX_LOGPROBS, GenerateRequest, RequestId, SamplingParams
 
 NAN, INF = float("nan"), float("inf")
 
@@ -26,6 +26,7 @@ ALLOWED: dict[str, list[Any]] = {
     "stop_token_ids": [(), (0, 5)],
     "ignore_eos": [True],
     "logprobs": [None, 0, MAX_LOGPROBS],
+    "grammar": [None, "start: /x/", "x" * MAX_GRAMMAR],
 }
 REFUSED: dict[str, list[Any]] = {
     "max_tokens": [0, -1],
@@ -42,6 +43,7 @@ REFUSED: dict[str, list[Any]] = {
     "stop": [("",), ("a", ""), ("a",) * 17],
     "stop_token_ids": [(-1,), (0, -5)],
     "logprobs": [-1, MAX_LOGPROBS + 1],
+    "grammar": ["x" * (MAX_GRAMMAR + 1)],
 }
 
 
@@ -64,6 +66,11 @@ def test_value_outside_the_bounds_is_refused_by_name(field: str, value: Any) -> 
 def test_every_field_is_tried_above() -> None:
     assert set(ALLOWED) == set(SamplingParams.__struct_fields__)
     assert set(REFUSED) == set(ALLOWED) - {"ignore_eos"}
+
+
+def test_a_grammar_has_an_end() -> None:
+    with pytest.raises(InvalidRequest, match="ignore_eos is True; it must be false together with a grammar"):
+        SamplingParams(grammar="start: /x/", ignore_eos=True).validated()
 
 
 def test_defaults_are_valid() -> None:

@@ -24,9 +24,12 @@ def heartbeat(
 ) -> Heartbeat:
     return Heartbeat(
         worker=WorkerId(name),
+        model=name,
+        server="",
         role=role,
         epoch=Epoch(epoch),
         pid=1,
+        host="here",
         load=WorkerLoad(),
         layout=LAYOUT,
         fingerprint=fingerprint,

@@ -1,0 +1,222 @@
+"""One worker's compiled model: its weights in panels, its threads, and each step's arrays."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from python_backends.core.errors import EngineFailure
+from python_backends.core.layout import KVLayout
+from python_backends.engines.paged.runner import Slice
+from python_backends.engines.torch.architecture import Architecture
+from python_backends.engines.torch.kernels.attention import SPAN, TILE_QUERIES, KVPool, head_bytes
+from python_backends.engines.torch.kernels.forward import (
+    OTHER_PHASES,
+    PHASES_PER_LAYER,
+    SHORT_QUERIES,
+    Decoder,
+    Step,
+    Workspace,
+    forward,
+    scratch_floats,
+)
+from python_backends.engines.torch.kernels.packing import load_decoder, padded
+from python_backends.engines.torch.kernels.team import control_memory
+from python_backends.engines.torch.kernels.tile import FLOAT16, FLOAT32, INT8
+from python_backends.engines.torch.kernels.vector import LANES
+from python_backends.engines.torch.rope import inverse_frequencies
+from python_backends.engines.torch.weights import Checkpoint
+from python_backends.kv.memory import PoolMemory
+
+Floats = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int64]
+
+_KV_FORMATS = {"float32": FLOAT32, "float16": FLOAT16, "int8": INT8}
+
+
+class CompiledExecutor:
+    """See runner.Executor. All calls come from one thread."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, architecture: Architecture, layout: KVLayout, precision: str, threads: int, cache: Path
+    ) -> None:
+        self._layout = layout
+        self._vocab_size = architecture.vocab_size
+        self._group = architecture.num_heads // architecture.num_kv_heads
+        self._frequencies: Floats = inverse_frequencies(architecture.rope, architecture.head_dim).numpy()
+        self._decoder, self._mapped_weights = load_decoder(checkpoint, architecture, precision, cache)
+        self._team = Team(threads)
+        self._buffers = _Buffers(self._decoder, threads)
+        self._pool: KVPool | None = None
+        self._memory: PoolMemory | None = None
+
+    def attach(self, memory: PoolMemory) -> None:
+        """Compute in this memory from now on. Loads the machine code, or compiles it at the first start of all."""
+        layout, kv_format = self._layout, _KV_FORMATS[self._layout.dtype]
+        self._memory = memory
+        self._pool = KVPool(
+            address=memory.blocks.ctypes.data,
+            block_bytes=layout.block_bytes,
+            block_size=layout.block_size,
+            head_bytes=head_bytes(kv_format, layout.block_size, layout.head_dim),
+            kv_heads=layout.num_kv_heads,
+            head_dim=layout.head_dim,
+            kv_format=kv_format,
+        )
+        self.forward([])
+
+    def forward(self, slices: Sequence[Slice]) -> torch.Tensor:
+        """Compute the slices and write their KV; logits of the tokens that draw, float32 [draws, vocab], valid until the
+        next call."""
+        assert self._pool is not None, "attach() comes first"
+        tables = [np.asarray(piece.block_table, np.int64) for piece in slices]  # kept alive during the step
+        step = self._step(slices, tables)
+        work = self._buffers.workspace(step, self._group)
+        threads, decoder, pool = self._team.threads, self._decoder, self._pool
+        self._team.run(lambda thread: forward(thread, threads, decoder, pool, step, work))
+        return torch.from_numpy(work.logits[: len(step.drawing), : self._vocab_size])
+
+    def export_blocks(self, blocks: Sequence[int]) -> None:
+        """The pool memory is where it computes."""
+
+    def import_blocks(self, blocks: Sequence[int]) -> None:
+        """The pool memory is where it computes."""
+
+    def close(self) -> None:
+        self._team.close()
+
+    def _step(self, slices: Sequence[Slice], tables: Sequence[Ints]) -> Step:
+        counts = np.array([len(piece.token_ids) for piece in slices], np.int64)
+        starts = np.array([piece.start for piece in slices], np.int64)
+        ends = np.cumsum(counts)
+        begins, total = ends - counts, int(counts.sum())
+        positions = np.arange(total) + np.repeat(starts - begins, counts)
+        angles = positions.astype(np.float32)[:, None] * self._frequencies
+        drawing = [np.arange(end - piece.drafts - 1, end) for piece, end in zip(slices, ends, strict=True) if piece.draw]
+        short = np.flatnonzero(counts * self._group <= SHORT_QUERIES)
+        spans_each = np.zeros(len(slices), np.int64)
+        spans_each[short] = -(-(starts + counts)[short] // SPAN)
+        first_span = np.cumsum(spans_each) - spans_each
+        of_slice = np.repeat(np.arange(len(slices)), spans_each)
+        tokens = np.fromiter(chain.from_iterable(piece.token_ids for piece in slices), np.int64, total)
+        if total and (tokens.min() < 0 or tokens.max() >= self._vocab_size):  # kernels would read beyond the embedding
+            raise EngineFailure(f"a token id is outside the model's vocabulary of {self._vocab_size}")
+        return Step(
+            tokens=tokens,
+            positions=positions,
+            slices=np.repeat(np.arange(len(slices)), counts),
+            cos=np.cos(angles),
+            sin=np.sin(angles),
+            tables=np.array([table.ctypes.data for table in tables], np.int64),
+            starts=starts,
+            begins=begins,
+            counts=counts,
+            short=short,
+            first_span=first_span,
+            spans=np.stack([of_slice, np.arange(len(of_slice)) - first_span[of_slice]], axis=1),
+            tiles=self._tiles(counts),
+            drawing=np.concatenate([np.empty(0, np.int64), *drawing]),
+        )
+
+    def _tiles(self, counts: Ints) -> Ints:
+        """[tiles, 3]: slice, first token, tokens, for slices of many queries."""
+        size = max(1, TILE_QUERIES // self._group)
+        tiles = [
+            (index, first, min(size, counts[index] - first))
+            for index in np.flatnonzero(counts * self._group > SHORT_QUERIES)
+            for first in range(0, counts[index], size)
+        ]
+        return np.array(tiles, np.int64).reshape(-1, 3)
+
+
+class Team:
+    """The worker's threads. The caller's is one of them; the others sleep between runs."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self._tasks: list[queue.SimpleQueue[Callable[[int], None] | None]] = [queue.SimpleQueue() for _ in range(1, threads)]
+        self._helpers = [
+            threading.Thread(target=self._help, args=(number, tasks), name=f"compute-{number}", daemon=True)
+            for number, tasks in enumerate(self._tasks, start=1)
+        ]
+        for helper in self._helpers:
+            helper.start()
+
+    def run(self, task: Callable[[int], None]) -> None:
+        """Call the task with 0 .. threads - 1. When it returns here all its work is done, though a thread may come late and
+        find that out."""
+        for tasks in self._tasks:
+            tasks.put(task)
+        task(0)
+
+    def close(self) -> None:
+        """Idempotent."""
+        for tasks in self._tasks:
+            tasks.put(None)
+        for helper in self._helpers:
+            helper.join(timeout=10)
+
+    @staticmethod
+    def _help(number: int, tasks: queue.SimpleQueue[Callable[[int], None] | None]) -> None:
+        while (task := tasks.get()) is not None:
+            if tasks.empty():  # else this one was long done without us
+                task(number)
+
+
+class _Buffers:
+    """What steps compute in: kept from step to step, made anew when a step is larger than any before."""
+
+    def __init__(self, decoder: Decoder, threads: int) -> None:
+        self._decoder = decoder
+        deepest = max(decoder.qkv.depth, decoder.attention_output.depth, decoder.down.depth)
+        self._phases = PHASES_PER_LAYER * decoder.num_layers + OTHER_PHASES
+        self._scratch = _aligned(threads, scratch_floats(decoder.head_dim, deepest))
+        self._by_token = (_aligned(0, LANES),) * 5
+        self._logits = self._partial = _aligned(0, LANES)
+
+    def workspace(self, step: Step, group: int) -> Workspace:
+        decoder = self._decoder
+        tokens, draws = len(step.tokens), len(step.drawing)
+        if tokens > len(self._by_token[0]) or draws > len(self._by_token[0]):
+            width = padded(decoder.hidden)
+            widths = (
+                width,
+                width,
+                decoder.qkv.panels * LANES,
+                decoder.heads * decoder.head_dim,
+                decoder.gate_up.panels * LANES // 2,
+            )
+            self._by_token = tuple(_aligned(tokens, columns) for columns in widths)  # type: ignore[assignment]
+        if draws > len(self._logits):
+            self._logits = _aligned(draws, decoder.output.panels * LANES)
+        rows = int(step.counts[step.short].max(initial=0)) * group * (decoder.head_dim + 2)
+        parts = len(step.spans) * decoder.kv_heads
+        if parts > self._partial.shape[0] or rows > self._partial.shape[1]:
+            self._partial = _aligned(max(parts, self._partial.shape[0]), max(rows, self._partial.shape[1]))
+        hidden, normed, qkv, attended, activated = self._by_token
+        return Workspace(
+            control=control_memory(self._phases),
+            hidden=hidden,
+            normed=normed,
+            qkv=qkv,
+            attended=attended,
+            activated=activated,
+            logits=self._logits,
+            partial=self._partial,
+            scratch=self._scratch,
+        )
+
+
+def _aligned(rows: int, columns: int) -> Floats:
+    """Zeros on cache lines. Rows are an odd number of lines apart: not all in the same sets of the first-level cache."""
+    stride = (-(-columns // LANES) | 1) * LANES
+    memory = np.zeros(rows * stride + LANES, np.float32)
+    offset = -memory.ctypes.data % 64 // 4
+    return memory[offset : offset + rows * stride].reshape(rows, stride)

@@ -1,0 +1,122 @@
+"""What front ends and the router say to each other through the door. msgspec tagged unions, like core/messages.py."""
+
+from __future__ import annotations
+
+import msgspec
+
+from python_backends.core.types import Role, WorkerId, WorkerLoad
+from router.journal import Record
+from router.types import ClientRequest, Piece
+
+AskId = int
+"""Numbered by the front end, per life of it."""
+
+# --- front end -> router ----------------------------------------------------------------------------------------------
+
+
+class Hello(msgspec.Struct, frozen=True, tag=True):
+    """I am here. Said first, then again and again; the answer is Welcome."""
+
+    pid: int
+
+
+class Ask(msgspec.Struct, frozen=True, tag=True):
+    """Serve this. stream: a piece as soon as there is text; otherwise one piece with everything."""
+
+    ask_id: AskId
+    request: ClientRequest
+    stream: bool
+
+
+class Drop(msgspec.Struct, frozen=True, tag=True):
+    """Nobody waits for these any more."""
+
+    ask_ids: list[AskId]
+
+
+class Watch(msgspec.Struct, frozen=True, tag=True):
+    """Somebody looks at the page: what is new? Said again and again; the answer is News.
+
+    after: the last `News.sequence` of this router; 0 at first.
+    """
+
+    after: int
+
+
+class Find(msgspec.Struct, frozen=True, tag=True):
+    """Tell me of these requests. The answer is Found. `what`: as in Journal.find."""
+
+    what: str
+
+
+ToRouter = Hello | Ask | Drop | Watch | Find
+
+# --- router -> front end ----------------------------------------------------------------------------------------------
+
+
+class Welcome(msgspec.Struct, frozen=True, tag=True):
+    """`router` is another name in every life of the router: asks of an earlier one are lost."""
+
+    router: str
+    pid: int
+    trouble: str  # why requests can't be served now; empty when they can
+
+
+class Answered(msgspec.Struct, frozen=True, array_like=True):
+    ask_id: AskId
+    piece: Piece
+
+
+class Failed(msgspec.Struct, frozen=True, array_like=True):
+    """error: name of a class in core/errors.py."""
+
+    ask_id: AskId
+    error: str
+    message: str
+
+
+class Answers(msgspec.Struct, frozen=True, tag=True):
+    """Everything that one turn of the router's loop has for this front end, in order per ask."""
+
+    answered: list[Answered]
+    failed: list[Failed]
+
+
+class WorkerNews(msgspec.Struct, frozen=True):
+    id: WorkerId
+    role: Role
+    up: bool
+    pid: int
+    epoch: str  # a number that JavaScript could not hold
+    silent_s: float  # since its last heartbeat
+    requests: int  # given to it by this router and not ended
+    load: WorkerLoad  # as it said itself
+    block_size: int  # tokens
+    block_bytes: int
+
+
+class News(msgspec.Struct, frozen=True, tag=True):
+    """How things stand at the router `router`, and the requests that ended since. There may be more: ask at once then."""
+
+    router: str
+    trouble: str
+    sequence: int  # of the last one of `ended`
+    more: bool
+    ended: list[Record]
+    live: list[Record]  # the oldest ones, when there are very many
+    requests: int  # in the house
+    queued_tokens: int
+    index_blocks: int
+    workers: list[WorkerNews]
+
+
+class Found(msgspec.Struct, frozen=True, tag=True):
+    what: str
+    records: list[Record]
+
+
+FromRouter = Welcome | Answers | News | Found
+
+to_router_decoder = msgspec.msgpack.Decoder(ToRouter)
+from_router_decoder = msgspec.msgpack.Decoder(FromRouter)
+encode = msgspec.msgpack.Encoder().encode

@@ -1,0 +1,56 @@
+"""Who restarts the router. The router watches over the workers; this front end watches over the router.
+
+Triton does not notice that a model's process has died. As for workers, unload and load bring a new one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import httpx2
+
+from router.door.client import DoorClient
+
+log = logging.getLogger(__name__)
+
+_LOOK_EVERY_S = 0.2
+_PATIENCE_S = 1.0  # without a router that was there before; then it is restarted
+_BACKOFF_S = 10.0  # between tries
+_TIMEOUT_S = 60.0  # for one load
+
+
+class RouterKeeper:
+    def __init__(self, triton: str) -> None:
+        """`triton`: HOST:PORT of its HTTP service, started with --model-control-mode=explicit."""
+        self._repository = f"http://{triton}/v2/repository/models/router"
+
+    @asynccontextmanager
+    async def watching(self, door: DoorClient) -> AsyncIterator[None]:
+        task = asyncio.create_task(self._watch(door))
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    async def _watch(self, door: DoorClient) -> None:
+        while door.router is None:  # while the server starts
+            await asyncio.sleep(_LOOK_EVERY_S)
+        while True:
+            await asyncio.sleep(_LOOK_EVERY_S)
+            if door.alone_s > _PATIENCE_S:
+                log.warning("the router is gone; restarting it")
+                await self._restart()
+                await asyncio.sleep(_BACKOFF_S if door.router is None else 0.0)
+
+    async def _restart(self) -> None:
+        try:
+            async with httpx2.AsyncClient(timeout=_TIMEOUT_S) as client:
+                for action in ("unload", "load"):
+                    answer = await client.post(f"{self._repository}/{action}")
+                    answer.raise_for_status()
+        except httpx2.HTTPError as error:
+            log.error("the router could not be restarted: %s", error)

@@ -1,0 +1,90 @@
+"""Triton servers of other hosts, over gRPC: work handed to their workers, and their models loaded anew."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grpc  # type: ignore[import-untyped]
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+from python_backends.core.config import ClusterConfig
+from python_backends.core.errors import ConfigError, Unavailable
+from python_backends.core.tensors import ACCEPTED, WORK
+from router.seams import Destination
+
+HOW_TO_RESTART = "restarts need tritonserver --model-control-mode=explicit --load-model=* (scripts/serve does that)"
+
+_SUBMIT_TIMEOUT_S = 5.0
+_RESTART_TIMEOUT_S = 300.0  # for one load: weights may be large
+_OPTIONS = (
+    ("grpc.max_send_message_length", -1),
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+)
+
+
+class RemoteServers:
+    """One connection to each; any number of threads may use it."""
+
+    def __init__(self, cluster: ClusterConfig) -> None:
+        """Raises ConfigError when a certificate can't be read."""
+        self._credentials = _credentials(cluster)
+        self._stubs: dict[str, Any] = {}
+        self._lock = threading.Lock()
+
+    def submit(self, worker: Destination, sealed: bytes, failed: Callable[[str], None]) -> None:
+        """Hand over signed work; returns at once."""
+        request = service_pb2.ModelInferRequest(model_name=worker.model, raw_input_contents=[sealed])
+        request.inputs.add(name=WORK.name, datatype="UINT8", shape=[len(sealed)])
+        request.outputs.add(name=ACCEPTED.name)
+        call = self._stub(worker.server).ModelInfer.future(request, timeout=_SUBMIT_TIMEOUT_S)
+
+        def done(call: Any) -> None:
+            error = call.exception()
+            if error is not None:
+                failed(f"worker {worker.worker} did not take the request: {_words(error)}")
+
+        call.add_done_callback(done)
+
+    def restart(self, worker: Destination) -> None:
+        """Blocks until the model is up. Raises Unavailable."""
+        stub = self._stub(worker.server)
+        try:
+            unload = service_pb2.RepositoryModelUnloadRequest(model_name=worker.model)
+            stub.RepositoryModelUnload(unload, timeout=_RESTART_TIMEOUT_S)
+            stub.RepositoryModelLoad(
+                service_pb2.RepositoryModelLoadRequest(model_name=worker.model), timeout=_RESTART_TIMEOUT_S
+            )
+        except grpc.RpcError as error:
+            raise Unavailable(f"{worker.server}: {_words(error)}; {HOW_TO_RESTART}") from error
+
+    def _stub(self, server: str) -> Any:
+        with self._lock:
+            stub = self._stubs.get(server)
+            if stub is None:
+                stub = self._stubs[server] = service_pb2_grpc.GRPCInferenceServiceStub(self._connect(server))
+        return stub
+
+    def _connect(self, server: str) -> Any:
+        if self._credentials is None:
+            return grpc.insecure_channel(server, options=_OPTIONS)
+        return grpc.secure_channel(server, self._credentials, options=_OPTIONS)
+
+
+def _words(error: Any) -> str:
+    return str(error.details()) if isinstance(error, grpc.RpcError) and hasattr(error, "details") else str(error)
+
+
+def _credentials(cluster: ClusterConfig) -> Any:
+    """None without TLS."""
+    if not cluster.tls_ca:
+        return None
+    try:
+        authority = Path(cluster.tls_ca).read_bytes()
+        certificate, key = (Path(path).read_bytes() if path else None for path in (cluster.tls_certificate, cluster.tls_key))
+    except OSError as error:
+        raise ConfigError(f"cluster.tls_*: {error.filename}: {error.strerror}") from error
+    return grpc.ssl_channel_credentials(authority, key, certificate)

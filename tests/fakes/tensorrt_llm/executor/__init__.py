@@ -1,0 +1,1 @@
+"""As in tensorrt_llm.executor: errors and results."""

@@ -1,0 +1,1 @@
+"""As in tensorrt_llm.llmapi: the reader of YAML files."""
