@@ -50,7 +50,7 @@ class EngineBench:
         with self._news:
             assert self._news.wait_for(ready, timeout_s), "the engine did not deliver in time"
 
-    def wait_load(self, ready: Callable[[], bool], timeout_s: float = 5.0) -> None:
+    def wait_load(self, ready: Callable[[], bool], timeout_s: float = TIMEOUT_S) -> None:
         """For conditions that no output announces."""
         end = time.monotonic() + timeout_s
         while not ready():

@@ -89,7 +89,7 @@ def test_a_taken_port(fake_config: Path) -> None:
         done = _doctor("--config", fake_config, "--no-measuring", "--ports", port)
     assert done.returncode == 1
     assert f"port {port}: Address already in use" in " ".join(done.stdout.split())
-    assert "--http-port" in done.stdout
+    assert "--openai-port" in done.stdout
     assert "1 broken" in done.stdout
 
 
