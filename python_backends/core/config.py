@@ -123,8 +123,9 @@ class TransferConfig(Section, frozen=True):
     listen: Annotated[
         str,
         Meta(
-            description="tcp, nixl: address of this host that others reach it by; 0.0.0.0 is every interface, told to others "
-            "by the host's name. Empty: 127.0.0.1, and with auto none, so that all is shm."
+            description="tcp, nixl: address to listen at for other hosts; 0.0.0.0 is every interface, which others are told "
+            "of as `cluster.advertise` or the address of this host's name. Empty: `cluster.listen`; where that is empty, too, "
+            "127.0.0.1, and with auto none."
         ),
     ] = ""
     ports: Annotated[

@@ -213,8 +213,9 @@ def test_a_waiting_prompt_is_prefetched(make: Make, server: RedisServer) -> None
     expected, _ = first.decode(make_request("a", PROMPT))
     written(first, 4, "remote")
     second = make(Role.AGGREGATED, remote(server, node_mib=8), kv_pool_mib=1)
-    hog = tokens_of(9, second.engine.info.max_context - 60)  # takes nearly all of the pool
-    second.engine.decode(make_request("hog", hog, max_tokens=40), None)
+    for turn in range(4):  # each takes nearly all of the pool
+        hog = tokens_of(9 + turn, second.engine.info.max_context - 60)
+        second.engine.decode(make_request(f"hog{turn}", hog, max_tokens=40), None)
     second.wait_load(lambda: second.engine.load().running_requests == 1)
     second.engine.decode(make_request("b", PROMPT), None)
     second.wait_load(lambda: tiers(second)["node"].count(_hashes(second, PROMPT), time.monotonic() + 1) == 4)

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from python_backends.core.config import RemoteStoreConfig, RouterConfig, StoreConfig
-from python_backends.core.paths import run_base
 from python_backends.core.types import SamplingParams, WorkerId
 from router.types import Way, Wish
 from tests.flow.house import GREEDY, TIMEOUT_S, FlowHouse, ask_all, deployment, eventually, fake_engine, prompt, reference
@@ -123,14 +122,13 @@ def test_many_prompts_through_a_small_store_keep_their_text() -> None:
 
 
 def test_nothing_is_left_of_the_node_store() -> None:
-    def places() -> set[Path]:
-        return set(run_base().glob("node-*"))
-
-    before = places()
     with house(processes=False, prefill=1, decode=1) as flow:
         flow.ask(prompt(200))
-        assert len(places() - before) == 1
-    assert places() <= before
+        worker = flow.service.house.fleet.get(WorkerId("decode_0"))
+        assert worker is not None
+        place = Path(worker.heartbeat.node_place)
+        assert len(list(place.iterdir())) == 3  # two workers, and the router that keeps it alive
+    assert not place.exists()
 
 
 # --- the remote store ---------------------------------------------------------------------------------------------------

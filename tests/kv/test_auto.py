@@ -9,10 +9,11 @@ import msgspec
 import numpy as np
 import pytest
 
-from python_backends.core.config import TransferConfig
+from python_backends.core.config import ClusterConfig, PoolConfig, TransferConfig
 from python_backends.core.errors import HandoffRefused, RefusalReason
 from python_backends.core.handoff import KVHandoff
-from python_backends.kv.memory import PoolView
+from python_backends.core.types import Epoch, Role
+from python_backends.kv.memory import PoolMemory, PoolView
 from python_backends.kv.transfer import create_transport
 from python_backends.kv.transfer.auto import AutoTransport, Ways
 from python_backends.kv.transfer.base import CheckedTransport, Fetched
@@ -135,6 +136,38 @@ def test_it_is_made_of_what_the_host_has(
     assert isinstance(transport, AutoTransport)
     assert tuple(type(part) for part in transport._parts) == kinds
     transport.close()
+
+
+@pytest.mark.parametrize(
+    ("listen", "cluster", "told"),
+    [
+        ("", ClusterConfig(listen="127.0.0.1"), "127.0.0.1"),
+        ("", ClusterConfig(listen="0.0.0.0", advertise="kv.example"), "kv.example"),
+        ("0.0.0.0", ClusterConfig(listen="127.0.0.1", advertise="kv.example"), "kv.example"),
+        ("127.0.0.1", ClusterConfig(listen="0.0.0.0", advertise="kv.example"), "127.0.0.1"),
+        ("", ClusterConfig(pools=(PoolConfig(hosts=("kv.example",)),)), ""),
+        ("", ClusterConfig(registry="redis://kv.example"), ""),
+    ],
+)
+def test_servers_of_a_cluster_reach_each_other(listen: str, cluster: ClusterConfig, told: str) -> None:
+    """A server that listens for routers hands KV out there; one that only uses others' workers fetches from them."""
+    here = create_transport(TransferConfig(listen=listen), KEY, cluster)
+    memory = PoolMemory(4, 4096, Epoch(1))
+    here.attach(memory, Role.AGGREGATED)
+    address = msgspec.msgpack.decode(here.publish(memory, [1], "lease").opaque, type=Ways).address
+    assert address.rpartition(":")[0] == told
+    here.release("lease")
+    here.close()
+    memory.close()
+
+
+def test_who_does_not_listen_fetches_from_who_does(made: list[Rig]) -> None:
+    source = make(made, Elsewhere(ShmTransport(), tcp(), None, ()))
+    handoff = source.publish([3, 4])
+    reader = AutoTransport(ShmTransport(), TcpTransport(None, KEY, None, 2), None, ())
+    how = reader.fetch(handoff, range(2), source.target, range(2), soon())
+    assert how == Fetched("tcp", "another host; no other fabric in common")
+    reader.close()
 
 
 def test_tickets_stay_small(made: list[Rig]) -> None:

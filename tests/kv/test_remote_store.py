@@ -440,7 +440,7 @@ def test_a_stopped_server_is_a_miss_in_time_and_then_costs_none(
     for _ in range(50):
         assert read_all(store, pool, names, seconds=deadline_s) == 0
         put(store, pool, hashes(5, 1))
-    assert time.monotonic() - began < 0.3, "a server known to hang was waited for"
+    assert time.monotonic() - began < 25 * deadline_s, "a server known to hang was waited for"
     server.signal(signal.SIGCONT)
     time.sleep(1.2)
     assert read_all(store, pool, names) == 50

@@ -56,6 +56,7 @@ def connect(address: tuple[str, int], key: bytes = KEY, tls: TlsContexts | None 
 
 def server_of(rig: Rig) -> TransferServer:
     assert isinstance(rig.transport, TcpTransport)
+    assert rig.transport._server is not None
     return rig.transport._server
 
 
@@ -459,6 +460,7 @@ def test_ports_of_a_range_are_taken_in_order_until_there_is_none() -> None:
             create_transport(TransferConfig(transport="tcp", ports=str(port)), KEY)
         transport = create_transport(TransferConfig(transport="tcp", ports=f"{port}-{port + 20}"), KEY)
         assert isinstance(transport, TcpTransport)
+        assert transport._server is not None
         assert port < int(transport._server.address.rpartition(":")[2]) <= port + 20
         transport.close()
 

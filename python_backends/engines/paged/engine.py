@@ -78,7 +78,7 @@ class PagedEngine:
         self._runner = runner
         self._epoch = epoch
         self._key = key
-        self._transport = create_transport(deployment.transfer, key)
+        self._transport = create_transport(deployment.transfer, key, deployment.cluster)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._outputs: list[Output] = []
         self._aborted: OrderedDict[RequestId, None] = OrderedDict()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from python_backends.core.config import TransferConfig
+from python_backends.core.config import ClusterConfig, TransferConfig
 from python_backends.core.errors import ConfigError
+from python_backends.core.place import WILDCARDS, own_address
 from python_backends.kv.transfer.auto import AutoTransport
 from python_backends.kv.transfer.base import CheckedTransport, KVTransport
 from python_backends.kv.transfer.faulty import FaultyTransport
@@ -17,27 +18,33 @@ from python_backends.kv.transfer.tcp import TcpTransport
 _LOOPBACK = "127.0.0.1"
 
 
-def create_transport(config: TransferConfig, key: bytes) -> KVTransport:
+_NO_CLUSTER = ClusterConfig()
+
+
+def create_transport(config: TransferConfig, key: bytes, cluster: ClusterConfig = _NO_CLUSTER) -> KVTransport:
     """The transport that the deployment names, with its faults if it asks for any. `key` is the deployment's.
 
-    Raises ConfigError.
+    `cluster`: where workers are reached from other hosts, unless `config` says otherwise. Raises ConfigError.
     """
     total = sum(config.faults.values())
     if total > 1:
         raise ConfigError(f"transfer.faults: the shares add up to {total:g}; one transfer has one fault, so at most 1")
-    transport = _create(config, key)
+    transport = _create(config, key, cluster)
     return FaultyTransport(transport, config.faults) if config.faults else transport
 
 
-def _create(config: TransferConfig, key: bytes) -> CheckedTransport:
+def _create(config: TransferConfig, key: bytes, cluster: ClusterConfig) -> CheckedTransport:
     if config.transport == "inline":
         return InlineTransport()
     if config.transport == "shm":
         return ShmTransport()
-    if config.transport == "auto" and not config.listen:
+    listens = bool(config.listen or cluster.listen)
+    if config.transport == "auto" and not (listens or cluster.pools or cluster.registry):
         return AutoTransport(ShmTransport(), None, None, ())
     tls = _tls(config)
-    server = _server(config, key, tls)
+    if config.transport == "auto" and not listens:  # fetches from other hosts, and hands over to none
+        return AutoTransport(ShmTransport(), TcpTransport(None, key, tls, config.streams), None, ())
+    server = _server(config, key, tls, cluster)
     if config.transport == "nixl":
         return NixlTransport(server, key, tls)
     tcp = TcpTransport(server, key, tls, config.streams)
@@ -48,8 +55,11 @@ def _create(config: TransferConfig, key: bytes) -> CheckedTransport:
     return AutoTransport(ShmTransport(), tcp, nixl, devices)
 
 
-def _server(config: TransferConfig, key: bytes, tls: TlsContexts | None) -> TransferServer:
-    return TransferServer(config.listen or _LOOPBACK, _ports(config.ports), key, tls, config.timeout_s)
+def _server(config: TransferConfig, key: bytes, tls: TlsContexts | None, cluster: ClusterConfig) -> TransferServer:
+    listen = config.listen or cluster.listen or _LOOPBACK
+    of_cluster = listen in WILDCARDS or (cluster.listen and not config.listen)
+    told = own_address(listen, cluster.advertise) if of_cluster else listen
+    return TransferServer("0.0.0.0" if listen == "*" else listen, _ports(config.ports), key, tls, config.timeout_s, told)
 
 
 def _ports(text: str) -> range:

@@ -109,8 +109,13 @@ class _UnderWay:
 class TransferServer:
     """Listens from construction to `close`. Publishing and releasing is the engine's thread's."""
 
-    def __init__(self, host: str, ports: Sequence[int], key: bytes, tls: TlsContexts | None, timeout_s: float) -> None:
-        """Takes the first free one of `ports`; none given: any. `timeout_s`: for one request. Raises ConfigError."""
+    def __init__(
+        self, host: str, ports: Sequence[int], key: bytes, tls: TlsContexts | None, timeout_s: float, told: str = ""
+    ) -> None:
+        """Listens at `host`, the first free one of `ports`; none given: any. `timeout_s`: for one request.
+
+        `told`: the host that others are told; empty: the same. Raises ConfigError.
+        """
         self._key = key
         self._tls = tls
         self._timeout_s = timeout_s
@@ -120,7 +125,7 @@ class TransferServer:
         self._closed = threading.Event()
         self.pusher: Pusher | None = None  # where there is NIXL
         self._listener = _listen(host, ports)
-        self.address = f"{_reachable(host)}:{self._listener.getsockname()[1]}"
+        self.address = f"{_bracketed(told or host)}:{self._listener.getsockname()[1]}"
         self._thread = threading.Thread(target=self._run, name="transfer-server", daemon=True)
         self._thread.start()
 
@@ -294,8 +299,5 @@ def _listen(host: str, ports: Sequence[int]) -> socket.socket:
     raise ConfigError(f"transfer.listen: {where}: {problem}; give an address of this host, or more ports in transfer.ports")
 
 
-def _reachable(host: str) -> str:
-    """The address that other hosts are told."""
-    if host in ("0.0.0.0", "::", ""):
-        host = socket.gethostbyname(socket.gethostname())
+def _bracketed(host: str) -> str:
     return f"[{host}]" if ":" in host else host

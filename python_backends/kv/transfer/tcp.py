@@ -94,8 +94,11 @@ class Sessions:
 
 
 class TcpTransport(CheckedTransport):
-    def __init__(self, server: TransferServer, key: bytes, tls: TlsContexts | None, streams: int) -> None:
-        """`server`: of this worker; it is closed with the transport. `streams`: connections per handoff, at most."""
+    def __init__(self, server: TransferServer | None, key: bytes, tls: TlsContexts | None, streams: int) -> None:
+        """`server`: of this worker; it is closed with the transport. None: it only fetches, and tells no locator.
+
+        `streams`: connections per handoff, at most.
+        """
         self.name = "tcp"
         self._server = server
         self._key = key
@@ -105,12 +108,15 @@ class TcpTransport(CheckedTransport):
 
     def publish(self, memory: PoolMemory, blocks: Sequence[int], lease_id: str) -> Published:
         """See KVTransport.publish."""
+        if self._server is None:
+            return Published()
         self._server.publish(memory, blocks, lease_id)
         return Published(locator=self._server.address)
 
     def release(self, lease_id: str) -> None:
         """See KVTransport.release."""
-        self._server.release(lease_id)
+        if self._server is not None:
+            self._server.release(lease_id)
 
     def copy(
         self,
@@ -143,7 +149,8 @@ class TcpTransport(CheckedTransport):
     def close(self) -> None:
         self._sessions.close()
         self._threads.shutdown(wait=True, cancel_futures=True)
-        self._server.close()
+        if self._server is not None:
+            self._server.close()
 
     def _receive(self, share: _Share, deadline: float) -> None:
         """Bring one share, over as many connections as it takes. Raises HandoffRefused."""
