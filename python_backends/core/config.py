@@ -284,7 +284,13 @@ class ClusterConfig(Section, frozen=True):
     registry: Annotated[
         str, Meta(description="URL of a Redis where workers register and routers find them, such as redis://cache:6379.")
     ] = ""
-    tls_ca: Annotated[str, Meta(description="Certificate authority of the servers' gRPC (PEM). Empty: no TLS.")] = ""
+    registry_password_file: Annotated[
+        str, Meta(description="File with its password; the user is named in the URL, as redis://USER@cache:6379. Empty: none.")
+    ] = ""
+    tls_ca: Annotated[
+        str,
+        Meta(description="Certificate authority of the servers' gRPC and a rediss:// registry (PEM). Empty: no TLS for gRPC."),
+    ] = ""
     tls_certificate: Annotated[str, Meta(description="The router's own certificate, for servers that ask for one (PEM).")] = ""
     tls_key: Annotated[str, Meta(description="Its key (PEM).")] = ""
 

@@ -15,6 +15,7 @@ class Domain(bytes, Enum):
     NODE_STORE = b"baton-node-store\0"
     TRANSFER_CLIENT = b"baton-transfer-client\0"
     TRANSFER_SERVER = b"baton-transfer-server\0"
+    REGISTRATION = b"baton-registration\0"
 
 
 def sign(domain: Domain, body: bytes, key: bytes) -> bytes:

@@ -38,6 +38,7 @@ from python_backends.core.place import place_of
 from python_backends.core.types import BlockHash, Epoch, RequestId, Role
 from python_backends.engines.base import CacheChange, Lender, StoreReader, create_engine
 from python_backends.worker.channel import WorkerChannel
+from python_backends.worker.registration import Registration
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +62,8 @@ class Worker:
         self._key = key
         self._epoch = new_epoch()
         self._engine = create_engine(deployment, config, self._epoch, key)
+        cluster = deployment.cluster
+        self._registration = Registration(cluster, self._place.channel, key) if cluster.registry and cluster.listen else None
         self._reader = self._engine if isinstance(self._engine, StoreReader) else None
         self._sequence = 0
         self._live: dict[str, set[RequestId]] = defaultdict(set)  # by router
@@ -82,6 +85,8 @@ class Worker:
         """
         self._engine.start(self._deliver)
         self._channel.start()
+        if self._registration is not None:
+            self._registration.start()
         if not self._channel.wait_for_router(_ROUTER_WAIT_S):
             log.warning("worker %s: no router has answered yet; going on without", self._config.name)
 
@@ -105,6 +110,8 @@ class Worker:
 
     def close(self) -> None:
         """Engine first, so that its last words still reach the router. Idempotent."""
+        if self._registration is not None:
+            self._registration.close()
         self._engine.close()
         self._channel.send(Leaving(self._place.worker, self._epoch))
         self._channel.close()
