@@ -239,3 +239,22 @@ def test_closing_does_not_wait_long_for_a_tier_that_hangs(pool: Pool) -> None:
     stores.close()
     assert time.monotonic() - began < 4
     tier.gate.set()
+
+
+class TierWithABug(DictTier):
+    """Its first write fails in a way that nobody foresaw."""
+
+    def write(self, offers: Sequence[Offer], memory: PoolMemory) -> None:
+        self.touched += [offer.hash for offer in offers]
+        if self.touched == [offer.hash for offer in offers]:
+            raise ZeroDivisionError
+        super().write(offers, memory)
+
+
+def test_a_tier_with_a_bug_loses_one_batch_and_not_the_rest(make: Make, pool: Pool) -> None:
+    tier, names = TierWithABug("near"), hashes(10)
+    stores = make(tier)
+    stores.offer(pool.offer(names[:5]))
+    assert eventually(lambda: tier.touched)
+    stores.offer(pool.offer(names[5:]))
+    assert eventually(lambda: set(tier.blocks) >= set(names[5:]))

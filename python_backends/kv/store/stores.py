@@ -7,6 +7,7 @@ the stores, a slow tier delays nobody, and what comes too late is simply not sto
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import OrderedDict
@@ -22,6 +23,8 @@ from python_backends.kv.store.base import Offer, StoreTier
 from python_backends.kv.store.node import NodeStore
 from python_backends.kv.store.pace import Pace
 from python_backends.kv.transfer.base import block_digest
+
+log = logging.getLogger(__name__)
 
 _BATCH = 64  # blocks handed to a tier at once
 _PREFETCH_BYTES = 16 << 20  # read at once
@@ -200,7 +203,10 @@ class _Writer:
                 over = self._ends_at is not None and (not offers or time.monotonic() > self._ends_at)
             if over:
                 return
-            if touched:
-                self._tier.touch(touched)
-            if offers:
-                self._tier.write(offers, self._memory)
+            try:
+                if touched:
+                    self._tier.touch(touched)
+                if offers:
+                    self._tier.write(offers, self._memory)
+            except Exception:  # a tier with a bug costs these blocks, not all that follow
+                log.exception("writing to the %s store failed", self._tier.name)
