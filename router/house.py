@@ -131,9 +131,9 @@ class House:
         stored = matched + size * await self._locate(worker.id, hashes)
         if stored == matched:
             return None
-        # The other workers of this model have the same stores, and can use the blocks if they have those before them.
-        sharing = [w for w in self.fleet.up() if w.heartbeat.stores and w.heartbeat.fingerprint == fingerprint]
-        able = {w.id: stored for w in sharing if query.matched.get(w.id, 0) >= matched}
+        # Others with the same stores can use the blocks, too, if they have those before them.
+        sharing = [other for other in self.fleet.up() if _has_stores_of(worker.heartbeat, other.heartbeat)]
+        able = {other.id: stored for other in sharing if query.matched.get(other.id, 0) >= matched}
         return choose(replace(query, stored=able), self.fleet.up())
 
     async def _locate(self, worker: WorkerId, hashes: list[BlockHash]) -> int:
@@ -218,6 +218,12 @@ class House:
         self.index.forget(worker)
         self._orphans.setdefault(worker, set()).update(self.mailroom.lose(worker, why))
         return was_up
+
+
+def _has_stores_of(one: Heartbeat, other: Heartbeat) -> bool:
+    """Whether what `one` finds in its stores is there for the other, too: a node store is of its host alone."""
+    same_model = other.fingerprint == one.fingerprint and set(one.stores) <= set(other.stores)
+    return same_model and (not one.node_place or (one.host, one.node_place) == (other.host, other.node_place))
 
 
 def _num_bytes(request: ClientRequest) -> int:

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import msgspec
 
 from python_backends.core.errors import HandoffRefused, RefusalReason
 from python_backends.core.handoff import KVHandoff
+from python_backends.core.host import host_id
 from python_backends.core.types import Role
 from python_backends.kv.memory import PoolMemory
 from python_backends.kv.transfer.base import Arrived, CheckedTransport, Fetched, Published, check_time, failed
@@ -25,15 +25,10 @@ from python_backends.kv.transfer.base import Arrived, CheckedTransport, Fetched,
 class Ways(msgspec.Struct, frozen=True, array_like=True):
     """What a ticket says besides the shared memory's locator."""
 
-    host: str
+    host: str  # core.host.host_id: processes of equal ones find each other's memory
     process: int
     address: str  # of the source's TransferServer; empty: it has none
     devices: list[str]  # RDMA devices that its NIXL can use
-
-
-def this_host() -> str:
-    """Equal for processes that can find each other's shared memory: one kernel, one PID namespace."""
-    return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}/{os.readlink('/proc/self/ns/pid')}"
 
 
 class AutoTransport(CheckedTransport):
@@ -46,7 +41,7 @@ class AutoTransport(CheckedTransport):
         self._tcp = tcp
         self._nixl = nixl
         self._devices = list(devices) if nixl is not None else []
-        self._host = this_host()
+        self._host = host_id()
 
     @property
     def _parts(self) -> list[CheckedTransport]:
