@@ -296,9 +296,10 @@ def test_evict_stores_what_leaves_the_pool(make: Make) -> None:
     expected, _ = one.decode(make_request("a", PROMPT))
     time.sleep(0.1)
     assert tiers(one)["node"].counts().written == 0, "stored although the pool has room"
-    for i in range(6):
-        one.decode(make_request(f"f{i}", tokens_of(10 + i, 300)))
-    one.wait_load(lambda: tiers(one)["node"].counts().written > 20)
+    for i in range(16):
+        one.decode(make_request(f"f{i}", tokens_of(10 + i, 100)))
+        time.sleep(0.02)  # what is near eviction is written before the next prompt takes its place
+    one.wait_load(lambda: tiers(one)["node"].count(_hashes(one, PROMPT), time.monotonic() + 1) == 4)
     tokens, report = two.decode(make_request("b", PROMPT))
     assert tokens == expected
     assert report.prefix.node_tokens == 64
