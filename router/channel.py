@@ -13,12 +13,12 @@ import time
 from collections.abc import Iterable
 from typing import Protocol
 
-import msgspec
 import zmq
 import zmq.asyncio
 from zmq.utils.monitor import recv_monitor_message
 
 from python_backends.core.curve import CurveKeys
+from python_backends.core.errors import UNREADABLE
 from python_backends.core.host import host_id
 from python_backends.core.messages import (
     BlockEvents,
@@ -152,7 +152,7 @@ class RouterChannel:
             payload = await connection.socket.recv()
             try:
                 message = from_worker_decoder.decode(payload)
-            except msgspec.MsgspecError as error:
+            except UNREADABLE as error:
                 log.warning("a message that is not of this version came from %s: %s", connection.worker or "a worker", error)
                 continue
             self._hear(connection, message)

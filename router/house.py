@@ -66,7 +66,7 @@ class House:
     def destination(self, worker: WorkerId) -> Destination | None:
         """Where a worker is, up or not; None when it was never heard of."""
         known = self.fleet.get(worker)
-        return None if known is None else Destination(worker, known.heartbeat.model, known.heartbeat.server)
+        return None if known is None else Destination(worker, known.heartbeat.model, known.heartbeat.server, known.epoch)
 
     @property
     def trouble(self) -> str:

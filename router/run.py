@@ -85,6 +85,7 @@ class Run:
     async def enter(self) -> None:
         """Take a place, tokenise, validate. Raises InvalidRequest or QueueFull."""
         self._house.journal.begin(self._entry)
+        self._request.check_sizes()
         self._place = self._house.admission.enter()
         self._prompt_ids = await self._house.tokenize(self._request)
         self._sampling = self._check_tokens(self._request.sampling)
@@ -133,7 +134,8 @@ class Run:
         self._lease = (worker, done.lease_id) if done.lease_id is not None else None
         self._lease_end = LeaseEnd.UNWANTED
         self._account.prefilled(done)
-        self._take(TokenChunk(done.request_id, [done.token_id], [done.logprob] if done.logprob else None, done.finish_reason))
+        logprobs = [done.logprob] if done.logprob else None
+        self._take(TokenChunk(done.request_id, [done.token_id], len(self._output_ids), logprobs, done.finish_reason))
         return done.ticket
 
     async def decode(self, worker: WorkerId, ticket: bytes | None) -> None:
@@ -149,7 +151,7 @@ class Run:
                 output = await self._next(box)
                 if isinstance(output, KVReady):
                     self._kv_ready(output.report)
-                elif isinstance(output, TokenChunk):
+                elif isinstance(output, TokenChunk) and self._is_next(output):
                     self._take(output)
 
     def retry(self, error: BatonError) -> None:
@@ -176,8 +178,16 @@ class Run:
 
     # --- tokens to the client ---
 
+    def _is_next(self, chunk: TokenChunk) -> bool:
+        """False for tokens that have come before. Raises WorkerLost when some before them were lost, with a connection."""
+        if chunk.start > len(self._output_ids):
+            raise WorkerLost(f"tokens {len(self._output_ids)} to {chunk.start - 1} were lost on the way")
+        return chunk.start == len(self._output_ids)
+
     def _take(self, chunk: TokenChunk) -> None:
         """Account for new tokens, turn them into text, send it, and end the request with the last one."""
+        if self.state is State.HANDING_OFF:  # the KVReady before them was lost
+            self._move(Event.KV_READY)
         self._first_token()
         self._output_ids += chunk.token_ids
         self._account.tokens(len(self._output_ids), chunk.report)

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from python_backends.core.errors import BatonError
 from python_backends.core.messages import Work
-from python_backends.core.types import BlockHash, LeaseEnd, RequestId, WorkerId
+from python_backends.core.types import BlockHash, Epoch, LeaseEnd, RequestId, WorkerId
 from router.fleet import WorkerView
 from router.journal import Record
 from router.lifecycle import State
@@ -17,11 +17,12 @@ from router.types import Piece, Way
 
 @dataclass(frozen=True, slots=True)
 class Destination:
-    """A worker as work is sent to it: its Triton model, and HOST:PORT of its server's gRPC (empty: this server)."""
+    """A worker as work is sent to it: its Triton model, HOST:PORT of its server's gRPC (empty: this server), its life."""
 
     worker: WorkerId
     model: str
     server: str
+    epoch: Epoch
 
 
 class Calls(Protocol):

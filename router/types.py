@@ -6,8 +6,13 @@ from enum import Enum
 
 import msgspec
 
+from python_backends.core.errors import InvalidRequest
 from python_backends.core.types import FinishReason, SamplingParams, TokenLogprob, WorkerId
 from router.trace_context import TraceContext
+
+MAX_NAME_CHARS = 1_000
+"""Of a salt, and of a client's name for its request."""
+MAX_INPUT_IDS = 1_000_000
 
 
 class Way(str, Enum):
@@ -51,6 +56,15 @@ class ClientRequest(msgspec.Struct, frozen=True):
     trace: TraceContext | None = None  # None: a new one begins
     front_end: FrontEndTimes | None = None
     output_ids: list[int] = []  # the answer's first tokens, which the client has had from a router that died since
+
+    def check_sizes(self) -> None:
+        """Raises InvalidRequest where a field is larger than anybody needs: each of them is kept or hashed."""
+        for field, text in (("cache_salt", self.salt), ("the request's id", self.client_id)):
+            if len(text) > MAX_NAME_CHARS:
+                raise InvalidRequest(f"{field} has {len(text)} characters; at most {MAX_NAME_CHARS} are accepted")
+        for field, ids in (("input_ids", self.input_ids or ()), ("output_ids", self.output_ids)):
+            if len(ids) > MAX_INPUT_IDS:
+                raise InvalidRequest(f"{field} has {len(ids)} tokens; at most {MAX_INPUT_IDS} are accepted")
 
 
 class RouteDecision(msgspec.Struct, frozen=True):

@@ -22,6 +22,7 @@ from pathlib import Path
 from types import TracebackType
 
 from python_backends.core.config import load_deployment
+from python_backends.core.deployment_key import OPERATOR_HEADER, deployment_key, operator_secret
 from python_backends.core.errors import ConfigError, Unavailable
 from python_backends.core.paths import repository_root, run_base
 from scripts import guardian
@@ -201,11 +202,21 @@ class TritonServer:
             *command,
             "--model-control-mode=explicit",  # lets the router restart a worker: unload, load
             "--load-model=*",
+            *self._restrictions(),
             f"--model-load-thread-count={len(self.models)}",  # workers wait for the router: none may be queued behind another
             f"--backend-config=python,shm-region-prefix-name={self.shm_prefix}",
             f"--exit-timeout-secs={_EXIT_TIMEOUT_S}",
             *(f"--{service}-header-forward-pattern=trace(parent|state)" for service in ("http", "grpc")),
         ]
+
+    def _restrictions(self) -> list[str]:
+        """Of Triton's APIs that nobody but this deployment's own processes needs."""
+        security = self.deployment.security
+        if not security.restricted_apis:
+            return []
+        secret = operator_secret(deployment_key(security.key_file, self.run_dir))
+        rule = f"{','.join(security.restricted_apis)}:{OPERATOR_HEADER}={secret}"
+        return [f"--http-restricted-api={rule}", f"--grpc-restricted-protocol={rule}"]
 
     def _companions(self) -> list[list[str]]:
         """The processes of the front end; the first one looks after the router."""

@@ -229,10 +229,20 @@ class HealthConfig(Section, frozen=True):
     restart: Annotated[bool, Meta(description="Restart dead or wedged workers through Triton's model control.")] = True
 
 
+TritonApi = Literal[
+    "health", "metadata", "inference", "shared-memory", "model-config", "model-repository", "statistics", "trace", "logging"
+]
+"""As tritonserver's --http-restricted-api and --grpc-restricted-protocol name them."""
+
+
 class SecurityConfig(Section, frozen=True):
     key_file: Annotated[
         str, Meta(description="File with the key that signs work and tickets. Empty: one is made for this server, mode 0600.")
     ] = ""
+    restricted_apis: Annotated[
+        tuple[TritonApi, ...],
+        Meta(description="APIs of Triton that only this deployment itself may call, over HTTP and gRPC (docs/security.md)."),
+    ] = ("model-repository", "shared-memory", "trace", "logging")
 
 
 class HttpConfig(Section, frozen=True):

@@ -19,6 +19,11 @@ from __future__ import annotations
 from enum import Enum
 from typing import ClassVar
 
+import msgspec
+
+UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What msgspec raises for bytes that are not what they should be: UTF-8 that is none and endless nesting have their own."""
+
 
 class TritonCode(str, Enum):
     """Names of the Triton error codes in use here (`pb_utils.TritonError.<name>`)."""

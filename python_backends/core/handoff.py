@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import msgspec
 
-from python_backends.core.errors import HandoffRefused, RefusalReason
+from python_backends.core.errors import UNREADABLE, HandoffRefused, RefusalReason
 from python_backends.core.layout import KVLayout
 from python_backends.core.signing import Domain, sign, verify
 from python_backends.core.types import Epoch, WorkerId
@@ -56,7 +56,7 @@ def unseal(ticket: bytes, key: bytes, now: float) -> KVHandoff:
         raise HandoffRefused(RefusalReason.BAD_SIGNATURE, "the ticket was not signed with this deployment's key")
     try:
         handoff = _decoder.decode(body)
-    except msgspec.MsgspecError as error:
+    except UNREADABLE as error:
         raise HandoffRefused(RefusalReason.MALFORMED, str(error)) from error
     if handoff.version != TICKET_VERSION:
         raise HandoffRefused(RefusalReason.MALFORMED, f"ticket version {handoff.version}, this worker reads {TICKET_VERSION}")

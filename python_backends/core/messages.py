@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import msgspec
 
-from python_backends.core.errors import InvalidRequest, TritonCode
+from python_backends.core.errors import TritonCode
 from python_backends.core.layout import KVLayout
-from python_backends.core.signing import Domain, sign, verify
 from python_backends.core.types import (
     Epoch,
     FinishReason,
@@ -25,7 +24,7 @@ from python_backends.core.types import (
     WorkerLoad,
 )
 
-# --- router -> worker, in the `work` tensor of a non-decoupled call ---------------------------------------------------
+# --- router -> worker, in the `work` tensor of a non-decoupled call, sealed as an order (core/orders.py) ---------------
 
 
 class PrefillWork(msgspec.Struct, frozen=True, tag=True):
@@ -46,24 +45,6 @@ class DecodeWork(msgspec.Struct, frozen=True, tag=True):
 
 
 Work = PrefillWork | DecodeWork
-_work_encoder = msgspec.msgpack.Encoder()
-_work_decoder = msgspec.msgpack.Decoder(list[Work])
-
-
-def seal_work(work: list[Work], key: bytes) -> bytes:
-    """Encode and sign; several pieces of work may share one call."""
-    return sign(Domain.WORK, _work_encoder.encode(work), key)
-
-
-def unseal_work(sealed: bytes, key: bytes) -> list[Work]:
-    """Verify and decode. Raises InvalidRequest when the caller is not a router of this deployment."""
-    body = verify(Domain.WORK, sealed, key)
-    if body is None:
-        raise InvalidRequest("this is an internal model of a Baton deployment: send requests to the model 'router'")
-    try:
-        return _work_decoder.decode(body)
-    except msgspec.MsgspecError as error:
-        raise InvalidRequest(f"work: {error}; router and workers must be of the same version") from error
 
 
 # --- worker -> router, on the channel ---------------------------------------------------------------------------------
@@ -97,6 +78,7 @@ class TokenChunk(msgspec.Struct, frozen=True, tag=True):
 
     request_id: RequestId
     token_ids: list[int]
+    start: int  # position of the first of them in the whole output: what is lost on the way, or comes twice, is noticed
     logprobs: list[TokenLogprob] | None = None
     finish_reason: FinishReason | None = None
     report: KVReport | None = None

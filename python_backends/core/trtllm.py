@@ -24,6 +24,8 @@ ENGINE = "trtllm"
 
 _BACKENDS = ("UCX", "NIXL", "MOONCAKE")
 
+_DEFAULT_MAX_NUM_TOKENS = 8192  # TensorRT-LLM's own
+
 _ENVIRONMENT = frozenset(  # what NVIDIA documents for disaggregated serving; CUDA_VISIBLE_DEVICES is `gpus`
     {
         "NCCL_GRAPH_MIXING_SUPPORT",
@@ -221,9 +223,10 @@ def _llm_problems(deployment: Deployment, role: Role, where: str) -> Problems:
             f"{where}.kv_cache_config.tokens_per_block is {cache.tokens_per_block}, but engine.block_size is {block}; "
             "they must be equal: the router hashes prefixes by it. Set engine.block_size and leave tokens_per_block out"
         )
-    if not llm.enable_chunked_prefill and llm.max_num_tokens and llm.max_num_tokens < longest:
+    budget = llm.max_num_tokens or _DEFAULT_MAX_NUM_TOKENS
+    if not llm.enable_chunked_prefill and budget < longest:
         yield (
-            f"{where}.max_num_tokens is {llm.max_num_tokens}, below model.max_context {longest}, and enable_chunked_prefill "
+            f"{where}.max_num_tokens is {budget}, below model.max_context {longest}, and enable_chunked_prefill "
             "is false: longer prompts could not be computed; raise it or enable chunked prefill"
         )
     if llm.speculative_config is not None and not llm.speculative_config.get("decoding_type"):

@@ -48,6 +48,9 @@ class FinishReason(str, Enum):
 _MAX_SEED = 2**64 - 1
 MAX_LOGPROBS = 20
 MAX_GRAMMAR = 200_000
+MAX_STOPS = 16
+MAX_STOP_CHARS = 1_000
+MAX_TOKENS_NAMED = 1_024  # of logit_bias and of stop_token_ids
 
 
 class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -86,10 +89,17 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         )
         _require(_between(self.presence_penalty, -2, 2), "presence_penalty", self.presence_penalty, "-2 to 2")
         _require(_between(self.frequency_penalty, -2, 2), "frequency_penalty", self.frequency_penalty, "-2 to 2")
+        size = len(self.logit_bias)
+        _require(size <= MAX_TOKENS_NAMED, "logit_bias", f"of {size} tokens", f"of at most {MAX_TOKENS_NAMED}")
         for token, bias in self.logit_bias.items():
             _require(token >= 0 and _between(bias, -100, 100), "logit_bias", {token: bias}, "token ids with -100 to 100")
         _require(self.seed is None or 0 <= self.seed <= _MAX_SEED, "seed", self.seed, "0 to 2**64 - 1")
-        _require(all(self.stop) and len(self.stop) <= 16, "stop", self.stop, "at most 16 non-empty strings")
+        lengths = [len(text) for text in self.stop]
+        _require(len(lengths) <= MAX_STOPS, "stop", f"of {len(lengths)} strings", f"of at most {MAX_STOPS}")
+        allowed = f"non-empty strings of at most {MAX_STOP_CHARS} characters"
+        _require(all(0 < length <= MAX_STOP_CHARS for length in lengths), "stop", f"of {lengths} characters", allowed)
+        size = len(self.stop_token_ids)
+        _require(size <= MAX_TOKENS_NAMED, "stop_token_ids", f"of {size} tokens", f"of at most {MAX_TOKENS_NAMED}")
         _require(all(t >= 0 for t in self.stop_token_ids), "stop_token_ids", self.stop_token_ids, "token ids, 0 or more")
         size = len(self.grammar or "")
         _require(size <= MAX_GRAMMAR, "grammar", f"{size} characters long", f"at most {MAX_GRAMMAR} characters")

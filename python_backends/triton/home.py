@@ -7,18 +7,16 @@ server process, which is the parent of every model process.
 
 from __future__ import annotations
 
-import contextlib
 import os
-import secrets
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from python_backends.core.config import Deployment, load_deployment
+from python_backends.core.deployment_key import OPERATOR_HEADER, deployment_key, operator_secret
 from python_backends.core.errors import ConfigError
 from python_backends.core.paths import repository_root, run_base
 
-_KEY_BYTES = 32
 STOPPING = "stopping"
 """File in the run directory that scripts/guardian.py makes before it stops the server."""
 
@@ -39,6 +37,11 @@ class Home:
         """Where the router of this server listens for front ends."""
         return f"ipc://{self.run_dir}/door"
 
+    @property
+    def operator_headers(self) -> dict[str, str]:
+        """What a call to Triton's HTTP service needs to load and unload models."""
+        return {OPERATOR_HEADER: operator_secret(self.key)}
+
     def stopping(self) -> bool:
         """Whether whoever started the server is stopping it. Triton itself does not tell its models."""
         return (self.run_dir / STOPPING).exists()
@@ -49,8 +52,7 @@ def find_home() -> Home:
     config = os.environ.get("BATON_CONFIG")
     deployment = load_deployment(Path(config) if config else repository_root() / "configs" / "default.yaml")
     run_dir = _run_dir()
-    key_file = deployment.security.key_file
-    key = _read_key(Path(key_file)) if key_file else _shared_key(run_dir / "key")
+    key = deployment_key(deployment.security.key_file, run_dir)
     return Home(deployment, run_dir, key, os.environ.get("BATON_TRITON", ""))
 
 
@@ -84,25 +86,3 @@ def _sweep(base: Path) -> None:
             alive = False
         if not alive:
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _shared_key(path: Path) -> bytes:
-    """The key of this server: whichever of its processes comes first makes it."""
-    fresh = path.with_name(f"key.{os.getpid()}")
-    descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(secrets.token_bytes(_KEY_BYTES))
-    with contextlib.suppress(FileExistsError):
-        os.link(fresh, path)
-    fresh.unlink()
-    return _read_key(path)
-
-
-def _read_key(path: Path) -> bytes:
-    try:
-        key = path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"security.key_file: {path}: {error.strerror}") from error
-    if len(key) < _KEY_BYTES:
-        raise ConfigError(f"security.key_file: {path} holds {len(key)} bytes; give at least {_KEY_BYTES} random ones")
-    return key

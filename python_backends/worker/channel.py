@@ -16,11 +16,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
-import msgspec
 import zmq
 
 from python_backends.core.curve import CurveKeys
-from python_backends.core.errors import ConfigError
+from python_backends.core.errors import UNREADABLE, ConfigError
 from python_backends.core.host import host_id
 from python_backends.core.messages import FromWorker, Heartbeat, RouterHeartbeat, ToWorker, encode, to_worker_decoder
 
@@ -39,11 +38,30 @@ class ChannelListener(Protocol):
 
     def told(self, message: ToWorker) -> None: ...
 
+    def router_found(self, router: str) -> None:
+        """It has been heard for the first time, or again after it was lost. Nobody submits work before."""
+
     def router_lost(self, router: str) -> FromWorker | None:
         """The router died, fell silent or was replaced: nobody waits for what it had begun.
 
         Returns what to tell it, should it only have been held up.
         """
+
+
+class Channel(Protocol):
+    """What a worker needs of its channel; WorkerChannel has the words."""
+
+    def start(self) -> None: ...
+
+    def wait_for_router(self, timeout_s: float) -> bool: ...
+
+    def send(self, message: FromWorker, router: str | None = None) -> None: ...
+
+    def close(self) -> None: ...
+
+
+ChannelFactory = Callable[[str, str, CurveKeys, float, float, ChannelListener], Channel]
+"""As WorkerChannel is made."""
 
 
 @dataclass(slots=True)
@@ -177,7 +195,7 @@ class WorkerChannel:
         identity, *parts = frames
         try:
             message = to_worker_decoder.decode(b"".join(parts))
-        except msgspec.MsgspecError:
+        except UNREADABLE:
             return  # of another version; its sender learns nothing from an answer here
         if isinstance(message, RouterHeartbeat):
             self._hear_router(socket, identity, message)
@@ -194,6 +212,7 @@ class WorkerChannel:
         pidfd = _watch(message)
         router = _Router(message.router, message.place, socket, identity, time.monotonic(), pidfd)
         self._routers[identity] = router
+        self._listener.router_found(router.name)
         if pidfd is not None:
             self._poller.register(pidfd, zmq.POLLIN)
         self._say(router, encode(self._listener.heartbeat()))  # it should know at once that we are here

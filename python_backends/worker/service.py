@@ -8,7 +8,7 @@ import secrets
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from python_backends.core.config import Deployment, WorkerConfig
 from python_backends.core.curve import CurveKeys
@@ -32,12 +32,12 @@ from python_backends.core.messages import (
     Resync,
     TokenChunk,
     ToWorker,
-    unseal_work,
 )
+from python_backends.core.orders import OrderReader
 from python_backends.core.place import place_of
-from python_backends.core.types import BlockHash, Epoch, RequestId, Role
-from python_backends.engines.base import CacheChange, Lender, StoreReader, create_engine
-from python_backends.worker.channel import WorkerChannel
+from python_backends.core.types import BlockHash, Epoch, GenerateRequest, RequestId, Role
+from python_backends.engines.base import CacheChange, EngineFactory, Lender, StoreReader, create_engine
+from python_backends.worker.channel import ChannelFactory, WorkerChannel
 from python_backends.worker.registration import Registration
 
 log = logging.getLogger(__name__)
@@ -53,29 +53,38 @@ def new_epoch() -> Epoch:
 class Worker:
     """Start it, submit signed work, close it."""
 
-    def __init__(self, deployment: Deployment, config: WorkerConfig, channel_address: str, key: bytes) -> None:
+    def __init__(
+        self,
+        deployment: Deployment,
+        config: WorkerConfig,
+        channel_address: str,
+        key: bytes,
+        *,
+        engine_of: EngineFactory = create_engine,
+        channel_of: ChannelFactory = WorkerChannel,
+    ) -> None:
         """`channel_address`: where routers of this host find it. Raises ConfigError when it can't listen there, or the
         engine can't be made from the deployment.
         """
         self._config = config
         self._place = place_of(deployment, config)
-        self._key = key
         self._epoch = new_epoch()
-        self._engine = create_engine(deployment, config, self._epoch, key)
+        self._orders = OrderReader(key, self._place.worker, self._epoch)
+        self._engine = engine_of(deployment, config, self._epoch, key)
         cluster = deployment.cluster
         self._registration = Registration(cluster, self._place.channel, key) if cluster.registry and cluster.listen else None
         self._reader = self._engine if isinstance(self._engine, StoreReader) else None
         self._sequence = 0
-        self._live: dict[str, set[RequestId]] = defaultdict(set)  # by router
+        self._live: dict[str, dict[RequestId, float]] = {}  # requests and their deadlines, by router that is known now
         self._live_lock = threading.Lock()
         health = deployment.health
-        self._channel = WorkerChannel(
+        self._channel = channel_of(
             channel_address,
             self._place.listen,
             CurveKeys.derive(key),
             health.heartbeat_s,
             health.silent_s,
-            listener=self,
+            self,
         )
 
     def start(self) -> None:
@@ -91,15 +100,14 @@ class Worker:
             log.warning("worker %s: no router has answered yet; going on without", self._config.name)
 
     def submit(self, sealed: bytes) -> int:
-        """Hand work to the engine; returns how many pieces. Raises InvalidRequest for work that no router signed."""
-        work = unseal_work(sealed, self._key)
+        """Hand work to the engine; returns how many pieces. Raises InvalidRequest for work that no router meant for it now."""
+        work = self._orders.take(sealed)
         role = self._config.role
         for piece in work:
             if isinstance(piece, PrefillWork) is not (role is Role.PREFILL):
                 raise InvalidRequest(f"{type(piece).__name__} was sent to the {role.value} worker {self._config.name}")
+        self._enter(piece.request for piece in work)
         for piece in work:
-            with self._live_lock:
-                self._live[router_of(piece.request.request_id)].add(piece.request.request_id)
             if isinstance(piece, DecodeWork):
                 self._engine.decode(piece.request, piece.ticket)
             elif piece.loan is not None and isinstance(self._engine, Lender):
@@ -123,8 +131,7 @@ class Worker:
         for output in outputs:
             by_router[router_of(output.request_id)].append(output)
         for router, own in by_router.items():
-            with self._live_lock:
-                self._live[router].difference_update([output.request_id for output in own if _is_last(output)])
+            self._strike_off([output.request_id for output in own if _is_last(output)])
             self._channel.send(Outputs(self._place.worker, self._epoch, own), router)
         if change is not None:
             sequence = self._sequence + 1
@@ -136,6 +143,7 @@ class Worker:
     # --- on the channel's thread ---
 
     def heartbeat(self) -> Heartbeat:
+        self._forget_overdue()
         info = self._engine.info
         return Heartbeat(
             worker=self._place.worker,
@@ -160,9 +168,7 @@ class Worker:
         if isinstance(message, Abort):
             for request_id in message.request_ids:
                 self._engine.abort(request_id)
-            with self._live_lock:
-                for request_id in message.request_ids:
-                    self._live[router_of(request_id)].discard(request_id)
+            self._strike_off(message.request_ids)
         elif isinstance(message, ReleaseLease):
             for lease_id in message.lease_ids:
                 self._engine.release(lease_id, message.end)
@@ -181,9 +187,13 @@ class Worker:
         if self._reader is not None:
             self._reader.locate([BlockHash(hash_) for hash_ in asked.hashes], located)
 
+    def router_found(self, router: str) -> None:
+        with self._live_lock:
+            self._live.setdefault(router, {})
+
     def router_lost(self, router: str) -> Outputs | None:
         with self._live_lock:
-            orphans = self._live.pop(router, set())
+            orphans = self._live.pop(router, {})
         if not orphans:
             return None
         log.warning("worker %s: aborting %d requests of router %s", self._config.name, len(orphans), router)
@@ -192,6 +202,30 @@ class Worker:
         why = f"worker {self._config.name} heard nothing from its router"
         failed: list[Output] = [RequestFailed(id, TritonCode.UNAVAILABLE, why, retryable=True) for id in orphans]
         return Outputs(self._place.worker, self._epoch, failed)
+
+    # --- which requests are whose ---
+
+    def _enter(self, requests: Iterable[GenerateRequest]) -> None:
+        """Raises InvalidRequest when their router is gone: nobody would ever abort them."""
+        with self._live_lock:
+            for request in requests:
+                router = router_of(request.request_id)
+                if router not in self._live:
+                    raise InvalidRequest(f"work: worker {self._config.name} hears nothing from router {router}")
+                self._live[router][request.request_id] = request.deadline
+
+    def _strike_off(self, request_ids: Iterable[RequestId]) -> None:
+        with self._live_lock:
+            for request_id in request_ids:
+                self._live.get(router_of(request_id), {}).pop(request_id, None)
+
+    def _forget_overdue(self) -> None:
+        """A request whose abort came before it ends in silence: nothing else strikes it off."""
+        now = time.time()
+        with self._live_lock:
+            for requests in self._live.values():
+                for request_id in [request_id for request_id, deadline in requests.items() if deadline < now]:
+                    del requests[request_id]
 
 
 def router_of(request_id: RequestId) -> str:

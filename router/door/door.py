@@ -11,11 +11,10 @@ import logging
 import os
 from dataclasses import dataclass, field
 
-import msgspec
 import zmq
 import zmq.asyncio
 
-from python_backends.core.errors import BatonError
+from python_backends.core.errors import UNREADABLE, BatonError
 from router.door.messages import (
     Answered,
     Answers,
@@ -73,7 +72,7 @@ class Door:
                 identity, *frames = await self._socket.recv_multipart()
                 try:
                     message = to_router_decoder.decode(b"".join(frames))
-                except msgspec.MsgspecError as error:
+                except UNREADABLE as error:
                     log.warning("a front end of another version knocks: %s", error)
                     continue
                 front_end = self._front_ends.get(identity)

@@ -76,7 +76,7 @@ def main() -> int:
             home.door_address,
             read_api_keys(home.deployment.http.api_keys_file),
             metrics=options.metrics,
-            keeper=RouterKeeper(options.triton) if options.keep_router else None,
+            keeper=RouterKeeper(options.triton, home.operator_headers) if options.keep_router else None,
         )
         listener = _listen(options.address, options.port)
     except BatonError as error:

@@ -196,9 +196,11 @@ class Api:
         return prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt)
 
     def _salt(self, body: Generation, key: str) -> str:
-        """Who shares prefixes with whom. The tenant comes first and the client can't choose another's."""
-        tenant = {"user": body.user or "", "api_key": hashlib.sha256(key.encode()).hexdigest()}.get(self._config.tenant, "")
-        return f"{tenant}\0{body.baton.cache_salt}" if tenant else body.baton.cache_salt
+        """Who shares prefixes with whom. The tenant comes first, always as long, so no client can write itself another's."""
+        if self._config.tenant == "none":
+            return body.baton.cache_salt
+        tenant = key if self._config.tenant == "api_key" else body.user or ""
+        return f"{hashlib.sha256(tenant.encode()).hexdigest()} {body.baton.cache_salt}"
 
     # --- the answer ---
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
 import httpx2
@@ -23,8 +23,9 @@ _TIMEOUT_S = 60.0  # for one load
 
 
 class RouterKeeper:
-    def __init__(self, triton: str) -> None:
-        """`triton`: HOST:PORT of its HTTP service, started with --model-control-mode=explicit."""
+    def __init__(self, triton: str, headers: Mapping[str, str]) -> None:
+        """`triton`: HOST:PORT of its HTTP service, started with --model-control-mode=explicit; it opens to `headers`."""
+        self._headers = dict(headers)
         self._repository = f"http://{triton}/v2/repository/models/router"
 
     @asynccontextmanager
@@ -48,7 +49,7 @@ class RouterKeeper:
 
     async def _restart(self) -> None:
         try:
-            async with httpx2.AsyncClient(timeout=_TIMEOUT_S) as client:
+            async with httpx2.AsyncClient(timeout=_TIMEOUT_S, headers=self._headers) as client:
                 for action in ("unload", "load"):
                     answer = await client.post(f"{self._repository}/{action}")
                     answer.raise_for_status()

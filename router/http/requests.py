@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from python_backends.core.errors import InvalidRequest
+from python_backends.core.errors import UNREADABLE, InvalidRequest
 from python_backends.core.types import SamplingParams
 from router import grammar
 from router.http.errors import ApiError
@@ -128,7 +128,7 @@ def parse(body: bytes, kind: type[_Body]) -> _Body:
         request = msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
         raise _invalid(str(error), kind) from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except UNREADABLE as error:
         raise ApiError(400, f"the body is not JSON: {error}") from None
     if not 1 <= request.choices <= MAX_CHOICES:
         raise ApiError(400, f"n is {request.n}; it must be 1 to {MAX_CHOICES}", param="n")

@@ -9,13 +9,15 @@ from __future__ import annotations
 import queue
 import threading
 import urllib.request
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from itertools import groupby
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from python_backends.core.errors import Unavailable
-from python_backends.core.messages import Work, seal_work
+from python_backends.core.messages import Work
+from python_backends.core.orders import OrderBook
 from python_backends.core.tensors import ACCEPTED, WORK
 from python_backends.core.types import WorkerId
 from router.seams import Destination
@@ -24,7 +26,7 @@ from router.triton.remote import HOW_TO_RESTART, RemoteServers
 _MOST_PER_CALL = 64
 _LOAD_S = 300.0  # as scripts/serve waits at the start
 
-_Item = tuple[Work, Callable[[str], None]]
+_Item = tuple[Destination, Work, Callable[[str], None]]
 
 
 class TritonSubmitter:
@@ -32,7 +34,7 @@ class TritonSubmitter:
 
     def __init__(self, key: bytes, own: Collection[WorkerId], remote: RemoteServers) -> None:
         """own: workers of this server."""
-        self._key = key
+        self._orders = OrderBook(key)
         self._own = own
         self._remote = remote
         self._queues: dict[WorkerId, queue.SimpleQueue[_Item]] = {}
@@ -40,30 +42,32 @@ class TritonSubmitter:
 
     def __call__(self, worker: Destination, work: Work, failed: Callable[[str], None]) -> None:
         if worker.worker not in self._own:
-            self._remote.submit(worker, seal_work([work], self._key), failed)
+            self._remote.submit(worker, self._orders.seal(worker.worker, worker.epoch, [work]), failed)
             return
         with self._lock:
             waiting = self._queues.get(worker.worker)
             if waiting is None:
                 waiting = self._queues[worker.worker] = queue.SimpleQueue()
                 name = f"submit-{worker.model}"
-                threading.Thread(target=self._run, args=(worker.model, waiting), name=name, daemon=True).start()
-        waiting.put((work, failed))
+                threading.Thread(target=self._run, args=(waiting,), name=name, daemon=True).start()
+        waiting.put((worker, work, failed))
 
-    def _run(self, model: str, waiting: queue.SimpleQueue[_Item]) -> None:
+    def _run(self, waiting: queue.SimpleQueue[_Item]) -> None:
         while True:
             items = [waiting.get()]
             while len(items) < _MOST_PER_CALL and not waiting.empty():
                 items.append(waiting.get())
-            error = self._call(model, [work for work, _ in items])
-            if error is not None:
-                for _, failed in items:
-                    failed(f"worker {model} did not take the request: {error}")
+            for worker, same in groupby(items, key=lambda item: item[0]):  # one life of it, but for a moment after a restart
+                group = list(same)
+                error = self._call(worker, [work for _, work, _ in group])
+                if error is not None:
+                    for _, _, failed in group:
+                        failed(f"worker {worker.model} did not take the request: {error}")
 
-    def _call(self, model: str, work: list[Work]) -> str | None:
-        sealed = np.frombuffer(seal_work(work, self._key), np.uint8)
+    def _call(self, worker: Destination, work: list[Work]) -> str | None:
+        sealed = np.frombuffer(self._orders.seal(worker.worker, worker.epoch, work), np.uint8)
         request = pb_utils.InferenceRequest(
-            model_name=model,
+            model_name=worker.model,
             requested_output_names=[ACCEPTED.name],
             inputs=[pb_utils.Tensor(WORK.name, sealed)],
         )
@@ -77,12 +81,13 @@ class TritonSubmitter:
 class TritonModelControl:
     """Implements router.supervisor.ModelControl."""
 
-    def __init__(self, address: str, own: Collection[WorkerId], remote: RemoteServers) -> None:
-        """`address`: HOST:PORT of this server's HTTP service. Without it the Python backend is asked.
+    def __init__(self, address: str, headers: Mapping[str, str], own: Collection[WorkerId], remote: RemoteServers) -> None:
+        """`address`: HOST:PORT of this server's HTTP service, which opens to `headers`. Without it the Python backend is asked.
 
         That holds the interpreter until the model is up, seconds in which no stream of this router goes on.
         """
         self._address = address
+        self._headers = dict(headers)
         self._own = own
         self._remote = remote
 
@@ -107,5 +112,5 @@ class TritonModelControl:
     def _post(self, model: str, action: str) -> None:
         """Raises OSError, which urllib's errors are."""
         url = f"http://{self._address}/v2/repository/models/{model}/{action}"
-        with urllib.request.urlopen(urllib.request.Request(url, b"{}"), timeout=_LOAD_S) as response:
+        with urllib.request.urlopen(urllib.request.Request(url, b"{}", self._headers), timeout=_LOAD_S) as response:
             response.read()

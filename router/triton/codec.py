@@ -16,11 +16,11 @@ import numpy as np
 import numpy.typing as npt
 import triton_python_backend_utils as pb_utils
 
-from python_backends.core.errors import InvalidRequest
+from python_backends.core.errors import UNREADABLE, InvalidRequest
 from python_backends.core.types import SamplingParams
 from router import grammar
 from router.trace_context import continue_trace
-from router.types import ClientRequest, Piece, Wish
+from router.types import MAX_INPUT_IDS, ClientRequest, Piece, Wish
 
 TokenText = Callable[[int], str]
 
@@ -148,8 +148,14 @@ def _prompt(tensors: _Tensors) -> tuple[str | None, list[dict[str, object]] | No
     return (
         text,
         _json(messages, "messages", list[dict[str, object]]) if messages is not None else None,
-        [int(token) for token in ids] if ids is not None else None,
+        _token_ids(ids) if ids is not None else None,
     )
+
+
+def _token_ids(ids: npt.NDArray[Any]) -> list[int]:
+    if ids.size > MAX_INPUT_IDS:  # each of them becomes an object
+        raise InvalidRequest(f"input_ids has {ids.size} tokens; at most {MAX_INPUT_IDS} are accepted")
+    return [int(token) for token in ids]
 
 
 def _sampling(tensors: _Tensors, default_max_tokens: int) -> SamplingParams:
@@ -225,7 +231,7 @@ def _list(value: Any) -> list[Any]:
 def _json(text: str, name: str, shape: Any) -> Any:
     try:
         return msgspec.json.decode(text, type=shape)
-    except msgspec.MsgspecError as error:
+    except UNREADABLE as error:
         raise InvalidRequest(f"{name} is not the JSON that is expected: {error}") from error
 
 

@@ -11,6 +11,7 @@ import grpc  # type: ignore[import-untyped]
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from python_backends.core.config import ClusterConfig
+from python_backends.core.deployment_key import OPERATOR_METADATA, operator_secret
 from python_backends.core.errors import ConfigError, Unavailable
 from python_backends.core.tensors import ACCEPTED, WORK
 from router.seams import Destination
@@ -29,9 +30,10 @@ _OPTIONS = (
 class RemoteServers:
     """One connection to each; any number of threads may use it."""
 
-    def __init__(self, cluster: ClusterConfig) -> None:
+    def __init__(self, cluster: ClusterConfig, key: bytes) -> None:
         """Raises ConfigError when a certificate can't be read."""
         self._credentials = _credentials(cluster)
+        self._operator = ((OPERATOR_METADATA, operator_secret(key)),)
         self._stubs: dict[str, Any] = {}
         self._lock = threading.Lock()
 
@@ -54,10 +56,9 @@ class RemoteServers:
         stub = self._stub(worker.server)
         try:
             unload = service_pb2.RepositoryModelUnloadRequest(model_name=worker.model)
-            stub.RepositoryModelUnload(unload, timeout=_RESTART_TIMEOUT_S)
-            stub.RepositoryModelLoad(
-                service_pb2.RepositoryModelLoadRequest(model_name=worker.model), timeout=_RESTART_TIMEOUT_S
-            )
+            stub.RepositoryModelUnload(unload, timeout=_RESTART_TIMEOUT_S, metadata=self._operator)
+            load = service_pb2.RepositoryModelLoadRequest(model_name=worker.model)
+            stub.RepositoryModelLoad(load, timeout=_RESTART_TIMEOUT_S, metadata=self._operator)
         except grpc.RpcError as error:
             raise Unavailable(f"{worker.server}: {_words(error)}; {HOW_TO_RESTART}") from error
 

@@ -40,7 +40,7 @@ class RouterModel:
         try:
             home = find_home()
             tokenizer = Tokenizer(resolve_model(home.deployment.model.path))
-            remote = RemoteServers(home.deployment.cluster)
+            remote = RemoteServers(home.deployment.cluster, home.key)
             own = {place_of(home.deployment, worker).worker for worker in home.deployment.workers}
         except BatonError as error:
             raise pb_utils.TritonModelException(f"Baton router: {error}") from None
@@ -52,7 +52,7 @@ class RouterModel:
             _channels(home),
             tokenizer,
             TritonSubmitter(home.key, own, remote),
-            TritonModelControl(home.triton_address, own, remote),
+            TritonModelControl(home.triton_address, home.operator_headers, own, remote),
             meter,
             home.stopping,
         )

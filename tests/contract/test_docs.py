@@ -28,7 +28,7 @@ def test_observability_page_is_the_code() -> None:
 
 def test_paths_that_the_documents_name_exist() -> None:
     named = re.compile(r"`((?:python_backends|router|loadtest|configs|scripts|tests|docs|model_repository)/[\w./-]*)`")
-    pages = ("architecture", "tensorrt-llm", "observability", "loadtest", "doctor")
+    pages = ("architecture", "tensorrt-llm", "observability", "loadtest", "doctor", "security")
     for page in (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in pages)):
         for path in named.findall(page.read_text()):
             assert (ROOT / path).exists(), f"{page.name} names {path}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from threading import Condition
 from typing import Any
 
@@ -76,7 +77,10 @@ class EngineBench:
 
     def decode(self, request: GenerateRequest, ticket: bytes | None = None) -> tuple[list[int], KVReport]:
         self.engine.decode(request, ticket)
-        return self.result(request.request_id)
+        result = self.result(request.request_id)
+        first = next(output for output in self.outputs[request.request_id] if isinstance(output, TokenChunk))
+        assert first.start == len(request.output_ids)
+        return result
 
     def result(self, request_id: str) -> tuple[list[int], KVReport]:
         """Tokens and final report of a decode request, once it has ended."""
@@ -85,6 +89,8 @@ class EngineBench:
         assert isinstance(last, TokenChunk), last
         assert last.report is not None
         chunks = [output for output in self.outputs[request_id] if isinstance(output, TokenChunk)]
+        for before, after in pairwise(chunks):
+            assert after.start == before.start + len(before.token_ids), "a chunk is not where the one before it ends"
         return [token for chunk in chunks for token in chunk.token_ids], last.report
 
     def kv_ready(self, request_id: str) -> KVReady | None:

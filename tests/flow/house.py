@@ -37,7 +37,8 @@ from python_backends.core.config import (
 )
 from python_backends.core.curve import CurveKeys
 from python_backends.core.errors import BatonError, Unavailable
-from python_backends.core.messages import Work, seal_work
+from python_backends.core.messages import Work
+from python_backends.core.orders import OrderBook
 from python_backends.core.types import FinishReason, Role, SamplingParams, WorkerId
 from python_backends.worker.service import Worker
 from router.fleet import WorkerView
@@ -224,14 +225,14 @@ class InProcess:
 
     def __init__(self, config: Deployment, worker: WorkerConfig, address: str, key: bytes) -> None:
         self.worker = Worker(config, worker, address, key)
-        self._key = key
+        self._orders = OrderBook(key)
 
     def ready(self) -> None:
         self.worker.start()
 
-    def hand_over(self, work: Work, failed: Callable[[str], None]) -> None:
+    def hand_over(self, worker: Destination, work: Work, failed: Callable[[str], None]) -> None:
         try:
-            self.worker.submit(seal_work([work], self._key))
+            self.worker.submit(self._orders.seal(worker.worker, worker.epoch, [work]))
         except BatonError as error:
             failed(str(error))
 
@@ -243,13 +244,13 @@ class OwnProcess:
     """A worker in a process of its own; handing over blocks a thread of this worker alone, as a call by Triton does."""
 
     def __init__(self, config: Deployment, worker: WorkerConfig, address: str, key: bytes) -> None:
-        self._key = key
+        self._orders = OrderBook(key)
         self._line, theirs = _processes.Pipe()
         self.process = _processes.Process(target=_work, args=(config, worker, address, key, theirs), daemon=True)
         self.process.start()
         theirs.close()
         self._is_ready = threading.Event()  # until then the line says nothing but that
-        self._queue: queue.SimpleQueue[tuple[Work, Callable[[str], None]] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[Destination, Work, Callable[[str], None]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._call, name=f"submit-{worker.name}", daemon=True)
         self._thread.start()
 
@@ -258,15 +259,15 @@ class OwnProcess:
         assert self._line.recv_bytes() == b"ready"
         self._is_ready.set()
 
-    def hand_over(self, work: Work, failed: Callable[[str], None]) -> None:
-        self._queue.put((work, failed))
+    def hand_over(self, worker: Destination, work: Work, failed: Callable[[str], None]) -> None:
+        self._queue.put((worker, work, failed))
 
     def _call(self) -> None:
         while (item := self._queue.get()) is not None:
-            work, failed = item
+            worker, work, failed = item
             self._is_ready.wait(TIMEOUT_S)
             try:
-                self._line.send_bytes(seal_work([work], self._key))
+                self._line.send_bytes(self._orders.seal(worker.worker, worker.epoch, [work]))
                 error = self._line.recv_bytes().decode()
             except (EOFError, OSError):
                 error = "its process is gone"
@@ -387,7 +388,7 @@ class FlowHouse:
         self.signal(name, signal.SIGKILL)
 
     def _submit(self, worker: Destination, work: Work, failed: Callable[[str], None]) -> None:
-        self.workers[worker.model].hand_over(work, failed)
+        self.workers[worker.model].hand_over(worker, work, failed)
 
     def restart(self, worker: Destination) -> None:
         """See router.supervisor.ModelControl."""

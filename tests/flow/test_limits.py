@@ -16,7 +16,7 @@ from python_backends.core.types import SamplingParams
 from python_backends.worker.service import Worker
 from router.lifecycle import State
 from router.seams import Destination
-from router.types import ClientRequest, Outcome, Wish
+from router.types import MAX_INPUT_IDS, MAX_NAME_CHARS, ClientRequest, Outcome, Wish
 from tests.flow.house import GREEDY, VOCABULARY, Answer, FlowHouse, deployment, eventually, fake_engine, prompt, reference
 
 ENDLESS = SamplingParams(temperature=0, max_tokens=100_000)
@@ -39,6 +39,9 @@ def house() -> Iterator[FlowHouse]:
         (ClientRequest(SamplingParams(stop_token_ids=(VOCABULARY,)), input_ids=[5]), "stop_token_ids"),
         (ClientRequest(GREEDY, input_ids=[5] * 8192), "8192"),
         (ClientRequest(GREEDY, text="x" * 1_000_001), "max_prompt_bytes"),
+        (ClientRequest(GREEDY, input_ids=[5], salt="s" * (MAX_NAME_CHARS + 1)), "cache_salt"),
+        (ClientRequest(GREEDY, input_ids=[5], client_id="i" * (MAX_NAME_CHARS + 1)), "id has 1001 characters"),
+        (ClientRequest(GREEDY, input_ids=[5] * (MAX_INPUT_IDS + 1)), "input_ids has 1000001 tokens"),
     ],
 )
 def test_bad_requests_are_refused_at_once(house: FlowHouse, request_: ClientRequest, named: str) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import stat
 import statistics
 import subprocess
 import time
@@ -21,6 +22,7 @@ import pytest
 import tritonclient.grpc as triton
 from tritonclient.utils import InferenceServerException
 
+from python_backends.core.deployment_key import OPERATOR_HEADER, OPERATOR_METADATA, deployment_key, operator_secret
 from scripts.tritonserver import TritonServer
 from tests.triton.asking import Asking, metrics, tensors, total, wait_until_nothing_is_held, worker_process
 
@@ -153,6 +155,37 @@ def test_internal_models_refuse_calls_that_no_router_signed(fake_server: TritonS
             with pytest.raises(InferenceServerException, match="internal model") as refused:
                 client.infer(worker, [work], client_timeout=30)
             assert "INVALID_ARGUMENT" in str(refused.value)
+
+
+def test_triton_itself_is_operated_by_the_deployment_alone(fake_server: TritonServer) -> None:
+    """Over HTTP and gRPC: who could load models, map memory, write traces or change logs. Clients keep what they need."""
+    base = f"http://{fake_server.host}:{fake_server.http_port}/v2"
+    key = deployment_key("", fake_server.run_dir)
+    assert stat.S_IMODE((fake_server.run_dir / "key").stat().st_mode) == 0o600
+    closed = ["repository/index", "repository/models/prefill/unload", "systemsharedmemory/status", "trace/setting", "logging"]
+    for path in closed:
+        body = b"{}" if path.startswith("repository") else None
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(urllib.request.Request(f"{base}/{path}", body), timeout=30)
+        assert refused.value.code == 403, path
+        refused.value.close()
+    headers = {OPERATOR_HEADER: operator_secret(key)}
+    with urllib.request.urlopen(urllib.request.Request(f"{base}/repository/index", b"{}", headers), timeout=30) as response:
+        assert {model["name"] for model in json.load(response)} == {*fake_server.models}
+    with triton.InferenceServerClient(f"{fake_server.host}:{fake_server.grpc_port}") as client:
+        calls: list[Callable[..., Any]] = [
+            client.get_model_repository_index,
+            client.get_system_shared_memory_status,
+            client.get_trace_settings,
+            client.get_log_settings,
+        ]
+        for call in calls:
+            with pytest.raises(InferenceServerException, match="restricted"):
+                call(client_timeout=30)
+        assert client.get_model_repository_index(headers={OPERATOR_METADATA: operator_secret(key)}).models
+        assert client.is_server_ready()
+        assert client.get_model_metadata("router").inputs
+        assert client.get_inference_statistics("router").model_stats
 
 
 # --- bad input ---------------------------------------------------------------------------------------------------------

@@ -104,7 +104,6 @@ class PagedEngine:
     # --- the Engine contract -------------------------------------------------------------------------------------------
 
     def start(self, on_outputs: OnOutputs) -> None:
-        self._on_outputs = on_outputs
         self._runner.start()
         layout = self._runner.layout
         num_blocks = (self._pool_mib << 20) // layout.block_bytes
@@ -113,9 +112,16 @@ class PagedEngine:
                 f"engine.kv_pool_mib: {self._pool_mib} MiB holds {num_blocks} blocks of {layout.block_bytes} bytes; "
                 f"give at least {2 * layout.block_bytes >> 20} MiB"
             )
-        memory = PoolMemory(num_blocks, layout.block_bytes, self._epoch)
+        self._furnish(PoolMemory(num_blocks, layout.block_bytes, self._epoch), on_outputs)
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def _furnish(self, memory: PoolMemory, on_outputs: OnOutputs) -> None:
+        """All that the engine's thread owns, on top of the started runner."""
+        layout = self._runner.layout
+        self._on_outputs = on_outputs
         self._memory = memory
-        self._pool = BlockPool(num_blocks, memory.generations)
+        self._pool = BlockPool(memory.num_blocks, memory.generations)
         self._leases = LeaseTable(self._pool, on_end=self._transport.release)
         self._scheduler = Scheduler(self._pool, layout.block_size, self._config.max_batch, self._config.step_tokens)
         self._runner.attach(memory)
@@ -128,12 +134,10 @@ class PagedEngine:
         self.info = EngineInfo(
             layout=layout,
             fingerprint=self._runner.fingerprint,
-            max_context=min(max_context, num_blocks * layout.block_size),
+            max_context=min(max_context, memory.num_blocks * layout.block_size),
         )
         self._guides = Guides(self._runner.tokenizer_path, self._runner.vocab_size, self._runner.eos_token_ids)
         self._snapshot()
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._thread.start()
 
     def prefill(self, request: GenerateRequest) -> None:
         self._take_in(request, None, prefill_only=True)
@@ -199,16 +203,21 @@ class PagedEngine:
     def _run(self) -> None:
         busy = False
         while not self._closing:
-            self._take_inbox(wait=not busy)
-            self._end_overdue()
-            for sequence in self._scheduler.admit():
-                self._begin_fetch(sequence)
-            self._prefetch_waiting()
-            self._deliver()  # what has ended or arrived does not wait for the step
-            busy = self._step()
-            self._snapshot()
-            self._deliver()
+            busy = self._turn(wait=not busy)
         self._end_everything()
+
+    def _turn(self, wait: bool) -> bool:
+        """Take in what was asked for, end what is over, compute one batch. Returns whether there was anything to compute."""
+        self._take_inbox(wait)
+        self._end_overdue()
+        for sequence in self._scheduler.admit():
+            self._begin_fetch(sequence)
+        self._prefetch_waiting()
+        self._deliver()  # what has ended or arrived does not wait for the step
+        busy = self._step()
+        self._snapshot()
+        self._deliver()
+        return busy
 
     def _take_inbox(self, wait: bool) -> None:
         """Run what other threads asked for; when there is nothing to compute, wait for it."""
@@ -306,7 +315,9 @@ class PagedEngine:
         else:
             report = self._report(sequence) if finish else None
             logprobs = [token.logprob for token in drawn if token.logprob] or None
-            self._outputs.append(TokenChunk(sequence.id, [token.token_id for token in drawn], logprobs, finish, report))
+            tokens = [token.token_id for token in drawn]
+            start = sequence.num_output - len(drawn)
+            self._outputs.append(TokenChunk(sequence.id, tokens, start, logprobs, finish, report))
             if finish:
                 self._scheduler.remove(sequence)
 
@@ -441,7 +452,7 @@ class PagedEngine:
         self._closing = True
 
     def _end_everything(self) -> None:
-        for sequence in list(self._scheduler.all()):
+        for sequence in [sequence for sequence in self._scheduler.all() if not sequence.doomed]:  # nobody waits for those
             self._outputs.append(
                 RequestFailed(sequence.id, TritonCode.UNAVAILABLE, f"worker {self._worker} is shutting down", True)
             )

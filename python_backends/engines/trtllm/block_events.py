@@ -9,7 +9,8 @@ the fingerprint and the tenant's salt. The salt is not in the events (up to 1.2 
   another tenant's hashes.
 
 Only full blocks count. With several attention windows only the largest one's blocks do. A gap in event ids means that
-events were lost: all is forgotten, and what still stands in the cache is told again when it is used next.
+events were lost, removals perhaps: nothing is told any more of what was known. TensorRT-LLM never stores again what it has,
+so such a block is told again when a request has found it in the cache, or when another block is stored behind it.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ from typing import Any
 
 import msgspec
 
-from python_backends.core.block_hash import block_hash
+from python_backends.core.block_hash import block_hash, block_hashes
 from python_backends.core.types import BlockHash
 from python_backends.engines.base import CacheChange
 
 log = logging.getLogger(__name__)
 
 _REMEMBERED_CHAINS = 50_000
+_REMEMBERED_DOUBTS = 200_000
 _NO_SALT = BlockHash(bytes(16))  # parent of a first block where only its tokens matter
 
 
@@ -75,6 +77,8 @@ class BlockEvents:
         self._salts: OrderedDict[BlockHash, str | None] = OrderedDict()  # first block, by tokens alone -> the one salt
         self._ours: dict[tuple[int, int], BlockHash] = {}  # (rank, TensorRT-LLM's hash) -> ours
         self._holders: Counter[BlockHash] = Counter()  # how many of TensorRT-LLM's blocks are this one of ours
+        self._doubted: dict[tuple[int, int], BlockHash] = {}  # like _ours, of before events were lost
+        self._doubted_as: dict[BlockHash, list[tuple[int, int]]] = {}  # the other way round; some are gone from _doubted
         self._last_id: dict[int, int] = {}  # rank -> event id
         self._window = 0
         self._changes: dict[BlockHash, bool] = {}  # since take_change: True stored, False removed
@@ -91,6 +95,13 @@ class BlockEvents:
         self._salts.move_to_end(first)
         if len(self._salts) > _REMEMBERED_CHAINS:
             self._salts.popitem(last=False)
+
+    def found(self, token_ids: Sequence[int], salt: str) -> None:
+        """A request has found the KV of these leading tokens in the cache: doubts about it are over."""
+        if self._doubted:
+            for hash_ in block_hashes(token_ids, self._block_size, self._root_of(salt)):
+                for key in self._doubted_as.pop(hash_, []):
+                    self._trust(key)
 
     def take(self, raw: dict[str, Any]) -> None:
         """One event as get_kv_cache_events_async gives it. What it doesn't understand counts as lost."""
@@ -145,19 +156,29 @@ class BlockEvents:
                 return  # neither it nor what follows can be asked for by token ids
             parent = block_hash(parent, [token.token_id for token in block.tokens])
             self._remove(rank, block.block_hash)
-            self._ours[rank, block.block_hash] = parent
-            self._holders[parent] += 1
-            if self._holders[parent] == 1:
-                self._note(parent, stored=True)
+            self._add((rank, block.block_hash), parent)
 
     def _parent(self, rank: int, stored: _Stored) -> BlockHash | None:
         if stored.parent_hash is not None:
+            self._trust((rank, stored.parent_hash))
             return self._ours.get((rank, stored.parent_hash))
         tokens = [token.token_id for token in stored.blocks[0].tokens] if stored.blocks else []
         salt = self._salts.get(block_hash(_NO_SALT, tokens))
         return self._root_of(salt) if salt is not None else None
 
+    def _add(self, key: tuple[int, int], ours: BlockHash) -> None:
+        self._ours[key] = ours
+        self._holders[ours] += 1
+        if self._holders[ours] == 1:
+            self._note(ours, stored=True)
+
+    def _trust(self, key: tuple[int, int]) -> None:
+        ours = self._doubted.pop(key, None)
+        if ours is not None:
+            self._add(key, ours)
+
     def _remove(self, rank: int, hash_: int) -> None:
+        self._doubted.pop((rank, hash_), None)
         ours = self._ours.pop((rank, hash_), None)
         if ours is None:
             return
@@ -172,6 +193,10 @@ class BlockEvents:
 
     def _forget(self) -> None:
         self.gaps += 1
+        doubted = [*self._doubted.items(), *self._ours.items()][-_REMEMBERED_DOUBTS:]
+        self._doubted, self._doubted_as = dict(doubted), {}
+        for key, ours in doubted:
+            self._doubted_as.setdefault(ours, []).append(key)
         self._ours.clear()
         self._holders.clear()
         self._changes = {}

@@ -243,7 +243,7 @@ class Dispatcher:
         ]()
 
     def _submit(self, leg: Leg, token_ids: list[int], sampling: dict[str, Any], params: Any, salt: str) -> None:
-        """What generate_async raises itself concerns this request alone: nothing was begun yet."""
+        """What generate_async raises concerns this request: nothing was begun yet. A dead LLM raises for each."""
         self._events.expect(token_ids, salt)
         try:
             leg.result = self._llm.generate_async(
@@ -253,7 +253,9 @@ class Dispatcher:
                 disaggregated_params=params,
                 **({"cache_salt": salt} if salt else {}),
             )
-        except Exception as error:  # ValueError, TypeError, RequestError ...: NVIDIA lists none
+        except Exception as error:  # NVIDIA lists none; the first three are about what was asked
+            if not isinstance(error, (ValueError, TypeError, self._library.request_error)):
+                self._watchdog.rejected(f"{type(error).__name__}: {error}")
             self._leg_failed(leg, error)
             return
         self._legs.add(leg)
@@ -367,7 +369,7 @@ class Dispatcher:
             ticket, lease_id = self._publish(leg, job, output.disaggregated_params)
         elif output.disaggregated_params is not None:
             self._keep_for_nobody(leg)
-        reused = answers.reused_tokens(output, len(job.token_ids), self._info.layout.block_size)
+        reused = self._reused(job, output)
         self._output(
             PrefillDone(
                 request_id=job.id,
@@ -382,6 +384,12 @@ class Dispatcher:
             )
         )
         self._end(job)
+
+    def _reused(self, job: Job, output: Any) -> int:
+        """Prefix hit of a prompt that was computed here, tokens."""
+        reused = answers.reused_tokens(output, len(job.token_ids), self._info.layout.block_size)
+        self._events.found(job.token_ids[:reused], job.request.salt)
+        return reused
 
     def _publish(self, leg: Leg, job: Job, params: Any) -> tuple[bytes, str | None]:
         """(ticket, lease id). Without KV to hand over there is a ticket that says so, and no lease."""
@@ -404,13 +412,14 @@ class Dispatcher:
             self._first_output(leg, job)
         finish = answers.finish_reason(output) if finished else None
         if finished and leg.kind is Kind.PLAIN:
-            job.reused_tokens = answers.reused_tokens(output, len(job.token_ids), self._info.layout.block_size)
+            job.reused_tokens = self._reused(job, output)
         start = leg.num_skipped + leg.num_sent
         new = answers.tokens(output, finish, self._eos_token_ids)[start:]
+        told = len(job.request.output_ids) + leg.num_sent
         leg.num_sent += len(new)
         if new or finish:
             logprobs = answers.logprobs(output, start, new, job.request.sampling.logprobs)
-            self._output(TokenChunk(job.id, new, logprobs, finish, self._report(job) if finish else None))
+            self._output(TokenChunk(job.id, new, told, logprobs, finish, self._report(job) if finish else None))
         if finish:
             self._end(job)
 

@@ -39,7 +39,7 @@ from python_backends.engines.trtllm.arguments import llm_arguments, max_batch
 from python_backends.engines.trtllm.block_events import BlockEvents
 from python_backends.engines.trtllm.dispatcher import Dispatcher
 from python_backends.engines.trtllm.environment import prepare
-from python_backends.engines.trtllm.library import load_library
+from python_backends.engines.trtllm.library import Library, load_library
 from python_backends.engines.trtllm.limits import Limits
 from python_backends.engines.trtllm.loaded import Loaded
 from python_backends.engines.trtllm.model_dir import ModelDir, read_model_dir
@@ -50,6 +50,7 @@ log = logging.getLogger(__name__)
 
 _TICK_S = 0.1
 _EVENT_ROUND_S = 0.2  # silence that ends one round of reading events
+_RESYNC_S = 1.0  # a busy engine is never silent: then everything is told after this time
 _BLIND_AFTER_S = 5.0  # after the first request: events that have not come by then are not coming
 _STATS_S = 2.0
 _STILL_LOADING_S = 30.0  # between two lines in the log
@@ -79,7 +80,7 @@ class TrtllmEngine:
         self._dispatcher: Dispatcher | None = None
         self._outputs: list[Output] = []
         self._flushing = False
-        self._reset_due = False
+        self._reset_by = 0.0  # monotonic: when everything is told at the latest; 0: nobody asked
         self._load = WorkerLoad()
         self._chores: list[asyncio.Task[None]] = []
 
@@ -165,9 +166,8 @@ class TrtllmEngine:
             reason = " ".join(str(error).split())[:_LONGEST_REASON]
             raise ConfigError(f"{where} does not load the model: {type(error).__name__}: {reason}") from error
 
-    async def _open(self, directory: ModelDir, library: Any) -> None:
-        """On the loop. Blocks it while the model loads: nobody else is there yet."""
-        self._llm = library.llm(**library.typed(llm_arguments(self._deployment, self._worker, self._model_path)))
+    async def _open(self, directory: ModelDir, library: Library) -> None:
+        await self._make_llm(library)
         loaded = Loaded(self._llm, library, self.info, directory.eos_token_ids)
         await self._first_request(loaded)
         self._events = BlockEvents(self.info.layout.block_size, partial(chain_root, self.info.fingerprint))
@@ -179,6 +179,24 @@ class TrtllmEngine:
         self._chores.append(self._loop.create_task(self._tick()))
         if self._has_events:
             self._chores.append(self._loop.create_task(self._poll_events()))
+
+    async def _make_llm(self, library: Library) -> None:
+        """Minutes, on a thread of its own as in NVIDIA's Triton model: a constructor may not find a loop running around it.
+
+        A daemon, unlike the threads of an executor: one that hangs must not keep a process that gave up from ending.
+        """
+        arguments = llm_arguments(self._deployment, self._worker, self._model_path)
+        loading: Future[Any] = Future()
+        loading.set_running_or_notify_cancel()  # nobody can cancel a constructor
+
+        def make() -> None:
+            try:
+                loading.set_result(library.llm(**library.typed(arguments)))
+            except Exception as error:  # whatever it is, _await_loading tells it
+                loading.set_exception(error)
+
+        threading.Thread(target=make, name="trtllm-load", daemon=True).start()
+        self._llm = await asyncio.wrap_future(loading)
 
     async def _first_request(self, loaded: Loaded) -> None:
         """Before any client's: it compiles what is compiled on first use, and events and statistics flow only after it."""
@@ -283,6 +301,8 @@ class TrtllmEngine:
                 async for event in self._llm.get_kv_cache_events_async(timeout=_EVENT_ROUND_S):
                     self._events.take(event)
                     self._flush_soon()
+                    if 0 < self._reset_by <= time.monotonic():
+                        self._tell_everything()
             except Exception as error:  # an API in beta: without it the worker still serves
                 log.warning("worker %s: KV cache events can't be read: %s", self._worker.name, error)
                 self._tells_blocks = False
@@ -298,18 +318,18 @@ class TrtllmEngine:
         elif self._tells_blocks and passed_s > _BLIND_AFTER_S:
             log.warning("worker %s: TensorRT-LLM sends no KV cache events; prefixes can't be routed to it", self._worker.name)
             self._tells_blocks = False
-        if self._reset_due:
+        if self._reset_by:
             self._tell_everything()
 
     def _request_reset(self) -> None:
         """After the events that are on their way; at once where none come."""
         if self._has_events and self._tells_blocks:
-            self._reset_due = True
+            self._reset_by = self._reset_by or time.monotonic() + _RESYNC_S
         else:
             self._tell_everything()
 
     def _tell_everything(self) -> None:
-        self._reset_due = False
+        self._reset_by = 0.0
         self._flush()
         self._on_outputs([], self._events.everything())
 

@@ -1,8 +1,9 @@
 """Whether the engine still works, by what comes out of it. TensorRT-LLM answers health checks while it is stuck.
 
-Four things say that it can't go on: it failed in a way that isn't one request's; its event loop stands still; requests
-run and nothing comes out; no handoff succeeds any more although the other workers live. Which end of a handoff is at
-fault can't be seen, so both count; one with healthy partners has successes in between. Time is monotonic seconds.
+Five things say that it can't go on: it failed in a way that isn't one request's; it takes no request any more; its event
+loop stands still; requests run and nothing comes out; no handoff succeeds any more although the other workers live. Which
+end of a handoff is at fault can't be seen, so both count; one with healthy partners has successes in between. Time is
+monotonic seconds.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable
 
 _FAILED_HANDOFFS = 3
+_REJECTED = 3  # in a row, and nothing heard meanwhile: one alone may be the request's own fault
 
 
 class Watchdog:
@@ -26,6 +28,7 @@ class Watchdog:
         self._prompts = 0
         self._failed_since: float | None = None  # first handoff in a row that failed
         self._failed = 0  # of those sent after that
+        self._rejected = 0  # requests in a row
         self._broken = ""
 
     def posted(self) -> None:
@@ -46,6 +49,13 @@ class Watchdog:
     def heard(self) -> None:
         """Anything came out."""
         self._heard = self._clock()
+        self._rejected = 0
+
+    def rejected(self, why: str) -> None:
+        """TensorRT-LLM took a request not at all, and not because of what is in it: as it does after it has failed idle."""
+        self._rejected += 1
+        if self._rejected >= _REJECTED:
+            self.broken(f"TensorRT-LLM takes no requests: {why}")
 
     def handoff_arrived(self) -> None:
         self._failed_since, self._failed = None, 0

@@ -15,10 +15,13 @@ import pytest
 from python_backends.core.block_hash import block_hashes, chain_root
 from python_backends.core.config import Deployment, EngineConfig, ModelConfig, WorkerConfig
 from python_backends.core.errors import ConfigError, RefusalReason, TritonCode
+from python_backends.core.handoff import unseal
 from python_backends.core.messages import PrefillDone, RequestFailed, TokenChunk
 from python_backends.core.trtllm import CacheTransceiverConfig, KvCacheConfig, LlmConfig, TrtllmConfig
 from python_backends.core.types import Epoch, FinishReason, LeaseEnd, RequestId, Role, TokenLogprob
 from python_backends.engines.base import create_engine
+from python_backends.engines.trtllm.library import load_library
+from python_backends.engines.trtllm.opaque import unpack
 from tests.engines.bench import KEY, make_request
 from tests.engines.trtllm.bench import BLOCK, MAX_CONTEXT, Trtllm, TrtllmBench
 
@@ -31,6 +34,12 @@ def _prompt(seed: int, length: int = 75) -> list[int]:
 
 def _reference(engines: Trtllm, prompt: list[int], **sampling: Any) -> list[int]:
     return engines.make(Role.AGGREGATED).decode(make_request("ref", prompt, **sampling))[0]
+
+
+def unpacked(ticket: bytes | None) -> Any:
+    """The DisaggregatedParams in a ticket."""
+    library = load_library()
+    return unpack(unseal(ticket or b"", KEY, time.time()).opaque, library.disaggregated_params, library.logprob)
 
 
 def _failed(bench: TrtllmBench, request_id: str) -> RequestFailed:
@@ -105,9 +114,12 @@ def test_each_attempt_has_an_id_of_its_own(engines13: Trtllm) -> None:
     """Asked twice under one id, generation can wait for ever."""
     prefill, decode = engines13.make(Role.PREFILL), engines13.make(Role.DECODE)
     dones = [prefill.prefill(make_request(f"p{i}", PROMPT)) for i in range(3)]
-    texts = [decode.decode(decode.handed(done, f"d{i}", PROMPT), done.ticket)[0] for i, done in enumerate(dones)]
-    assert texts[0] == texts[1] == texts[2]
-    assert decode.engine.load().fault == ""
+    ids = {unpacked(done.ticket).disagg_request_id for done in dones}
+    assert len(ids) == 3
+    assert min(ids) >= 2**40, "below are TensorRT-LLM's own"
+    answers = [decode.decode(decode.handed(done, f"d{i}", PROMPT), done.ticket) for i, done in enumerate(dones)]
+    assert {tuple(tokens) for tokens, _ in answers} == {tuple(_reference(engines13, PROMPT)[1:])}
+    assert [report.received_tokens for _, report in answers] == [len(PROMPT)] * 3
 
 
 # --- handoffs that fail ------------------------------------------------------------------------------------------------
@@ -124,6 +136,32 @@ def test_kv_that_does_not_come_costs_a_recompute_and_not_the_text(engines: Trtll
     assert (report.received_tokens, report.recomputed_tokens) == (0, len(PROMPT))
     assert decode.kv_ready("d") is not None
     assert decode.engine.load().fault == "", "one lost handoff is no reason to restart"
+
+
+def test_a_transfer_that_tensorrt_llm_gives_up_costs_a_recompute(engines: Trtllm) -> None:
+    """Without waiting for our own deadline, and nothing is left of it."""
+    prefill, decode = engines.make(Role.PREFILL), engines.make(Role.DECODE, knobs={"gives_up_ms": 100})
+    expected = _reference(engines, PROMPT)
+    prefill.knobs.set(silent_sender=True)
+    done = prefill.prefill(make_request("p", PROMPT))
+    began = time.monotonic()
+    tokens, report = decode.decode(decode.handed(done, "d", PROMPT), done.ticket)
+    assert time.monotonic() - began < 4, "engine.trtllm.first_output_s is 5"
+    assert [done.token_id, *tokens] == expected
+    assert report.digest == RefusalReason.TRANSFER_TIMEOUT.value
+    decode.assert_nothing_held()
+    decode.knobs.wait_state(used_blocks=0, leaked_blocks=0, active_requests=0)
+
+
+def test_a_handoff_left_behind_ends_when_tensorrt_llm_gives_it_up(engines12: Trtllm) -> None:
+    prefill = engines12.make(Role.PREFILL)
+    decode = engines12.make(Role.DECODE, first_output_s=0.2, knobs={"gives_up_ms": 800})
+    prefill.knobs.set(silent_sender=True)
+    done = prefill.prefill(make_request("p", PROMPT))
+    decode.decode(decode.handed(done, "d", PROMPT), done.ticket)
+    assert decode.engine.load().held_blocks > 0
+    decode.assert_nothing_held()
+    decode.knobs.wait_state(used_blocks=0, leaked_blocks=0, active_requests=0)
 
 
 def test_a_sender_that_is_gone_costs_a_recompute(engines: Trtllm) -> None:
@@ -343,6 +381,19 @@ def test_any_other_failure_is_the_engines(engines: Trtllm) -> None:
     engine.engine.decode(make_request("later", PROMPT), None)
     failed = _failed(engine, "later")
     assert (failed.code, failed.retryable) == (TritonCode.UNAVAILABLE, True)
+
+
+def test_an_engine_that_failed_idle_is_a_fault_at_the_third_request(engines: Trtllm) -> None:
+    """Nothing runs whose answer would tell: TensorRT-LLM raises for whatever it is asked, as if each were at fault."""
+    engine = engines.make(Role.AGGREGATED)
+    engine.decode(make_request("well", PROMPT))
+    engine.knobs.set(dead=True)
+    for i in range(3):
+        assert engine.engine.load().fault == ""
+        engine.engine.decode(make_request(f"x{i}", PROMPT), None)
+        failed = _failed(engine, f"x{i}")
+        assert (failed.code, failed.retryable) == (TritonCode.INTERNAL, True)
+    assert "takes no requests: RuntimeError: the executor has failed" in engine.engine.load().fault
 
 
 def test_a_stream_that_stalls_is_a_fault(engines: Trtllm) -> None:
@@ -637,6 +688,23 @@ def test_lost_events_reset_what_was_told(engines: Trtllm) -> None:
     engine.wait(lambda: sum(change.reset for change in engine.changes) > 1, timeout_s=3)
     assert not _hashes(engine, PROMPT) & _told(engine)
     assert engine.engine.load().tells_blocks
+    engine.knobs.set()
+    engine.decode(make_request("again", PROMPT))
+    engine.wait(lambda: _hashes(engine, PROMPT) <= _told(engine), timeout_s=3)
+
+
+def test_a_busy_engine_tells_everything_when_asked(engines12: Trtllm) -> None:
+    """Its events never pause; a router that was restarted must not wait for a pause."""
+    engine = engines12.make(Role.AGGREGATED, knobs={"updates": True, "step_ms": 5})
+    engine.engine.decode(make_request("x", PROMPT, max_tokens=1900), None)
+    engine.wait(lambda: _hashes(engine, PROMPT) <= _told(engine), timeout_s=5)
+    before = len(engine.changes)
+    engine.engine.resync()
+    engine.wait(lambda: any(change.reset for change in engine.changes[before:]), timeout_s=5)
+    assert engine.engine.load().running_requests == 1, "it is busy for ten seconds"
+    told = next(change for change in engine.changes[before:] if change.reset)
+    assert _hashes(engine, PROMPT) <= set(told.stored)
+    engine.engine.abort(RequestId("x"))
 
 
 def test_an_engine_without_events_says_that_it_is_blind(engines: Trtllm) -> None:

@@ -286,7 +286,7 @@ def test_orphans_end_by_their_time_out_but_only_with_new_work(api: Api) -> None:
 
 
 def test_without_a_time_out_orphans_are_held_for_ever(api: Api) -> None:
-    llm = api.llm(cache_transceiver_config={"backend": "UCX"})
+    llm = api.llm(cache_transceiver_config={"backend": "UCX", "kv_transfer_timeout_ms": None})  # the default up to 1.2
 
     async def orphan() -> None:
         await llm.generate_async(PROMPT, sampling_params=api.sampling(), disaggregated_params=api.context())
@@ -352,6 +352,46 @@ def test_events_tell_blocks_and_the_iterator_ends_in_silence(api: Api) -> None:
     assert events[0]["data"]["type"] == "created"
     stored = [block for event in events if event["data"]["type"] == "stored" for block in event["data"]["blocks"]]
     assert [token["token_id"] for block in stored for token in block["tokens"]][:64] == PROMPT[:64]
+
+
+def test_a_last_block_that_is_not_full_is_told_too(api: Api) -> None:
+    """Whoever reads events must know the blocks that can be found from those that can't."""
+    llm = api.llm()
+
+    async def read() -> list[dict[str, Any]]:
+        await llm.generate_async(PROMPT, sampling_params=api.sampling(max_tokens=1))
+        return [event["data"] async for event in llm.get_kv_cache_events_async(timeout=0.2)]
+
+    (*_, full, partial, removed) = run(read)
+    assert [len(block["tokens"]) for block in full["blocks"]] == [16] * 4
+    assert partial["parent_hash"] == full["blocks"][-1]["block_hash"]
+    assert [token["token_id"] for token in partial["blocks"][0]["tokens"]] == PROMPT[64:]
+    assert removed == {"type": "removed", "block_hashes": [partial["blocks"][0]["block_hash"]]}
+
+
+def test_updates_tell_no_news_of_what_is_there(api: Api) -> None:
+    api.knobs.set(updates=True)
+    llm = api.llm()
+
+    async def read() -> list[str]:
+        await llm.generate_async(PROMPT, sampling_params=api.sampling())
+        return [event["data"]["type"] async for event in llm.get_kv_cache_events_async(timeout=0.2)]
+
+    assert run(read).count("updated") == 8
+
+
+def test_prompts_beyond_max_num_tokens_need_chunked_prefill(api: Api) -> None:
+    with pytest.raises(ValueError, match="max_num_tokens"):
+        api.llm(max_num_tokens=64).generate_async(PROMPT, sampling_params=api.sampling())
+    chunked = api.llm(max_num_tokens=64, enable_chunked_prefill=True)
+    assert chunked.generate_async(PROMPT, sampling_params=api.sampling()).result(5).finished
+
+
+def test_a_dead_executor_raises_for_every_request(api: Api) -> None:
+    llm = api.llm()
+    api.knobs.set(dead=True)
+    with pytest.raises(RuntimeError, match="the executor has failed"):
+        llm.generate_async(PROMPT, sampling_params=api.sampling())
 
 
 def test_events_and_statistics_are_read_on_the_loop_of_the_requests(api: Api) -> None:

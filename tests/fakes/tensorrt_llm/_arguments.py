@@ -26,7 +26,7 @@ class KvCacheConfig:
 class CacheTransceiverConfig:
     backend: str | None = None
     max_tokens_in_buffer: int | None = None
-    kv_transfer_timeout_ms: int | None = None
+    kv_transfer_timeout_ms: int | None = None if release() < (1, 3) else 60_000
     kv_transfer_sender_future_timeout_ms: int = 1000
     transceiver_runtime: str = "CPP"
 

@@ -52,6 +52,7 @@ class Request:
     announced: bool = False  # generation_only: the response with the context's token is out
     aborted: bool = False
     pinned_since: float = 0.0
+    transit_since: float = 0.0
 
     @property
     def kind(self) -> str:
@@ -101,6 +102,11 @@ class Executor:
         with self._lock:
             self._inbox.append(request)
             self._lock.notify()
+
+    def check_alive(self) -> None:
+        self._refresh_knobs()
+        if self.knobs.dead:
+            raise RuntimeError("the executor has failed")
 
     def abort(self, request_id: int) -> None:
         with self._lock:
@@ -161,6 +167,7 @@ class Executor:
                 self._unpin(key)
             for request_id in aborts:
                 self._cancel(request_id)
+            self._end_late_transfers()
             self._admit()
             self._iterate()
             self._publish_state()
@@ -169,6 +176,7 @@ class Executor:
         if self._inbox or self._aborts or self._pulled:
             return True
         arrived = any(request.state == "transit" and request.received is not None for request in self._active)
+        arrived = arrived or bool(self._late())
         computing = any(request.state in ("context", "decoding") for request in self._active)
         return arrived or computing or any(self._fits(request) for request in self._queued[:1])
 
@@ -193,7 +201,7 @@ class Executor:
             )
             self._active.append(request)
             if generation:
-                request.state = "transit"
+                request.state, request.transit_since = "transit", time.monotonic()
                 threading.Thread(target=self._receive, args=(request,), daemon=True).start()
             else:
                 request.state = "context"
@@ -239,6 +247,8 @@ class Executor:
             self._decode(request)
         for request in arrived:
             self._take_over(request)
+        if self.knobs.updates:
+            self.pool.update()
         self._record_stats()
 
     def _compute(self, request: Request, count: int) -> None:
@@ -373,6 +383,7 @@ class Executor:
         self._active.remove(request)
         whole = (request.prompt + request.output)[: request.computed]
         self.pool.store(whole, request.blocks, request.salt)
+        self.pool.tell_partial(whole, request.salt)
         self.pool.give_back(request.blocks)
 
     # --- the ways a request ends early ---
@@ -400,6 +411,18 @@ class Executor:
         request = self._pinned.pop(key, None)
         if request is not None:
             self.pool.give_back(request.blocks)
+
+    def _late(self) -> list[Request]:
+        if not self.knobs.gives_up_ms:
+            return []
+        end = time.monotonic() - self.knobs.gives_up_ms / 1000
+        return [request for request in self._active if request.state == "transit" and request.transit_since < end]
+
+    def _end_late_transfers(self) -> None:
+        for request in self._late():
+            self._active.remove(request)
+            self.pool.give_back(request.blocks)
+            request.result.put(Response(finish_reason="timeout"))
 
     def _end_orphans(self) -> None:
         """KV that nobody pulled in time. Reached only when new work is scheduled, as in 1.2."""

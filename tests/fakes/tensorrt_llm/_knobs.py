@@ -28,10 +28,13 @@ class Knobs:
     silent_sender: bool = False  # a prefill engine never answers a pull (block gone from the reuse tree)
     spoiled_kv: bool = False  # a prefill engine sends other KV
     no_events: bool = False  # no KV cache events although configured
+    updates: bool = False  # each iteration tells that a block moved between levels, so that events never pause
     lose_event: int = 0  # every n-th event is lost: event ids have gaps
     eos_every: int = 0  # about every n-th token is the end token
     fail_on_token: int = -1  # a prompt with this token fails: RequestError
     crash_on_token: int = -1  # a prompt with this token takes the engine down
+    dead: bool = False  # the executor has failed with nothing running: generate_async raises for every request
+    gives_up_ms: float = 0.0  # a generation whose KV has not come after this time ends as "timeout"; 0: it waits for ever
     deaf_to_abort: bool = False  # an aborted request never ends by itself
 
 

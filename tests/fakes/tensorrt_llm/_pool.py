@@ -97,6 +97,22 @@ class KvPool:
         if stored:
             self._emit({"type": "stored", "parent_hash": first_parent, "blocks": stored})
 
+    def tell_partial(self, tokens: Sequence[int], salt: str | None) -> None:
+        """The last block, not full, is stored, too; here it goes at once, since nothing but full blocks is matched."""
+        start = len(tokens) // self.size * self.size
+        if not self._reuse or start == len(tokens):
+            return
+        *parents, hash_ = self._hashes(tokens, salt)
+        parent = parents[-1] if parents else None
+        self._emit({"type": "stored", "parent_hash": parent, "blocks": [_stored_block(hash_, tokens[start:])]})
+        self._emit({"type": "removed", "block_hashes": [hash_]})
+
+    def update(self) -> None:
+        """A block moves to the host's memory and back: it is no less there."""
+        for hash_ in list(self._block_of)[:1]:
+            level = {"type": "event_diff", "old_value": 0, "new_value": 1}
+            self._emit({"type": "updated", "block_hash": hash_, "cache_level": level})
+
     def write(self, blocks: Sequence[int], start: int, tokens: Sequence[int]) -> None:
         positions = np.arange(start, start + len(tokens))
         table = np.asarray(blocks)[positions // self.size]

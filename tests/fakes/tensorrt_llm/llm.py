@@ -24,7 +24,7 @@ class LLM:
     def __init__(self, **arguments: Any) -> None:
         file = _knobs.path()
         knobs = _knobs.read(file)
-        args = parse(arguments)
+        self._args = args = parse(arguments)
         time.sleep(knobs.load_s)
         if knobs.load_error:
             raise RuntimeError(knobs.load_error)
@@ -53,6 +53,11 @@ class LLM:
             sampling.max_tokens = 1  # in place, on the caller's object
         if not inputs or len(inputs) >= self._max_seq_len:
             raise ValueError(f"The prompt length ({len(inputs)}) should be less than max_seq_len ({self._max_seq_len})")
+        generation = disaggregated_params is not None and disaggregated_params.request_type == "generation_only"
+        budget = self._args.max_num_tokens
+        if not generation and not self._args.enable_chunked_prefill and len(inputs) > budget:
+            raise ValueError(f"The prompt length ({len(inputs)}) should not exceed max_num_tokens ({budget})")
+        self.executor.check_alive()
         try:
             self._loop = asyncio.get_running_loop()
         except RuntimeError:

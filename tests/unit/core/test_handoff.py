@@ -74,6 +74,11 @@ def test_signed_nonsense_is_malformed(body: bytes) -> None:
     assert refusal(sign(Domain.HANDOFF, body, KEY)) is RefusalReason.MALFORMED
 
 
+def test_signed_text_that_is_no_utf8_is_malformed() -> None:
+    body = msgspec.msgpack.encode(HANDOFF).replace(b"prefill_1", b"prefill\xff1")
+    assert refusal(sign(Domain.HANDOFF, body, KEY)) is RefusalReason.MALFORMED
+
+
 def test_other_deployments_key_is_refused() -> None:
     assert refusal(seal(HANDOFF, KEY), key=b"x" * 32) is RefusalReason.BAD_SIGNATURE
 

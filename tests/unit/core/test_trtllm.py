@@ -95,6 +95,10 @@ def test_the_good_one_is_good_and_needs_no_library(tmp_path: Path) -> None:
             {"engine.trtllm.decode.enable_chunked_prefill": False, "engine.trtllm.decode.max_num_tokens": 1024},
             "decode.max_num_tokens is 1024",
         ),
+        (  # TensorRT-LLM's own default
+            {"engine.trtllm.prefill.enable_chunked_prefill": False, "model.max_context": 16384},
+            "prefill.max_num_tokens is 8192, below model.max_context 16384",
+        ),
         ({"engine.trtllm.decode.kv_cache_config.max_tokens": 4096}, "max_tokens is 4096, below model.max_context 8192"),
         ({"engine.trtllm.prefill.disable_overlap_scheduler": False}, "prefill.disable_overlap_scheduler: .* need true"),
         # the transceiver

@@ -6,7 +6,16 @@ import msgspec
 import pytest
 
 from python_backends.core.errors import InvalidRequest
-from python_backends.core.types import MAX_GRAMMAR, MAX_LOGPROBS, GenerateRequest, RequestId, SamplingParams
+from python_backends.core.types import (
+    MAX_GRAMMAR,
+    MAX_LOGPROBS,
+    MAX_STOP_CHARS,
+    MAX_STOPS,
+    MAX_TOKENS_NAMED,
+    GenerateRequest,
+    RequestId,
+    SamplingParams,
+)
 
 NAN, INF = float("nan"), float("inf")
 
@@ -20,10 +29,10 @@ ALLOWED: dict[str, list[Any]] = {
     "repetition_penalty": [1e-9, 1.0, 100],
     "presence_penalty": [-2.0, 2.0],
     "frequency_penalty": [-2.0, 2.0],
-    "logit_bias": [{}, {0: -100.0}, {5: 100.0}],
+    "logit_bias": [{}, {0: -100.0}, {5: 100.0}, dict.fromkeys(range(MAX_TOKENS_NAMED), 0.0)],
     "seed": [None, 0, 2**64 - 1],
-    "stop": [(), ("a",) * 16],
-    "stop_token_ids": [(), (0, 5)],
+    "stop": [(), ("a" * MAX_STOP_CHARS,) * MAX_STOPS],
+    "stop_token_ids": [(), (0, 5), (7,) * MAX_TOKENS_NAMED],
     "ignore_eos": [True],
     "logprobs": [None, 0, MAX_LOGPROBS],
     "grammar": [None, "start: /x/", "x" * MAX_GRAMMAR],
@@ -38,10 +47,10 @@ REFUSED: dict[str, list[Any]] = {
     "repetition_penalty": [0.0, -1.0, 100.1, NAN, INF],
     "presence_penalty": [-2.1, 2.1, NAN, INF],
     "frequency_penalty": [-2.1, 2.1, NAN, -INF],
-    "logit_bias": [{-1: 0.0}, {0: 100.1}, {0: NAN}, {0: 1.0, 1: INF}],
+    "logit_bias": [{-1: 0.0}, {0: 100.1}, {0: NAN}, {0: 1.0, 1: INF}, dict.fromkeys(range(MAX_TOKENS_NAMED + 1), 0.0)],
     "seed": [-1, 2**64],
-    "stop": [("",), ("a", ""), ("a",) * 17],
-    "stop_token_ids": [(-1,), (0, -5)],
+    "stop": [("",), ("a", ""), ("a",) * (MAX_STOPS + 1), ("a" * (MAX_STOP_CHARS + 1),)],
+    "stop_token_ids": [(-1,), (0, -5), (7,) * (MAX_TOKENS_NAMED + 1)],
     "logprobs": [-1, MAX_LOGPROBS + 1],
     "grammar": ["x" * (MAX_GRAMMAR + 1)],
 }

@@ -14,7 +14,7 @@ D0, D1 = WorkerId("d0"), WorkerId("d1")
 
 
 def chunk(request_id: RequestId, token: int = 1) -> TokenChunk:
-    return TokenChunk(request_id, [token])
+    return TokenChunk(request_id, [token], 0)
 
 
 def contents(box: Box) -> list[Output]:

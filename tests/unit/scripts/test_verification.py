@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
 
@@ -10,8 +11,10 @@ import pytest
 from rich.console import Console
 
 from python_backends.core.paths import repository_root
+from scripts.client import Client
 from scripts.conformance import results_of
-from scripts.verification import Result, common, percentile
+from scripts.tritonserver import TritonServer
+from scripts.verification import Result, Verification, common, percentile, verify
 from scripts.verify_gpu import Report, machine, main
 
 CONFIG = repository_root() / "configs" / "trtllm-1p1d.yaml"
@@ -31,6 +34,19 @@ def test_the_report_says_what_held_and_what_did_not(tmp_path: Path) -> None:
     written = json.loads((tmp_path / "r.json").read_text())
     assert written["deployment"] == "workers: []"
     assert [result["ok"] for result in written["results"]] == [None, True, False]
+
+
+def test_a_check_that_breaks_does_not_keep_the_next_from_running(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> str:
+        raise KeyError("kv_tokens_received")
+
+    checks: list[tuple[str, Callable[[], str]]] = [("first token", broken), ("load", lambda: "5 requests/s")]
+    monkeypatch.setattr(Verification, "checks", lambda _: checks)
+    results = verify(TritonServer(CONFIG), Client("127.0.0.1:1"), lambda _: None)
+    assert [(result.name, result.ok, result.detail) for result in results] == [
+        ("first token", False, "KeyError: 'kv_tokens_received'"),
+        ("load", True, "5 requests/s"),
+    ]
 
 
 def test_what_the_results_depend_on_is_told() -> None:

@@ -171,16 +171,59 @@ def test_blocks_that_nobody_asked_for_are_not_told(teller: Teller) -> None:
 # --- losses ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_gap_forgets_everything(teller: Teller) -> None:
-    teller.stored(None, {1: [1, 2, 3, 4]})
-    assert len(teller.known) == 1
+def _with_a_gap(teller: Teller) -> None:
+    """Two blocks are told, then an event is lost."""
+    teller.stored(None, {1: [1, 2, 3, 4], 2: [5, 6, 7, 8]})
+    assert len(teller.known) == 2
     teller.next_id += 1
-    teller.stored(1, {2: [5, 6, 7, 8]})
-    change = teller.events.take_change()
-    assert change == CacheChange(stored=[], removed=[], reset=True)
+    teller.removed(999)
+
+
+def test_after_a_gap_nothing_is_told_of_what_was_known(teller: Teller) -> None:
+    _with_a_gap(teller)
+    assert teller.events.take_change() == CacheChange(stored=[], removed=[], reset=True)
     assert teller.events.gaps == 1
     teller.stored(None, {3: [1, 2, 3, 4]})
     assert teller.events.everything() == CacheChange(stored=ours([1, 2, 3, 4]), removed=[], reset=True)
+
+
+def test_what_a_request_finds_after_a_gap_is_told_again(teller: Teller) -> None:
+    """TensorRT-LLM stores it no second time: else a system prompt would be unknown from the first gap on."""
+    _with_a_gap(teller)
+    teller.events.found([1, 2, 3, 4], "")
+    assert teller.known == set(ours([1, 2, 3, 4]))
+    teller.events.found([1, 2, 3, 4, 5, 6, 7, 8], "")
+    teller.stored(2, {3: [9, 10, 11, 12]})
+    assert teller.known == set(ours(range(1, 13)))
+    teller.removed(2, 3)
+    assert teller.known == set(ours([1, 2, 3, 4]))
+
+
+def test_what_is_removed_after_a_gap_is_not_found(teller: Teller) -> None:
+    _with_a_gap(teller)
+    teller.removed(1, 2)
+    teller.events.found([1, 2, 3, 4, 5, 6, 7, 8], "")
+    assert teller.known == set()
+
+
+def test_what_another_tenant_finds_is_not_told(teller: Teller) -> None:
+    _with_a_gap(teller)
+    teller.events.found([1, 2, 3, 4], "tenant")
+    assert teller.known == set()
+
+
+def test_a_block_behind_which_another_is_stored_is_there(teller: Teller) -> None:
+    _with_a_gap(teller)
+    teller.stored(2, {3: [9, 10, 11, 12]})
+    assert teller.known == set(ours(range(1, 13))[1:])
+
+
+def test_two_gaps_are_no_worse_than_one(teller: Teller) -> None:
+    _with_a_gap(teller)
+    teller.next_id += 1
+    teller.removed(999)
+    teller.events.found([1, 2, 3, 4, 5, 6, 7, 8], "")
+    assert teller.known == set(ours([1, 2, 3, 4, 5, 6, 7, 8]))
 
 
 def test_the_first_event_heard_may_have_any_id(teller: Teller) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from python_backends.core.errors import HandoffRefused, RefusalReason
@@ -122,13 +122,13 @@ def test_another_version_is_refused() -> None:
     assert "version 2" in str(refusal(packed))
 
 
-@settings(deadline=None)
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the machine may be busy
 @given(st.binary(max_size=200))
 def test_nonsense_is_refused(packed: bytes) -> None:
     refusal(packed)
 
 
-@settings(deadline=None)
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the machine may be busy
 @given(st.dictionaries(st.sampled_from([*BASIC, "draft_tokens", "other"]), st.none() | st.integers() | st.binary() | st.text()))
 def test_well_formed_nonsense_is_refused_or_harmless(fields: dict[str, Any]) -> None:
     try:

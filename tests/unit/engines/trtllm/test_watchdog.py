@@ -83,3 +83,14 @@ def test_handoffs_begun_before_the_first_failure_do_not_count(watchdog: Watchdog
         clock.now += 0.1
         watchdog.handoff_failed(began)
     assert watchdog.fault() == ""
+
+
+def test_requests_in_a_row_that_are_not_taken(watchdog: Watchdog) -> None:
+    for _ in range(2):
+        watchdog.rejected("RuntimeError: it is gone")
+        watchdog.rejected("RuntimeError: it is gone")
+        assert watchdog.fault() == ""
+        watchdog.heard()
+    for _ in range(3):
+        watchdog.rejected("RuntimeError: it is gone")
+    assert watchdog.fault() == "TensorRT-LLM takes no requests: RuntimeError: it is gone"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-from typing import Any, cast
+from typing import Any, Literal, cast
 
+import msgspec
 from starlette.datastructures import Headers
 from starlette.requests import Request
 
-from python_backends.core.config import Deployment, WorkerConfig
+from python_backends.core.config import Deployment, HttpConfig, WorkerConfig
 from python_backends.core.types import FinishReason, Role
 from router.door.client import Answer, DoorClient
 from router.door.messages import Ask, AskId
@@ -43,6 +44,38 @@ class _Door:
 
     def drop(self, ask_id: AskId) -> None:
         self.dropped.append(ask_id)
+
+
+class _Listener(_Door):
+    """Keeps what was asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[ClientRequest] = []
+
+    def ask(self, request: ClientRequest, stream: bool) -> Answer:
+        self.asked.append(request)
+        return super().ask(request, stream)
+
+
+async def _salt(tenant: Literal["none", "user", "api_key"], key: str = "", **fields: Any) -> str:
+    """Under which salt POST /v1/completions with these fields asks the router."""
+    door = _Listener()
+    deployment = msgspec.structs.replace(DEPLOYMENT, http=HttpConfig(tenant=tenant))
+    api = Api(deployment, cast(Tokenizer, _Words()), cast(DoorClient, door), frozenset())
+    body = json.dumps({"model": deployment.model_name, "prompt": [1, 2, 3], "stream": True, **fields}).encode()
+    incoming = [{"type": "http.request", "body": body}]
+
+    async def receive() -> dict[str, Any]:
+        if not incoming:
+            await asyncio.Event().wait()
+        return incoming.pop()
+
+    headers = [(b"authorization", f"Bearer {key}".encode())]
+    scope: dict[str, Any] = {"type": "http", "method": "POST", "path": "/", "headers": headers, "query_string": b""}
+    scope["state"] = {"origin": Origin(Headers())}
+    assert isinstance(await api.completions(Request(scope, receive)), EventStream)
+    return door.asked[0].salt
 
 
 async def _stream(body: dict[str, Any]) -> list[dict[str, Any]]:
@@ -84,3 +117,19 @@ def test_choices_that_come_at_the_same_moment_are_all_whole() -> None:
         )
         assert _texts(events, choices) == ["one two"] * choices
         assert events[-1]["usage"]["completion_tokens"] == 2 * choices
+
+
+def test_tenants_are_kept_apart_whatever_they_write() -> None:
+    """A salt of the client's own divides its tenant further, and never leads into another tenant's."""
+
+    def salt(*arguments: Any, **fields: Any) -> str:
+        return asyncio.run(asyncio.wait_for(_salt(*arguments, **fields), 10))
+
+    written = ["", "a", "alice", "alice\0", "\0", salt("user", user="alice")]
+    users = [salt("user", user=user, baton={"cache_salt": own}) for user in ["alice", "alice\0", "bob", ""] for own in written]
+    keys = [salt("api_key", key, baton={"cache_salt": own}) for key in ["sk-1", "sk-2", ""] for own in written]
+    assert len({*users}) == len(users)
+    assert len({*keys}) == len(keys)
+    assert salt("api_key", "sk-1") == salt("api_key", "sk-1", user="bob")
+    assert "sk-1" not in salt("api_key", "sk-1")
+    assert [salt("none", user="alice"), salt("none", baton={"cache_salt": "mine"})] == ["", "mine"]

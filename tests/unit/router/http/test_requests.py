@@ -99,6 +99,13 @@ def test_values_out_of_bounds_are_named(fields: dict[str, Any], param: str) -> N
     assert caught.value.param == param
 
 
+@pytest.mark.parametrize("body", [b'{"model": "\xff"}', b'{"messages": [{"content": ' + b"[" * 100_000, b"\0", b""])
+def test_what_is_no_json_is_the_clients_fault(body: bytes) -> None:
+    with pytest.raises(ApiError) as caught:
+        parse(body, ChatCompletion)
+    assert caught.value.status == 400
+
+
 def test_fields_without_effect_are_accepted() -> None:
     _chat(store=False, metadata={"a": "b"}, service_tier="auto", prompt_cache_key="k", modalities=["text"], top_k=-1)
     assert sampling_of(_chat(top_k=-1), 5, None).top_k == 0
