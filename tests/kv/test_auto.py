@@ -112,7 +112,7 @@ def test_what_another_way_can_not_cure_is_not_tried_again(made: list[Rig]) -> No
     assert rig.refusal(rig.publish([4]), seconds=-1) is RefusalReason.TRANSFER_TIMEOUT
 
 
-@pytest.mark.parametrize("opaque", [b"", b"nonsense", msgspec.msgpack.encode([1, 2])])
+@pytest.mark.parametrize("opaque", [b"", b"nonsense", msgspec.msgpack.encode([1, 2]), b"\x94\xa1\xff\x01\xa0\x90"])
 def test_a_ticket_that_does_not_say_how_is_refused(made: list[Rig], opaque: bytes) -> None:
     rig = make(made, AutoTransport(ShmTransport(), tcp(), None, ()))
     assert rig.refusal(changed(rig.publish([3]), opaque=opaque)) is RefusalReason.TRANSFER_FAILED

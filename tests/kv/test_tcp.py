@@ -112,7 +112,20 @@ def test_noise_ends_the_connection_and_nothing_else(rig: Rig, noise: bytes) -> N
     fetch_all(rig, rig.publish([3, 4]))
 
 
-@pytest.mark.parametrize("frame", [b"\xff\xff\xff\xff", b"\3\0\0\0abc", b"\0\0\0\0", struct.pack("<I", 17 << 20)])
+_NO_UTF8 = b"\x82\xa4type\xa5Claim\xa6ticket\xa1\xff"
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        b"\xff\xff\xff\xff",
+        b"\3\0\0\0abc",
+        b"\0\0\0\0",
+        struct.pack("<I", 17 << 20),
+        struct.pack("<I", len(_NO_UTF8)) + _NO_UTF8,
+        struct.pack("<I", 5000) + b"\x91" * 5000,
+    ],
+)
 def test_nonsense_after_the_handshake_ends_the_connection(rig: Rig, frame: bytes) -> None:
     session = connect(address_of(rig))
     session.send_pieces([memoryview(frame)], soon())

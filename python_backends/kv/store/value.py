@@ -17,6 +17,7 @@ import struct
 
 import msgspec
 
+from python_backends.core.errors import UNREADABLE
 from python_backends.core.layout import KVLayout
 
 VERSION = 1
@@ -62,7 +63,7 @@ def decode_header(body: bytes) -> ValueHeader:
     """Raises ForeignValue or DamagedValue."""
     try:
         header = _decoder.decode(body)
-    except msgspec.MsgspecError as error:
+    except UNREADABLE as error:
         raise DamagedValue(str(error)) from error
     if header.codec != "raw":
         raise ForeignValue(f"codec {header.codec!r}")

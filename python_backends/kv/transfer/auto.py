@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 
 import msgspec
 
-from python_backends.core.errors import HandoffRefused, RefusalReason
+from python_backends.core.errors import UNREADABLE, HandoffRefused, RefusalReason
 from python_backends.core.handoff import KVHandoff
 from python_backends.core.host import host_id
 from python_backends.core.types import Role
@@ -78,7 +78,7 @@ class AutoTransport(CheckedTransport):
         """See CheckedTransport.copy."""
         try:
             ways = _decoder.decode(handoff.opaque)
-        except msgspec.MsgspecError as error:
+        except UNREADABLE as error:
             raise failed(f"the ticket does not say how to fetch: {error}") from error
         refused: HandoffRefused | None = None
         for part, locator, why in self._choices(handoff, ways):

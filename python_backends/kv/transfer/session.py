@@ -26,6 +26,7 @@ from hmac import compare_digest
 
 import msgspec
 
+from python_backends.core.errors import UNREADABLE
 from python_backends.core.signing import MAC_BYTES, Domain, mac
 
 VERSIONS = (1, 1)  # lowest and highest that this end speaks
@@ -188,7 +189,7 @@ class Session:
             raise SessionError(f"it announces a message of {length} bytes")
         try:
             message: Message = _decoder.decode(self.receive(length, deadline))
-        except msgspec.MsgspecError as error:
+        except UNREADABLE as error:
             raise SessionError(f"its message can't be read: {error}") from error
         return message
 

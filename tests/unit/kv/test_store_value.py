@@ -61,7 +61,12 @@ def test_what_others_may_read_is_foreign(value: bytes) -> None:
         read(value)
 
 
-@pytest.mark.parametrize("value", [b"XXXX" + written_by(1)[4:], written_by(1)[:40], written_by(1, layout=7), bytes(100)])
+NO_UTF8 = written_by(1).replace(HEADER.fingerprint.encode(), b"\xff" * len(HEADER.fingerprint))
+
+
+@pytest.mark.parametrize(
+    "value", [b"XXXX" + written_by(1)[4:], written_by(1)[:40], written_by(1, layout=7), bytes(100), NO_UTF8]
+)
 def test_nonsense_is_damaged(value: bytes) -> None:
     with pytest.raises(DamagedValue):
         read(value)
