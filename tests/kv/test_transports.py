@@ -6,6 +6,7 @@ Each transport is used through a Rig, which owns a source pool, publishes from i
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import secrets
 import signal
@@ -129,6 +130,7 @@ def nixl(**settings: str) -> NixlTransport:
         if os.environ.get("CI"):
             pytest.fail(reason)
         pytest.skip(reason)
+    importlib.import_module("nixl._api")  # loads torch: seconds that are no part of a transfer
     return NixlTransport(TransferServer("127.0.0.1", (), KEY, None, timeout_s=5.0), KEY, None, settings)
 
 
