@@ -15,7 +15,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from loadtest.record import Floats
 
@@ -57,6 +57,7 @@ _STYLE: dict[Any, Any] = {  # keys of matplotlib.rcParams
 }
 _WIDE, _NARROW = 9.2, 4.5  # inches; 1 inch is 72 units of the SVG
 _CURVE_POINTS = 300
+_LABEL_INCHES = {"x": 0.62, "y": 0.24}  # that a label such as `200 ms` takes, with the space around it
 _LOWEST_MS = 0.1
 
 
@@ -157,9 +158,29 @@ def time_scale(axes: Axes, which: Literal["x", "y"]) -> None:
     """A logarithmic axis of milliseconds, labelled 20 ms, 50 ms, ... 2 s, as many as there is room for."""
     axis = axes.xaxis if which == "x" else axes.yaxis
     (axes.set_xscale if which == "x" else axes.set_yscale)("log")
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
+    axis.set_major_locator(_TimeLocator(axes, which))
     axis.set_major_formatter(FuncFormatter(time_label))
     axis.set_minor_formatter(NullFormatter())
+
+
+class _TimeLocator(LogLocator):
+    """1, 2, 5 of every decade, or as few of them as labels have room for beside each other."""
+
+    def __init__(self, axes: Axes, which: Literal["x", "y"]) -> None:
+        super().__init__(numticks=100)  # the room decides, not a number
+        self._axes = axes
+        self._which = which
+
+    def tick_values(self, vmin: float, vmax: float) -> Sequence[float]:
+        box = self._axes.get_window_extent()
+        pixels = box.width if self._which == "x" else box.height
+        room = max(2.0, pixels / self._axes.figure.dpi / _LABEL_INCHES[self._which])
+        for subs in ((1.0, 2.0, 5.0), (1.0, 3.0), (1.0,)):
+            self.set_params(subs=subs)
+            ticks = [float(tick) for tick in super().tick_values(vmin, vmax)]
+            if 2 <= sum(vmin <= tick <= vmax for tick in ticks) <= room:
+                return ticks
+        return [float(tick) for tick in MaxNLocator(int(room), min_n_ticks=2).tick_values(vmin, vmax)]  # within a decade
 
 
 def time_label(value_ms: float, _: object = None) -> str:

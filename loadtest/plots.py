@@ -36,7 +36,7 @@ class Plot:
 
 
 def make_plots(run: Run, records: Sequence[Record]) -> list[Plot]:
-    return [_latency(run, records), _over_time(run, records), _goodput(run, records)]
+    return [_latency(run, records), smoothness(run, records), _goodput(run, records)]
 
 
 def _latency(run: Run, records: Sequence[Record]) -> Plot:
@@ -75,7 +75,9 @@ def place_legend(figure: Figure, axes: Axes, narrow: bool) -> None:
         figure.legend(handles, names, loc="outside lower left", ncols=2 if narrow else 4, handlelength=1.6)
 
 
-def _over_time(run: Run, records: Sequence[Record]) -> Plot:
+def smoothness(run: Run, records: Sequence[Record]) -> Plot:
+    """ITL over time, and under it the prompt tokens in prefill."""
+
     def paint(figure: Figure, narrow: bool) -> None:
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2.2, 1])
         paint_itl(upper, run, records, lambda kind: kind, lambda index: SERIES[index % len(SERIES)])

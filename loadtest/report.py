@@ -37,6 +37,7 @@ class Page:
     plots: Sequence[Plot]
     facts: Sequence[tuple[str, str]]
     caption: str  # under every figure, after its n
+    lead: Sequence[str] = ()  # what comes first of all
 
 
 def write_report(directory: Path) -> Path:
@@ -61,13 +62,13 @@ def write_report(directory: Path) -> Path:
     return write_page(directory, page)
 
 
-def write_page(directory: Path, page: Page) -> Path:
-    """Fill the template. `directory`: where report.html goes."""
+def write_page(directory: Path, page: Page, name: str = "report.html") -> Path:
+    """Fill the template. `directory`: where the page goes."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")), autoescape=True, undefined=jinja2.StrictUndefined
     )
     environment.filters["unbroken"] = lambda text: text.replace(" ms", "\u00a0ms").replace(" s", "\u00a0s")
-    path = directory / "report.html"
+    path = directory / name
     path.write_text(environment.get_template("report.html").render(page=page))
     return path
 

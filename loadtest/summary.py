@@ -134,7 +134,7 @@ def gaps_inside(records: Sequence[Record], run: Run) -> tuple[Floats, Floats]:
 def waiting_tokens(records: Sequence[Record], at_s: Floats) -> Floats:
     """Prompt tokens whose request was sent and had no first token yet, at each of the times: the prefill load."""
     sent = np.array([record.sent_s for record in records])
-    end = np.array([_prefill_end(record) for record in records])
+    end = np.array([prefill_end(record) for record in records])
     tokens = np.array([record.input_tokens for record in records], np.float64)
     order_sent, order_end = np.argsort(sent), np.argsort(end)
     began = np.concatenate([[0.0], np.cumsum(tokens[order_sent])])[np.searchsorted(sent[order_sent], at_s, side="right")]
@@ -142,7 +142,8 @@ def waiting_tokens(records: Sequence[Record], at_s: Floats) -> Floats:
     return np.asarray(began - ended, np.float64)
 
 
-def _prefill_end(record: Record) -> float:
+def prefill_end(record: Record) -> float:
+    """The second in which its first token came; infinite where it was waited for to the end."""
     if record.arrival_s:
         return record.arrival_s[0]
     return float("inf") if record.error == UNFINISHED else record.sent_s  # when it failed is not known; it was no load

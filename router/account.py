@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-import time
-
 from python_backends.core.messages import PrefillDone
 from python_backends.core.types import KVReport
+from router.clock import Clock
 from router.types import Proof, RouteDecision
 
 
 class Account:
     """All instants are monotonic seconds; 0 means not yet."""
 
-    def __init__(self, arrival: float) -> None:
+    def __init__(self, arrival: float, clock: Clock, resumed: int = 0) -> None:
+        """resumed: tokens that an earlier life of the router has sent."""
+        self._resumed = resumed
+        self._clock = clock
         self._arrival = arrival
-        self._arrival_ns = time.time_ns() - int((time.monotonic() - arrival) * 1e9)
+        self._arrival_ns = int((clock.wall() - (clock.now() - arrival)) * 1e9)
         self._first_token = 0.0
         self._kv_ready = 0.0
         self._second_token = 0.0
+        self._last_token = 0.0
+        self._num_output = 0
+        self._predicted_ttft_ms = 0.0  # by the decision that led to the first token
         self._decision: RouteDecision | None = None
         self._attempts = 0
         self._prefill: PrefillDone | None = None
@@ -28,6 +33,8 @@ class Account:
         """A new attempt: what an earlier one moved does not count."""
         self._decision = decision
         self._attempts = attempt
+        if not self._first_token:
+            self._predicted_ttft_ms = (self._clock.now() - self._arrival) * 1e3 + decision.ttft_ms
         self._prefill = None
         self._report = KVReport()
 
@@ -37,11 +44,12 @@ class Account:
     def kv_ready(self, report: KVReport) -> None:
         self._report = report
         if not self._second_token:  # a later handoff, of a retry, is no part of the way to the second token
-            self._kv_ready = time.monotonic()
+            self._kv_ready = self._clock.now()
 
     def tokens(self, num_output: int, report: KVReport | None) -> None:
         """New tokens: `num_output` have now been produced in all."""
-        now = time.monotonic()
+        now = self._last_token = self._clock.now()
+        self._num_output = num_output
         if not self._first_token:
             self._first_token = now
             self._prefill_ms = self._prefill.compute_ms if self._prefill else None
@@ -54,7 +62,7 @@ class Account:
         prefill_prefix = prefill.prefix if prefill else report.prefix
         both = (prefill.prefix, report.prefix) if prefill else (report.prefix,)
         assert decision is not None
-        now = time.monotonic()
+        now = self._clock.now()
         ttft_ms = (self._first_token - self._arrival) * 1e3
         prefill_ms = min(report.compute_ms if self._prefill_ms is None else self._prefill_ms, ttft_ms)
         handed_over = prefill is not None and self._kv_ready > 0
@@ -90,4 +98,7 @@ class Account:
             first_decode_ms=(self._second_token - ready) * 1e3 if handed_over and self._second_token else 0.0,
             e2e_ms=(now - self._arrival) * 1e3,
             arrival_ns=self._arrival_ns,
+            itl_ms=(self._last_token - self._first_token) * 1e3 / max(self._num_output - self._resumed - 1, 1),
+            predicted_ttft_ms=self._predicted_ttft_ms,
+            predicted_itl_ms=decision.itl_ms,
         )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import time
 from collections.abc import Iterable
 from typing import Protocol
 
@@ -180,7 +179,7 @@ class RouterChannel:
             if message.load.fault:
                 self._watcher.faulty(message)
                 return
-            if house.hear_heartbeat(message, time.monotonic()):
+            if house.hear_heartbeat(message, house.clock.now()):
                 connection.send(Resync())
             self._watcher.seen(message)
         else:

@@ -55,7 +55,11 @@ class Detokenizer:
 
     def push(self, token_ids: Sequence[int]) -> str:
         """Take the next tokens; return the text that can be shown now. It never ends in U+FFFD unless a stop follows."""
-        for token_id in token_ids:
+        if not self._stop:  # nothing to look for
+            self.num_consumed += len(token_ids)
+            self._unsent += "".join([self._stream.push(token_id) for token_id in token_ids])
+            self._clear = len(self._unsent)
+        for token_id in token_ids if self._stop else ():
             if self.stopped:
                 break
             self.num_consumed += 1

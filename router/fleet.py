@@ -1,68 +1,303 @@
 """The workers as the router sees them: who is up, in which life, and how much it has given them to do.
 
 Reported load is as old as the last heartbeat; what the router itself has sent is known exactly and at once, so choices
-are made on the latter (`requests`, `prefill_tokens`).
+are made on the latter. Each role's workers are kept in the order of their load, so that a choice looks at a few of them
+however many there are.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from dataclasses import dataclass
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from random import Random
 
-from python_backends.core.messages import Heartbeat
+from python_backends.core.messages import Heartbeat, StepSample
 from python_backends.core.types import Epoch, Role, WorkerId
+from router.cost_model import LinkModel, StepModel
+
+_FIRST_HOP_MS = 2.0  # until it is known
+_HOP_RATE = 0.1
+_BURST_RATE = 0.05
+_NEAR = 1.05  # loads that differ less are the same ...
+_NEAR_MS = 0.5  # ... and so are these
 
 
-@dataclass(slots=True)
+def long_prompt(step_tokens: int) -> int:
+    """See WorkerView.long_prompt."""
+    return 4 * step_tokens
+
+
 class WorkerView:
-    heartbeat: Heartbeat
-    heard: float  # monotonic, s
-    up: bool = True
-    requests: int = 0  # routed here and not ended
-    prefill_tokens: int = 0  # routed here and not computed, as far as the router knows
+    """One life of a worker. `role`, `fingerprint`, `max_context` and the like are the heartbeat's."""
+
+    def __init__(self, heartbeat: Heartbeat, heard: float, former: WorkerView | None = None, like: StepModel | None = None):
+        """heard: monotonic, s. What the former life has taught is kept; of a new worker, what is known of another."""
+        self.heartbeat = heartbeat
+        self.heard = heard
+        self.up = True
+        self.id = heartbeat.worker
+        self.role = heartbeat.role
+        self.epoch = heartbeat.epoch
+        self.fingerprint = heartbeat.fingerprint
+        self.max_context = heartbeat.max_context
+        self.step_tokens = heartbeat.step_tokens
+        self.max_batch = heartbeat.max_batch
+        self.block_size = heartbeat.layout.block_size
+        self.token_bytes = heartbeat.layout.token_bytes
+        self.pool_tokens = heartbeat.load.total_blocks * heartbeat.layout.block_size
+        self.requests = 0  # routed here and not ended
+        self.streams = 0  # those whose prompt is computed
+        self.prompts: dict[Charge, int] = {}  # prompts to be computed here, oldest first, with the tokens left of each
+        self.prefill_tokens = 0  # their sum
+        self.context_tokens = 0  # prompts and outputs of the requests here
+        self.kv_tokens = 0  # what they will need of the pool beyond what was cached
+        self.foreign_tokens = 0  # prompt tokens that other routers wait for here, as the last heartbeat said
+        self.foreign_requests = 0
+        self.tells_steps = bool(heartbeat.calibration)  # or its rates are learned from the times of requests
+        self.tokens_per_step = 1.0  # that a stream gets; more where it guesses ahead
+        known = former is not None and former.fingerprint == heartbeat.fingerprint
+        self.model: StepModel = former.model if former and known else StepModel(heartbeat.calibration, like)
+        self.link: LinkModel = former.link if former and known else LinkModel()
+        self.hop_ms: float = former.hop_ms if former and known else _FIRST_HOP_MS
+        self.load_ms = 0.0  # what the workers of a role are ordered by
 
     @property
-    def id(self) -> WorkerId:
-        return self.heartbeat.worker
+    def prefill_window(self) -> int:
+        """Prompt tokens given to the worker in advance: enough that it never waits for more; the rest waits in the router."""
+        return 2 * self.step_tokens
 
     @property
-    def role(self) -> Role:
-        return self.heartbeat.role
+    def long_prompt(self) -> int:
+        """Tokens from which on a prompt is long: it shares the worker with short ones, but with no other long one."""
+        return long_prompt(self.step_tokens)
 
-    @property
-    def epoch(self) -> Epoch:
-        return self.heartbeat.epoch
+    def takes_prompt(self, tokens: int = 1) -> bool:
+        """Whether the worker is to be given a prompt of so many uncached tokens now."""
+        if not self.prompts:
+            return True
+        if self.crowd() >= self.prefill_window:
+            return False
+        return tokens <= self.long_prompt or not self.has_long()
+
+    def takes_stream(self, kv_tokens: int) -> bool:
+        """kv_tokens: that the request will need of the pool."""
+        return self.requests < self.max_batch and self.has_kv_for(kv_tokens)
+
+    def beat(self, heartbeat: Heartbeat, now: float) -> None:
+        """What is there and not from here, other routers have sent; or it came back from another worker."""
+        self.heartbeat, self.heard = heartbeat, now
+        load = heartbeat.load
+        self.foreign_tokens = max(load.queued_tokens - self.prefill_tokens, 0)
+        self.foreign_requests = max(load.queued_requests + load.running_requests - self.requests, 0)
+
+    def crowd(self) -> int:
+        """Prompt tokens in the way of a new prompt. A long one leaves half of each step to others, so it counts as a step."""
+        short = [left for left in self.prompts.values() if left <= self.long_prompt]
+        return sum(short) + (self.step_tokens if len(short) < len(self.prompts) else 0)
+
+    def has_long(self) -> bool:
+        return any(left > self.long_prompt for left in self.prompts.values())
+
+    def tokens_before(self, tokens: int, contended: bool, may_overtake: bool = True) -> int:
+        """Prompt tokens of others that are computed here before a new prompt of so many is done.
+
+        The paged engine gives half of a step to the oldest prompt and the rest to the shortest (its scheduler.py).
+        contended: shorter ones will keep coming. may_overtake: without it the new prompt is to wait for those before it.
+        """
+        return self.foreign_tokens + (self._own_before(tokens, contended, may_overtake) if self.prompts else 0)
+
+    def _own_before(self, tokens: int, contended: bool, may_overtake: bool) -> int:
+        if contended and tokens > self.step_tokens // 2:
+            if tokens > self.long_prompt or not self.has_long():
+                return self.prefill_tokens + tokens
+            return 2 * self.crowd() + tokens
+        shorter = sum([left for left in self.prompts.values() if left <= tokens])
+        overtaking = min(self.prefill_tokens, 2 * shorter + tokens)
+        return overtaking if may_overtake else max(overtaking, self.crowd())
+
+    def computed(self, tokens: int) -> None:
+        """So many prompt tokens were computed: count down the prompts, shared among them as above.
+
+        Until its first token is here, a prompt counts as not quite done.
+        """
+        if self.foreign_tokens:
+            others = tokens * self.foreign_tokens // (self.foreign_tokens + self.prefill_tokens)
+            self.foreign_tokens = max(self.foreign_tokens - others, 0)
+            tokens -= others
+        if not self.prompts:
+            return
+        oldest = next(iter(self.prompts))
+        shares = {oldest: min(self.prompts[oldest] - 1, -(-tokens // 2))}
+        left = tokens - shares[oldest]
+        for charge, remaining in sorted(self.prompts.items(), key=lambda item: item[1]):
+            if charge is not oldest and left:
+                shares[charge] = min(remaining - 1, left)
+                left -= shares[charge]
+        shares[oldest] = min(self.prompts[oldest] - 1, shares[oldest] + left)
+        for charge, share in shares.items():
+            self.prompts[charge] -= share
+            self.prefill_tokens -= share
+
+    def finished(self, charge: Charge) -> None:
+        """A prompt is computed. What had been counted as done of others instead of it is not done."""
+        missed = self.prompts.pop(charge) - 1
+        self.streams += 1
+        self.prefill_tokens -= 1
+        if not self.prompts:
+            self.prefill_tokens = 0
+        elif missed > 0:
+            oldest = next(iter(self.prompts))
+            self.prompts[oldest] += missed
+
+    def has_kv_for(self, tokens: int) -> bool:
+        """Whether so many more tokens fit into the pool, as far as its size is known. One request always does."""
+        if not self.pool_tokens:
+            return True
+        held = max(self.kv_tokens, self.heartbeat.load.held_blocks * self.block_size)
+        return self.requests == 0 or held + tokens <= self.pool_tokens
+
+    def prefill_rate(self) -> float:
+        """Prompt tokens per ms, in full steps beside the streams that are here."""
+        ms = self.model.step_ms(self.step_tokens, 0, self.streams, self.context_tokens)
+        return self.step_tokens / max(ms, 1e-3)
+
+    def learn_step(self, step: StepSample) -> None:
+        """Of a worker that tells its steps."""
+        self.tells_steps = True
+        self.model.learn(step)
+        if step.decode_tokens:
+            self.tokens_per_step += _BURST_RATE * (step.decode_tokens / step.decode_streams - self.tokens_per_step)
+
+    def learn_times(self, seen: StepSample) -> None:
+        """Of one that does not: what a request of its took, as if it had been one step."""
+        if not self.tells_steps:
+            self.model.learn(seen)
+
+    def learn_hop(self, ms: float) -> None:
+        """ms: what a request took that found the worker idle, without the computing."""
+        self.hop_ms += _HOP_RATE * (max(ms, 0.0) - self.hop_ms)
+
+    def weigh(self) -> float:
+        """Sets and returns `load_ms`: time until new work gets its turn, or what a step takes where streams run."""
+        tokens = self.prefill_tokens + self.foreign_tokens
+        backlog = self.model.step_ms(tokens, 0, 0, 0) if tokens else 0.0
+        if self.role is Role.PREFILL:
+            self.load_ms = backlog
+        else:
+            self.load_ms = self.model.step_ms(0, 0, self.requests + self.foreign_requests, self.context_tokens) + backlog
+        return self.load_ms
 
 
 class Charge:
     """One request's load on one worker. A charge to an earlier life of the worker is void."""
 
-    def __init__(self, worker: WorkerView | None, prefill_tokens: int) -> None:
+    def __init__(self, fleet: Fleet, worker: WorkerView | None, prefill_tokens: int, context: int, kv_tokens: int) -> None:
+        """See Fleet.charge."""
+        self._fleet = fleet
         self._worker = worker
-        self._prefill_tokens = prefill_tokens
+        self._context = context
+        self._kv_tokens = kv_tokens
         if worker is not None:
             worker.requests += 1
-            worker.prefill_tokens += prefill_tokens
+            worker.context_tokens += context
+            worker.kv_tokens += kv_tokens
+            if prefill_tokens:
+                worker.prompts[self] = prefill_tokens
+                worker.prefill_tokens += prefill_tokens
+            else:
+                worker.streams += 1
+            fleet.reorder(worker)
 
     def prefilled(self) -> None:
         """The prompt is computed. Idempotent."""
+        if self._worker is not None and self in self._worker.prompts:
+            self._worker.finished(self)
+            self._fleet.reorder(self._worker)
+            self._fleet.on_room()
+
+    def grow(self, tokens: int) -> None:
+        """The request has so many more tokens."""
         if self._worker is not None:
-            self._worker.prefill_tokens -= self._prefill_tokens
-            self._prefill_tokens = 0
+            self._context += tokens
+            self._worker.context_tokens += tokens
 
     def undo(self) -> None:
         """The request has left the worker. Idempotent."""
-        self.prefilled()
-        if self._worker is not None:
-            self._worker.requests -= 1
-            self._worker = None
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            worker.requests -= 1
+            if self in worker.prompts:
+                worker.prefill_tokens -= worker.prompts.pop(self)
+            else:
+                worker.streams -= 1
+            worker.context_tokens -= self._context
+            worker.kv_tokens -= self._kv_tokens
+            self._fleet.reorder(worker)
+            self._fleet.on_room()
+
+
+class Ranking:
+    """Workers that are up, of one role, least loaded first."""
+
+    def __init__(self) -> None:
+        self._order: list[tuple[float, WorkerId]] = []
+        self._views: dict[WorkerId, WorkerView] = {}
+        self._loads: dict[WorkerId, float] = {}
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __iter__(self) -> Iterator[WorkerView]:
+        return (self._views[name] for _, name in self._order)
+
+    def put(self, worker: WorkerView) -> None:
+        """Add the worker, or move it to where its load belongs now."""
+        load = worker.weigh()
+        if self._views.get(worker.id) is worker and self._loads[worker.id] == load:
+            return
+        self.remove(worker.id)
+        self._views[worker.id] = worker
+        self._loads[worker.id] = load
+        insort(self._order, (load, worker.id))
+
+    def remove(self, worker: WorkerId) -> None:
+        if self._views.pop(worker, None) is not None:
+            del self._order[bisect_left(self._order, (self._loads.pop(worker), worker))]
+
+    def get(self, worker: WorkerId) -> WorkerView | None:
+        return self._views.get(worker)
+
+    def first(self) -> WorkerView | None:
+        return self._views[self._order[0][1]] if self._order else None
+
+    def few(self, count: int, able: Callable[[WorkerView], bool], random: Random) -> list[WorkerView]:
+        """Up to `count` able workers among the least loaded; from more that are near equals, at random."""
+        order, views = self._order, self._views
+        if not order:
+            return []
+        near = bisect_right(order, (order[0][0] * _NEAR + _NEAR_MS, "\U0010ffff"))
+        start = random.randrange(near) if near > count else 0
+        found: list[WorkerView] = []
+        for index in range(len(order)):
+            # from a random near equal on, once around, then the rest
+            worker = views[order[(start + index) % near if index < near else index][1]]
+            if able(worker):
+                found.append(worker)
+                if len(found) == count:
+                    break
+        return found
 
 
 class Fleet:
-    """Belongs to the router's event loop."""
+    """Belongs to the router's event loop. `on_room` is called when a worker may have become able to take more."""
 
-    def __init__(self) -> None:
+    def __init__(self, standby: Iterable[WorkerId] = ()) -> None:
+        """standby: aggregated workers that are only asked for by name of the way, or when nobody else decodes."""
+        self.standby = frozenset(standby)
+        self.on_room: Callable[[], None] = _nothing
+        self.ranked = {role: Ranking() for role in Role}
+        self.version = 0  # grows when a worker comes up or goes down
         self._workers: dict[WorkerId, WorkerView] = {}
         self._over: set[Epoch] = set()
         self._changed: asyncio.Future[None] | None = None
@@ -80,11 +315,14 @@ class Fleet:
         """Take in a heartbeat. Returns whether the worker is up only since now: new, restarted or back again."""
         known = self._workers.get(heartbeat.worker)
         if known is not None and known.epoch == heartbeat.epoch and known.up:
-            known.heartbeat, known.heard = heartbeat, now
+            known.beat(heartbeat, now)
+            self.reorder(known)
             return False
         if known is not None and known.epoch != heartbeat.epoch:
             self.bury(known.epoch)
-        self._workers[heartbeat.worker] = WorkerView(heartbeat, now)
+        worker = WorkerView(heartbeat, now, known, self._model_like(heartbeat))
+        self._workers[heartbeat.worker] = worker
+        self.reorder(worker)
         self._wake()
         return True
 
@@ -94,6 +332,7 @@ class Fleet:
         if known is None or not known.up:
             return False
         known.up = False
+        self.ranked[known.role].remove(worker)
         self._wake()
         return True
 
@@ -116,6 +355,33 @@ class Fleet:
     def silent(self, since: float) -> list[WorkerView]:
         return [worker for worker in self.up() if worker.heard < since]
 
+    def charge(self, worker: WorkerId, prefill_tokens: int, context: int = 0, kv_tokens: int = 0) -> Charge:
+        """Count a request as load of this life of a worker.
+
+        prefill_tokens: of its prompt, to be computed there. context: all its tokens. kv_tokens: those that the pool will
+        have to find room for in the end, the expected output among them.
+        """
+        return Charge(self, self._workers.get(worker), prefill_tokens, context, kv_tokens)
+
+    def stepped(self, worker: WorkerId, steps: Sequence[StepSample]) -> None:
+        """A worker says what it has computed: learn from it, and count its prompts down."""
+        known = self._workers.get(worker)
+        if known is None:
+            return
+        for step in steps:
+            known.learn_step(step)
+        computed = sum(step.prefill_tokens for step in steps)
+        if not computed:
+            return
+        known.computed(computed)
+        self.reorder(known)
+        self.on_room()
+
+    def reorder(self, worker: WorkerView) -> None:
+        """The worker's load has changed."""
+        if worker.up and self._workers.get(worker.id) is worker:
+            self.ranked[worker.role].put(worker)
+
     async def wait_for_change(self, timeout: float) -> None:
         """Until a worker comes up or goes down, or the time is over."""
         if self._changed is None:
@@ -123,11 +389,18 @@ class Fleet:
         # Not wait_for: before Python 3.12 it loses a cancellation that comes together with the change.
         await asyncio.wait({self._changed}, timeout=timeout)
 
-    def charge(self, worker: WorkerId, prefill_tokens: int) -> Charge:
-        """Count a request, and the prompt tokens it will compute there, as load of this life of a worker."""
-        return Charge(self._workers.get(worker), prefill_tokens)
+    def _model_like(self, heartbeat: Heartbeat) -> StepModel | None:
+        """Of the worker of this model that has told most."""
+        alike = [worker.model for worker in self if worker.fingerprint == heartbeat.fingerprint]
+        return max(alike, key=lambda model: model.samples, default=None)
 
     def _wake(self) -> None:
+        self.version += 1
+        self.on_room()
         changed, self._changed = self._changed, None
         if changed is not None:
             changed.set_result(None)
+
+
+def _nothing() -> None:
+    """Nobody waits for room."""

@@ -8,52 +8,85 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from random import Random
 
-from python_backends.core.block_hash import block_hashes, chain_root
+from python_backends.core.block_hash import block_hashes
 from python_backends.core.config import Deployment
-from python_backends.core.errors import InvalidRequest, Unavailable
+from python_backends.core.errors import InvalidRequest
 from python_backends.core.messages import BlockEvents, Heartbeat, Lent, Located, Output, Outputs, PrefillDone
-from python_backends.core.types import BlockHash, LeaseEnd, RequestId, Role, WorkerId
+from python_backends.core.types import LeaseEnd, RequestId, Role, WorkerId
 from router.admission import Admission
-from router.fleet import Fleet
+from router.clock import Clock
+from router.fleet import Fleet, long_prompt
 from router.journal import Journal
 from router.lifecycle import State
 from router.mailroom import Mailroom
 from router.node_memory import NodeMemory
-from router.policy import Query, choose
-from router.prefix_index import PrefixIndex
+from router.policy import Choice, Query, Room, choose, has_room
+from router.prefix_index import Match, PrefixIndex
+from router.prompt import Hasher, Prompt
 from router.seams import Calls, Destination, Observer, Snapshot
 from router.tokenizer import Tokenizer
-from router.types import ClientRequest, RouteDecision, Way, Wish
+from router.types import ClientRequest, Slo, Wish
 
 log = logging.getLogger(__name__)
 
 _LEND_S = 0.25  # that a worker may take to lend; it answers between two steps
 _LONG_PROMPT_BYTES = 4_000  # from here on a prompt is tokenised off the event loop
+_HITS = 2  # workers of each role that have most of a prompt and are looked at
+_OUTPUT_RATE = 0.02  # how fast the expected length of outputs learns
+_CAPACITY_AGE_S = 1.0
+
+_WISHES = {
+    "adaptive": Wish.AUTO,
+    "always-remote": Wish.REMOTE,
+    "always-local": Wish.LOCAL,
+    "always-aggregated": Wish.AGGREGATED,
+}
 
 
 class House:
-    def __init__(self, deployment: Deployment, tokenizer: Tokenizer, calls: Calls, observer: Observer) -> None:
+    def __init__(
+        self,
+        deployment: Deployment,
+        tokenizer: Tokenizer,
+        calls: Calls,
+        observer: Observer,
+        *,
+        clock: Clock | None = None,
+        hasher: Hasher = block_hashes,
+        random: Random | None = None,
+    ) -> None:
+        """clock, hasher and random are the simulator's to give."""
         self.name = secrets.token_hex(8)  # of this life of the router
         self.config = deployment.router
         self._locate_s = deployment.store.locate_timeout_s
         self.tokenizer = tokenizer
         self.calls = calls
         self.observer = observer
-        self.fleet = Fleet()
+        self.clock = clock or Clock()
+        self.fleet = Fleet(_standby(deployment))
         self.index = PrefixIndex()
         self.mailroom = Mailroom()
         self.node_memory = NodeMemory()
         self.journal = Journal()
-        self.admission = Admission(self.config.max_requests, self.config.max_queued_tokens)
+        self.admission = Admission(self.config, self.clock, self._tokens_per_ms, long_prompt(deployment.engine.step_tokens))
+        self.fleet.on_room = self.admission.room_changed
+        self.output_tokens = float(self.config.default_max_tokens)  # expected of a request
+        self.lost_at = 0.0  # monotonic s, when a worker was lost last
+        self._hasher = hasher
+        self._random = random or Random(secrets.randbits(64))
         self._encoders = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
         self._requests = 0
         self._questions = 0
         self._orphans: dict[WorkerId, set[RequestId]] = {}  # what lost workers may still compute, should they come back
+        self._seen_version = -1  # of the fleet, for the three below
+        self._members: dict[Role, int] = {}
+        self._models: list[tuple[str, int]] = []  # fingerprint, block size
+        self._longest = 0  # tokens that a worker takes that decodes, whether it is up or not; 0: none is known
+        self._capacity = (0.0, -_CAPACITY_AGE_S)  # tokens per ms, and when that was
 
     def close(self) -> None:
         self.node_memory.close()
@@ -61,20 +94,21 @@ class House:
 
     def snapshot(self, states: Mapping[State, int]) -> Snapshot:
         """`states`: how many live requests are in each."""
-        return Snapshot(states, self.admission.requests, self.admission.queued_tokens, len(self.index), list(self.fleet))
+        door = self.admission
+        return Snapshot(states, door.requests, door.waiting, door.queued_tokens, len(self.index), list(self.fleet))
+
+    @property
+    def trouble(self) -> str:
+        """Why requests can't be served now; empty when they can."""
+        if self.fleet.ranked[Role.DECODE] or self.fleet.ranked[Role.AGGREGATED]:
+            return ""
+        up = ", ".join(worker.id for worker in self.fleet.up()) or "none"
+        return f"no decode or aggregated worker is up (up: {up})"
 
     def destination(self, worker: WorkerId) -> Destination | None:
         """Where a worker is, up or not; None when it was never heard of."""
         known = self.fleet.get(worker)
         return None if known is None else Destination(worker, known.heartbeat.model, known.heartbeat.server, known.epoch)
-
-    @property
-    def trouble(self) -> str:
-        """Why requests can't be served now; empty when they can."""
-        if any(worker.role is not Role.PREFILL for worker in self.fleet.up()):
-            return ""
-        up = ", ".join(worker.id for worker in self.fleet.up()) or "none"
-        return f"no decode or aggregated worker is up (up: {up})"
 
     # --- for a request ---
 
@@ -103,51 +137,83 @@ class House:
     def _encode_chat(self, request: ClientRequest) -> list[int]:
         return self.tokenizer.encode_chat(request.messages or [])
 
-    async def decide(self, tokens: list[int], salt: str, wish: Wish, avoid: set[WorkerId]) -> RouteDecision:
-        """Choose a route, waiting for a worker if need be. Raises InvalidRequest if the prompt fits none, Unavailable."""
-        give_up = time.monotonic() + self.config.worker_wait_s
-        while True:
-            workers = self.fleet.up()
-            self._check_length(len(tokens))
-            query = Query(len(tokens), self._matches(tokens, salt), wish, self.config.local_prefill_tokens, avoid=avoid)
-            decision = choose(query, workers)
-            if decision is not None and decision.way is Way.REMOTE and wish is Wish.AUTO:
-                decision = await self._ask_stores(query, decision, tokens, salt) or decision
-            if decision is not None:
-                self.observer.decided(decision.way)
-                return decision
-            if time.monotonic() >= give_up:
-                raise Unavailable(f"{self.trouble or 'no worker that is up can take the request'}; try again in a moment")
-            await self.fleet.wait_for_change(give_up - time.monotonic())
+    def prompt(self, token_ids: list[int], salt: str) -> Prompt:
+        return Prompt(token_ids, salt, self._hasher)
 
-    async def _ask_stores(self, query: Query, decision: RouteDecision, tokens: list[int], salt: str) -> RouteDecision | None:
-        """The decision, now that the chosen decode worker has said what its stores have. None when they change nothing."""
-        worker = self.fleet.get(decision.decode)
-        if worker is None or not worker.heartbeat.stores:
-            return None
-        size, fingerprint = worker.heartbeat.layout.block_size, worker.heartbeat.fingerprint
-        matched = query.matched.get(worker.id, 0)
-        hashes = block_hashes(tokens[:-1], size, chain_root(fingerprint, salt))[matched // size :]
-        stored = matched + size * await self._locate(worker.id, hashes)
-        if stored == matched:
-            return None
-        # Others with the same stores can use the blocks, too, if they have those before them.
-        sharing = [other for other in self.fleet.up() if _has_stores_of(worker.heartbeat, other.heartbeat)]
-        able = {other.id: stored for other in sharing if query.matched.get(other.id, 0) >= matched}
-        return choose(replace(query, stored=able), self.fleet.up())
+    def wish_of(self, request: ClientRequest) -> Wish:
+        return request.wish or _WISHES[self.config.mode]
 
-    async def _locate(self, worker: WorkerId, hashes: list[BlockHash]) -> int:
-        """Leading blocks that the worker finds in its stores; 0 when it does not say in time."""
+    def slo_of(self, request: ClientRequest) -> Slo:
+        given, ours = (request.slo_ttft_ms, request.slo_itl_ms), (self.config.slo.ttft_ms, self.config.slo.itl_ms)
+        return Slo(*(mine if asked is None else asked for asked, mine in zip(given, ours, strict=True)))
+
+    def match(self, prompt: Prompt) -> Match:
+        """How much of it the workers that are up are believed to have."""
+        if self._seen_version != self.fleet.version:
+            self._look_at_fleet()
+        return self.index.match([(size, prompt.hashes(model, size)) for model, size in self._models])
+
+    def choose(
+        self,
+        prompt: Prompt,
+        wish: Wish,
+        slo: Slo,
+        max_tokens: int,
+        avoid: Collection[WorkerId],
+        stored: Mapping[WorkerId, int] | None = None,
+    ) -> Choice | None:
+        """Where the request would go now; None when nobody is up to serve it. Raises InvalidRequest if it fits nowhere.
+
+        stored: what `look_in_stores` has found.
+        """
+        match = self.match(prompt)
+        if len(prompt) >= (self._longest or len(prompt) + 1):
+            raise InvalidRequest(
+                f"the prompt has {len(prompt)} tokens; with at least one new token it must fit into {self._longest} "
+                "(the model's context, or engine.kv_pool_mib)"
+            )
+        hits = [worker for members in self._members.values() for worker in match.deepest(members, _HITS)]
+        hits += [worker for worker in stored or () if worker not in hits][: _HITS * len(Role)]
+        output = min(max_tokens, int(self.output_tokens))
+        contended = self.admission.waiting > 0
+        query = Query(len(prompt), match, hits, wish, slo, output, contended, avoid, stored or {})
+        return choose(query, self.fleet, self._random)
+
+    # --- what takes a question to a worker ---
+
+    @property
+    def has_stores(self) -> bool:
+        """Whether a worker that is up and decodes has any."""
+        ranked = self.fleet.ranked
+        return any(worker.heartbeat.stores for role in (Role.DECODE, Role.AGGREGATED) for worker in ranked[role])
+
+    async def look_in_stores(self, prompt: Prompt, worker: WorkerId) -> dict[WorkerId, int]:
+        """Leading tokens that workers have in their pools or find in their stores, as this one says of its own.
+
+        Empty when that is no more than what they have anyway.
+        """
+        view = self.fleet.get(worker)
+        if view is None or not view.heartbeat.stores:
+            return {}
+        match, size = self.match(prompt), view.block_size
+        pooled = match.get(worker)
+        hashes = prompt.hashes(view.fingerprint, size)[pooled // size :]
+        if not hashes:
+            return {}
         answer = await self._ask(worker, lambda question: self.calls.locate(worker, question, hashes), self._locate_s)
-        return answer.blocks if isinstance(answer, Located) else 0
+        stored = pooled + size * (answer.blocks if isinstance(answer, Located) else 0)
+        if stored == pooled:
+            return {}
+        # Others with the same stores can use the blocks, too, if they have those before them.
+        sharing = [other for other in self.fleet.up() if _has_stores_of(view.heartbeat, other.heartbeat)]
+        return {other.id: stored for other in sharing if match.get(other.id) >= pooled}
 
-    async def borrow(self, lender: WorkerId, tokens: list[int], salt: str) -> Lent | None:
+    async def borrow(self, lender: WorkerId, prompt: Prompt) -> Lent | None:
         """A ticket for the leading tokens that the worker has cached. None when it does not say in time."""
         view = self.fleet.get(lender)
         if view is None:
             return None
-        root = chain_root(view.heartbeat.fingerprint, salt)
-        hashes = block_hashes(tokens[:-1], view.heartbeat.layout.block_size, root)
+        hashes = prompt.hashes(view.fingerprint, view.block_size)
         answer = await self._ask(lender, lambda question: self.calls.lend(lender, question, hashes), _LEND_S)
         return answer if isinstance(answer, Lent) and answer.ticket is not None else None
 
@@ -165,24 +231,38 @@ class House:
             finally:
                 answering.cancel()
 
-    def _check_length(self, num_tokens: int) -> None:
-        known = [worker for worker in self.fleet if worker.role is not Role.PREFILL]
-        longest = max((worker.heartbeat.max_context for worker in known), default=num_tokens + 1)
-        if num_tokens >= longest:
-            raise InvalidRequest(
-                f"the prompt has {num_tokens} tokens; with at least one new token it must fit into {longest} "
-                "(the model's context, or engine.kv_pool_mib)"
-            )
+    # --- the state of things ---
 
-    def _matches(self, tokens: list[int], salt: str) -> dict[WorkerId, int]:
-        """Leading tokens that each worker is believed to have; the last token never counts, its logits are wanted."""
-        matched: dict[WorkerId, int] = {}
-        models = {(worker.heartbeat.fingerprint, worker.heartbeat.layout.block_size) for worker in self.fleet.up()}
-        for fingerprint, size in models:
-            hashes = block_hashes(tokens[:-1], size, chain_root(fingerprint, salt))
-            for worker, blocks in self.index.match(hashes).items():
-                matched[worker] = blocks * size
-        return matched
+    def has_room(self, lacked: Room) -> bool:
+        """Whether `choose` may now say something else to a request that lacked this."""
+        return has_room(lacked, self.fleet)
+
+    def serves(self, num_tokens: int) -> bool:
+        """Whether a worker is up that can take a prompt of so many tokens to its end."""
+        ranked = self.fleet.ranked
+        return any(num_tokens < worker.max_context for role in (Role.DECODE, Role.AGGREGATED) for worker in ranked[role])
+
+    def ended(self, output_tokens: int) -> None:
+        """A request has ended well, after so many tokens."""
+        self.output_tokens += _OUTPUT_RATE * (output_tokens - self.output_tokens)
+
+    def _look_at_fleet(self) -> None:
+        """Once whenever a worker comes or goes."""
+        self._seen_version = self.fleet.version
+        self._members = {role: self.index.members([w.id for w in self.fleet.ranked[role]]) for role in Role}
+        self._models = sorted({(worker.fingerprint, worker.block_size) for worker in self.fleet.up()})
+        self._longest = max((worker.max_context for worker in self.fleet if worker.role is not Role.PREFILL), default=0)
+
+    def _tokens_per_ms(self) -> float:
+        """Prompt tokens that the prefill workers - without any, those that decode - compute in a millisecond."""
+        rate, when = self._capacity
+        now = self.clock.now()
+        if now - when >= _CAPACITY_AGE_S:
+            ranked = self.fleet.ranked
+            workers = ranked[Role.PREFILL] or ranked[Role.DECODE] or ranked[Role.AGGREGATED]
+            rate = sum(w.prefill_rate() for w in workers)
+            self._capacity = (rate, now)
+        return rate
 
     # --- from the channel ---
 
@@ -195,6 +275,7 @@ class House:
         self.fleet.hear(heartbeat, now)
         if heartbeat.node_place:
             self.node_memory.named(heartbeat.node_place, now)
+        self.admission.room_changed()  # it may have KV blocks again
         if told and not heartbeat.load.tells_blocks:
             log.warning("worker %s does not tell what its prefix cache holds: prefixes are not routed to it", heartbeat.worker)
         for request_id in self._orphans.pop(heartbeat.worker, ()):  # of a life that was only cut off or held up
@@ -204,6 +285,7 @@ class House:
     def hear_outputs(self, outputs: Outputs) -> None:
         if not self.fleet.is_current(outputs.worker, outputs.epoch):
             return
+        self.fleet.stepped(outputs.worker, outputs.steps)
         for output in self.mailroom.deliver(outputs.outputs):
             if isinstance(output, PrefillDone | Lent) and output.lease_id is not None:
                 self.calls.release(outputs.worker, output.lease_id, LeaseEnd.UNWANTED)  # its request is gone
@@ -215,9 +297,17 @@ class House:
     def lose(self, worker: WorkerId, why: str) -> bool:
         """A worker is dead, wedged or restarted. Returns whether it was up."""
         was_up = self.fleet.lose(worker)
+        self.lost_at = self.clock.now()
         self.index.forget(worker)
         self._orphans.setdefault(worker, set()).update(self.mailroom.lose(worker, why))
         return was_up
+
+
+def _standby(deployment: Deployment) -> list[WorkerId]:
+    """Aggregated workers that have no cores of their own: if they worked too, prefill and decode workers would slow down."""
+    others = any(worker.role is not Role.AGGREGATED for worker in deployment.workers)
+    shared = [w.id for w in deployment.workers if w.role is Role.AGGREGATED and w.device == "cpu" and not w.cpus]
+    return shared if others else []
 
 
 def _has_stores_of(one: Heartbeat, other: Heartbeat) -> bool:

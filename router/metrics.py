@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
-from python_backends.core.types import WorkerId
+from python_backends.core.types import Role, WorkerId, WorkerLoad
+from router.cost_model import TERMS
 from router.fleet import WorkerView
 from router.journal import Record
 from router.lifecycle import LIVE
@@ -24,11 +25,12 @@ from router.types import Outcome, Proof, Way
 
 _NO_ROUTE = "none"  # the request ended before one was chosen
 _HISTOGRAMS_EVERY = 5  # refreshes; they have many series
+_MODELS_EVERY = 20  # refreshes; what was learned changes slowly
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _STEP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.025, 0.04, 0.06, 0.1, 0.2, 0.5, 1.0, 5.0)
 _TRANSFER_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
-_TOKENS = (16.0, 64.0, 256.0, 1024.0, 4096.0, 16384.0, 65536.0)
+_TOKENS = tuple(float(1 << power) for power in range(4, 18))  # 16 to 131072
 _ERRORS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0)
 
 
@@ -111,7 +113,15 @@ FAMILIES: tuple[Family, ...] = (
     _gauge("baton_worker_queued_tokens", "Prompt tokens the worker has yet to compute", *_WORKER),
     _gauge("baton_router_requests", "Requests in the router"),
     _gauge("baton_live_requests", "Requests in the router, by state of their life", "state"),
+    _gauge("baton_router_waiting_requests", "Requests in the router that wait for a worker with room"),
     _gauge("baton_router_queued_tokens", "Prompt tokens that wait for their first token"),
+    # what it has learned of its workers, and predicts from
+    _gauge("baton_step_cost_seconds", "What a step of the worker takes per unit of the term", *_WORKER, "term"),
+    _gauge("baton_step_cost_error_ratio", "Running mean of |predicted - measured| / measured of the worker's steps", *_WORKER),
+    _gauge("baton_step_tokens_per_stream", "Tokens that a stream gets per step; more than 1 where it guesses ahead", *_WORKER),
+    _gauge("baton_link_bytes_per_second", "Rate at which KV arrives at the worker", *_WORKER),
+    _gauge("baton_link_overhead_seconds", "What fetching KV takes besides the moving of bytes", *_WORKER),
+    _gauge("baton_hop_seconds", "From the router to the worker's queue, and back", *_WORKER),
     # the router about itself
     _histogram("baton_prediction_error_ratio", "Predicted against measured: |difference| / measured", _ERRORS, "what"),
     _counter("baton_traces_dropped_total", "Traces that were not exported because the exporter was behind"),
@@ -193,6 +203,7 @@ class Meter:
         self._epochs: dict[WorkerId, int] = {}
         self._reported: dict[tuple[str, Labels], tuple[int, float]] = {}  # epoch, total
         self._refreshes = 0
+        self._models_due = 0
         self._itl = self._histogram("baton_itl_seconds")
         for outcome in Outcome:  # a series that begins at 0 shows its first event as a rate
             for route in (*Way, None):
@@ -253,6 +264,7 @@ class Meter:
 
     def refresh(self, snapshot: Snapshot) -> None:
         self._set("baton_router_requests", snapshot.requests)
+        self._set("baton_router_waiting_requests", snapshot.waiting)
         self._set("baton_router_queued_tokens", snapshot.queued_tokens)
         self._set("baton_prefix_index_blocks", snapshot.index_blocks)
         self._set("baton_ready", any(worker.up and worker.role.value != "prefill" for worker in snapshot.workers))
@@ -260,10 +272,14 @@ class Meter:
             self._set("baton_live_requests", snapshot.states.get(state, 0), state=state.value)
         for worker in snapshot.workers:
             self._look_at(worker)
+            if self._models_due <= 0:
+                self._look_at_model(worker)
+        self._models_due = _MODELS_EVERY if self._models_due <= 0 else self._models_due - 1
         self._hand_on()
 
     def _look_at(self, worker: WorkerView) -> None:
-        load, labels = worker.heartbeat.load, {"worker": worker.id, "role": worker.role.value}
+        # One that is gone holds nothing, whatever it said last.
+        load, labels = worker.heartbeat.load if worker.up else WorkerLoad(), {"worker": worker.id, "role": worker.role.value}
         if self._epochs.get(worker.id) != worker.epoch:
             self._epochs[worker.id] = worker.epoch
             self.count("baton_worker_starts_total", 1, **labels)
@@ -283,6 +299,17 @@ class Meter:
                 self._count_up(
                     worker.epoch, "baton_store_blocks_total", getattr(counts, event), **labels, tier=tier, event=event
                 )
+
+    def _look_at_model(self, worker: WorkerView) -> None:
+        labels = {"worker": worker.id, "role": worker.role.value}
+        for term, ms in zip(TERMS, worker.model.coefficients, strict=True):
+            self._set("baton_step_cost_seconds", _rounded(ms / 1e3), **labels, term=term)
+        self._set("baton_step_cost_error_ratio", _rounded(worker.model.error), **labels)
+        self._set("baton_step_tokens_per_stream", _rounded(worker.tokens_per_step), **labels)
+        self._set("baton_hop_seconds", _rounded(worker.hop_ms / 1e3), **labels)
+        if worker.role is Role.DECODE:
+            self._set("baton_link_bytes_per_second", _rounded(worker.link.bytes_per_ms * 1e3), **labels)
+            self._set("baton_link_overhead_seconds", _rounded(worker.link.overhead_ms / 1e3), **labels)
 
     def _count_up(self, epoch: int, name: str, total: float, **labels: str) -> None:
         """A worker's own counter, which begins at 0 in each of its lives."""
@@ -324,6 +351,11 @@ class Meter:
                 changes += histogram.changes(labels)
         if changes:
             self._sink.push(changes)
+
+
+def _rounded(value: float) -> float:
+    """To three digits: noise is no change."""
+    return float(f"{value:.3g}")
 
 
 def exported_names() -> list[str]:

@@ -1,140 +1,370 @@
-"""How a request is served and by whom: a pure function of the fleet, the prefix matches and the wish.
+"""How a request is served and by whom: a pure function of the fleet, the prefix matches, the targets and the wish.
 
-1. A decode worker that has all but a few tokens of the prompt, or finds them in its stores, computes the rest itself,
-   unless it is much busier than the others: `cached` when only tokens outside full blocks are missing, else `local`.
-2. Otherwise the least busy decode worker is taken, and the prefill worker that is done with the prompt first, counted
-   in tokens ahead of it plus tokens that it has not cached: `remote`. What it has not cached and another worker has, it
-   borrows, if that is much; that counts as a fraction of computing it.
-3. Without prefill workers the decode worker does it (`local`); without decode workers an aggregated one (`aggregated`).
+For a few workers of each role - those that have most of the prompt, and the least loaded - it predicts
+
+    remote       time to first token on the prefill worker: its queue, then the uncached tokens; on the decode worker: what
+                 a step takes with one stream more, and the wait for the KV
+    local        the same work on the decode worker itself, between the steps of its running streams, which it delays
+    aggregated   as local
+
+and takes the way that misses the targets least and, among those that keep them, the cheapest. The two choices of a remote
+way do not depend on each other: the first token leaves before the decode worker is asked. So every worker is looked at
+once, not every pair. Of ways that cost nearly the same, two are drawn and the less busy one is taken (Mitzenmacher, "The
+Power of Two Choices in Randomized Load Balancing", 2001): several routers that know the same must not all choose the same.
+
+What a worker finds in its stores counts as cached, except for the room that it takes. A prefill worker that lacks a long
+prefix which another worker's pool has borrows it; that counts as a fraction of computing it.
+
+A hot prefix needs no rule: as long as queueing for it is cheaper than computing it elsewhere, it is queued for; then
+another worker computes it, and has it, too. Nor does a conversation: its last worker has most of the prompt.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from enum import Enum
+from itertools import islice
+from random import Random
+from typing import Protocol
+
+import msgspec
 
 from python_backends.core.types import Role, WorkerId
-from router.fleet import WorkerView
-from router.types import RouteDecision, Way, Wish
+from router.cost_model import prefill_ms
+from router.fleet import Fleet, WorkerView
+from router.types import RouteDecision, Slo, Way, Wish
 
 _LOAN_TOKENS = 256  # fewer are not worth asking for
 _LOAN_SHARE = 16  # borrowing so many tokens is taken to cost as much as computing one; the worker knows better
-_STICKY_REQUESTS = 4  # a prefix hit is worth being so many requests busier than the least busy worker
+_HIT = 0.5  # who has to compute at most so much of what others have to compute, has most of the prompt
+_LOOKED_AT = 2  # of the least loaded workers of a role; as many again that have most of the prompt
+_NEAR = 1.03  # costs that differ less are the same ...
+_NEAR_MS = 0.5  # ... and so are these
+_TOKENS_VALUED = 10  # a millisecond more between tokens is worth so many to the first token
+_DELAY_VALUED = 0.05  # a running stream's delay against a delay of this request's first token; more ...
+_LEAST_SLACK = 0.05  # ... the fuller the worker is, up to 1 / this: time spent there is missed by streams to come, as well
 
 
-@dataclass(frozen=True, slots=True)
-class Query:
+class Cached(Protocol):
+    """router.prefix_index.Match."""
+
+    def get(self, worker: WorkerId) -> int:
+        """Leading prompt tokens that the worker is believed to have."""
+
+
+class Query(msgspec.Struct, frozen=True):
     """What the choice depends on besides the fleet."""
 
     num_tokens: int
-    matched: Mapping[WorkerId, int]  # leading prompt tokens each worker is believed to have
+    cached: Cached
+    hits: Sequence[WorkerId]  # workers that have most of the prompt, best first
     wish: Wish
-    local_prefill_tokens: int
-    stored: Mapping[WorkerId, int] = field(default_factory=dict)  # the same, with what it finds in its stores
+    slo: Slo
+    output_tokens: int = 128  # expected
+    contended: bool = False  # more requests wait at the door
     avoid: Collection[WorkerId] = ()  # workers that failed this request; taken only if there is no other
+    stored: Mapping[WorkerId, int] = {}  # leading prompt tokens in the worker's pool and stores together
 
 
-def choose(query: Query, workers: Sequence[WorkerView]) -> RouteDecision | None:
-    """None when no worker that is up can serve the request now."""
-    decodes = _candidates(workers, Role.DECODE, query)
-    aggregated = _candidates(workers, Role.AGGREGATED, query)
-    if aggregated and (query.wish is Wish.AGGREGATED or not decodes):
-        return _aggregated(query, aggregated, "as asked" if query.wish is Wish.AGGREGATED else "no decode worker is up")
-    if not decodes:
+class Room(Enum):
+    """What a request may have to wait for."""
+
+    PROMPT = "prompt"  # a prefill worker that has little to compute
+    STREAM = "stream"  # a decode worker with KV blocks to spare, and a place in its batch
+    BOTH = "both"  # a decode worker that has little to compute and takes one more stream
+    AGGREGATED = "aggregated"  # an aggregated worker that does
+
+
+class Choice(msgspec.Struct, frozen=True):
+    """Where to go. `lacks` is None when the request can go there now.
+
+    Otherwise it is better off waiting in the router, where its turn is kept: nobody else who has room would do as well.
+    """
+
+    decision: RouteDecision
+    lacks: Room | None
+    missing: int  # prompt tokens that the decode worker has not cached
+    alone_ms: float  # to the first token if the worker had nothing else to do
+
+
+class _Option:
+    """One way to serve the request. Times in ms. `excess`: how far it misses the targets."""
+
+    __slots__ = ("cost", "excess", "itl", "lacks", "lender", "peak", "prefill", "ttft", "uncached", "way", "worker")
+
+    def __init__(
+        self,
+        way: Way,
+        worker: WorkerView,
+        prefill: WorkerView | None,
+        uncached: int,
+        ttft: float,
+        itl: float,
+        peak: float,
+        cost: float,
+        lacks: Room | None,
+        slo: Slo,
+        lender: WorkerId | None = None,
+    ) -> None:
+        """worker: who decodes. lender: of whom `prefill` borrows.
+
+        itl: between two tokens of this stream. peak: the longest gap that running streams see."""
+        self.way = way
+        self.worker = worker
+        self.prefill = prefill
+        self.uncached = uncached
+        self.ttft = ttft
+        self.itl = itl
+        self.peak = peak
+        self.cost = cost
+        self.lacks = lacks
+        self.lender = lender
+        self.excess = 0.0
+        if slo.ttft_ms and ttft > slo.ttft_ms:
+            self.excess = ttft / slo.ttft_ms - 1
+        gap = max(itl, peak)
+        if slo.itl_ms and gap > slo.itl_ms:  # for each of those who see it
+            self.excess += max(worker.streams, 1) * (gap / slo.itl_ms - 1)
+
+
+def choose(query: Query, fleet: Fleet, random: Random) -> Choice | None:
+    """None when no worker that is up can serve the request. `random` settles what is nearly equal."""
+    options = _options(query, fleet, random)
+    if not options:
         return None
-    idle = min(decodes, key=lambda w: (w.requests, -_has(query, w), w.id))
-    near = None if query.wish is Wish.REMOTE else _nearly_cached(query, decodes, idle.requests)
-    if near is not None:
-        return _on_decode_worker(query, near)
-    prefills = [
-        worker
-        for worker in _candidates(workers, Role.PREFILL, query)
-        if worker.heartbeat.fingerprint == idle.heartbeat.fingerprint
-    ]
-    if query.wish is Wish.LOCAL or not prefills:
-        return _local(query, idle, "as asked" if query.wish is Wish.LOCAL else "no prefill worker of this model is up")
-    return _remote(query, prefills, idle, workers)
-
-
-def _candidates(workers: Sequence[WorkerView], role: Role, query: Query) -> list[WorkerView]:
-    able = [w for w in workers if w.up and w.role is role and query.num_tokens < w.heartbeat.max_context]
-    return [w for w in able if w.id not in query.avoid] or able
-
-
-def _nearly_cached(query: Query, decodes: Sequence[WorkerView], fewest: int) -> WorkerView | None:
-    near = [
-        worker
-        for worker in decodes
-        if _uncached(query, worker) <= query.local_prefill_tokens and worker.requests <= fewest + _STICKY_REQUESTS
-    ]
-    return min(near, key=lambda w: (_uncached(query, w), w.requests, w.id), default=None)
-
-
-def _uncached(query: Query, worker: WorkerView) -> int:
-    return query.num_tokens - _has(query, worker)
-
-
-def _has(query: Query, worker: WorkerView) -> int:
-    return max(query.matched.get(worker.id, 0), query.stored.get(worker.id, 0))
-
-
-def _where(query: Query, worker: WorkerView) -> str:
-    """Of what the worker has of the prompt."""
-    return "in the stores" if query.stored.get(worker.id, 0) > query.matched.get(worker.id, 0) else "cached"
-
-
-def _on_decode_worker(query: Query, worker: WorkerView) -> RouteDecision:
-    uncached = _uncached(query, worker)
-    size = worker.heartbeat.layout.block_size
-    if query.num_tokens - uncached == (query.num_tokens - 1) // size * size > 0:
-        why = f"{worker.id} has every full block of the prompt {_where(query, worker)}; {uncached} tokens are left"
-        return RouteDecision(Way.CACHED, None, worker.id, uncached, why)
-    return _local(query, worker, f"{uncached} uncached tokens are at most router.local_prefill_tokens")
-
-
-def _local(query: Query, worker: WorkerView, reason: str) -> RouteDecision:
-    uncached = _uncached(query, worker)
-    why = f"{reason}; {worker.id} has {query.num_tokens - uncached} of {query.num_tokens} tokens {_where(query, worker)}"
-    return RouteDecision(Way.LOCAL, None, worker.id, uncached, why)
-
-
-def _remote(query: Query, prefills: Sequence[WorkerView], decode: WorkerView, workers: Sequence[WorkerView]) -> RouteDecision:
-    lender = _lender(query, decode.heartbeat.fingerprint, workers)
-    best = min(prefills, key=lambda w: (w.prefill_tokens + _cost(query, w, lender), w.id))
-    borrowed = _borrowed(query, best, lender)
-    uncached = _uncached(query, best) - borrowed
-    why = (
-        f"{_uncached(query, decode)} of {query.num_tokens} tokens are uncached at {decode.id} ({decode.requests} requests); "
-        f"{best.id} computes {uncached} after {best.prefill_tokens} ahead"
+    best = _pick(options, random)
+    lacks = None if _is_worth_queueing(best, options) else best.lacks
+    why = _why(query, best, options) if lacks is None else ""
+    decision = RouteDecision(
+        best.way,
+        best.prefill.id if best.prefill else None,
+        best.worker.id,
+        best.uncached,
+        why,
+        best.ttft,
+        best.itl,
+        best.lender,
     )
-    if borrowed and lender is not None:
-        why += f", and borrows {borrowed} from {lender.id}"
-        return RouteDecision(Way.REMOTE, best.id, decode.id, uncached, why, lender.id)
-    return RouteDecision(Way.REMOTE, best.id, decode.id, uncached, why)
+    computes, cached = best.prefill or best.worker, query.num_tokens - best.uncached
+    alone = computes.hop_ms + prefill_ms(computes.model, computes.step_tokens, best.uncached, cached)
+    return Choice(decision, lacks, query.num_tokens - query.cached.get(best.worker.id), alone)
 
 
-def _lender(query: Query, fingerprint: str, workers: Sequence[WorkerView]) -> WorkerView | None:
+def _is_worth_queueing(best: _Option, options: Sequence[_Option]) -> bool:
+    """Whether the best way is to be taken even if its worker has no room: it has most of the prompt, and who has room not."""
+    others = [option.uncached for option in options if option.lacks is None and option.excess <= best.excess]
+    return bool(others) and best.uncached <= _HIT * min(others)
+
+
+def has_room(lacked: Room, fleet: Fleet) -> bool:
+    """Whether it is worth asking `choose` again for a request that lacked this."""
+    role = {Room.PROMPT: Role.PREFILL, Room.AGGREGATED: Role.AGGREGATED}.get(lacked, Role.DECODE)
+    return any(
+        (lacked is Room.STREAM or worker.takes_prompt()) and (lacked is Room.PROMPT or worker.takes_stream(1))
+        for worker in islice(fleet.ranked[role], _LOOKED_AT)
+    )
+
+
+def _options(query: Query, fleet: Fleet, random: Random) -> list[_Option]:
+    """All ways that wish and fleet allow. A wish that nobody can serve is served another way."""
+    decodes = _candidates(query, fleet, Role.DECODE, random)
+    aggregated = _candidates(query, fleet, Role.AGGREGATED, random)
+    if aggregated and (query.wish is Wish.AGGREGATED or not decodes):
+        return [_alone(query, worker, Way.AGGREGATED, _itl(query, worker)) for worker in aggregated]
+    if not decodes:
+        return []
+    itls = [_itl(query, worker) for worker in decodes]
+    remote = _remote(query, fleet, decodes, itls, random) if query.wish is not Wish.LOCAL else []
+    if query.wish is Wish.REMOTE and remote:
+        return remote
+    local = [_alone(query, worker, Way.LOCAL, itl) for worker, itl in zip(decodes, itls, strict=True)]
+    if query.wish is Wish.LOCAL:
+        return local
+    others = [w for w in aggregated if w.id not in fleet.standby] if query.wish is Wish.AUTO else []
+    return [*remote, *local, *(_alone(query, worker, Way.AGGREGATED, _itl(query, worker)) for worker in others)]
+
+
+def _candidates(query: Query, fleet: Fleet, role: Role, random: Random, fingerprint: str | None = None) -> list[WorkerView]:
+    """A few workers of the role that can take the prompt; those that failed it only if there are no others."""
+    ranked = fleet.ranked[role]
+    if not ranked:
+        return []
+
+    def able(worker: WorkerView) -> bool:
+        return query.num_tokens < worker.max_context and fingerprint in (None, worker.fingerprint)
+
+    def trusted(worker: WorkerView) -> bool:
+        return worker.id not in query.avoid and able(worker)
+
+    for fits in (trusted, able) if query.avoid else (able,):
+        found = ranked.few(_LOOKED_AT, fits, random)
+        found += [worker for worker in _hits(query, ranked.get) if worker not in found and fits(worker)]
+        if found:
+            return found
+    return []
+
+
+def _hits(query: Query, get: Callable[[WorkerId], WorkerView | None]) -> Iterable[WorkerView]:
+    return (worker for name in query.hits if (worker := get(name)) is not None)
+
+
+def _remote(query: Query, fleet: Fleet, decodes: Sequence[WorkerView], itls: Sequence[float], random: Random) -> list[_Option]:
+    """Each prefill worker with the decode worker that suits best."""
+    receivers = [_receiving(query, worker, itl) for worker, itl in zip(decodes, itls, strict=True)]
+    decode = _pick([option for option in receivers if option.lacks is None] or receivers, random)
+    lender = _lender(query, fleet, decode.worker.fingerprint)
+    options = []
+    for worker in _candidates(query, fleet, Role.PREFILL, random, decode.worker.fingerprint):
+        borrowed = _borrowed(query, worker, lender)
+        uncached, ttft, has_room = _first_token(query, worker, borrowed)
+        lacks = decode.lacks or (None if has_room and worker.has_kv_for(uncached + borrowed) else Room.PROMPT)
+        options.append(
+            _Option(
+                Way.REMOTE,
+                decode.worker,
+                worker,
+                uncached,
+                ttft,
+                decode.itl,
+                decode.peak,
+                ttft + decode.cost,
+                lacks,
+                query.slo,
+                lender.id if lender is not None and borrowed else None,
+            )
+        )
+    return options
+
+
+def _lender(query: Query, fleet: Fleet, fingerprint: str) -> WorkerView | None:
     """Who has the most of the prompt in its pool, and lends it."""
-    able = [w for w in workers if w.up and w.heartbeat.lends and w.heartbeat.fingerprint == fingerprint]
-    able = [w for w in able if w.id not in query.avoid]
-    return max(able, key=lambda w: (query.matched.get(w.id, 0), -w.requests, w.id), default=None)
+    hits = [worker for worker in _hits(query, fleet.get) if worker.up and worker.id not in query.avoid]
+    able = [worker for worker in hits if worker.heartbeat.lends and worker.fingerprint == fingerprint]
+    return max(able, key=lambda worker: (query.cached.get(worker.id), -worker.requests), default=None)
 
 
 def _borrowed(query: Query, worker: WorkerView, lender: WorkerView | None) -> int:
-    """Tokens that the worker would borrow."""
-    if lender is None or lender.id == worker.id or not worker.heartbeat.lends:
+    """Tokens that a prefill worker would borrow."""
+    if lender is None or lender is worker or not worker.heartbeat.lends:
         return 0
-    more = query.matched.get(lender.id, 0) - _has(query, worker)
+    more = query.cached.get(lender.id) - _has(query, worker)
     return more if more >= _LOAN_TOKENS else 0
 
 
-def _cost(query: Query, worker: WorkerView, lender: WorkerView | None) -> int:
-    """Of the prompt on this worker, in computed tokens."""
-    borrowed = _borrowed(query, worker, lender)
-    return _uncached(query, worker) - borrowed + borrowed // _LOAN_SHARE
+def _has(query: Query, worker: WorkerView) -> int:
+    """Tokens that the worker need not compute."""
+    cached = query.cached.get(worker.id)
+    return max(cached, query.stored.get(worker.id, 0)) if query.stored else cached
 
 
-def _aggregated(query: Query, workers: Sequence[WorkerView], reason: str) -> RouteDecision:
-    best = min(workers, key=lambda w: (w.prefill_tokens + _uncached(query, w), w.requests, w.id))
-    why = f"{reason}; {best.id} has {_has(query, best)} of {query.num_tokens} tokens {_where(query, best)}"
-    return RouteDecision(Way.AGGREGATED, None, best.id, _uncached(query, best), why)
+def _receiving(query: Query, worker: WorkerView, itl: float) -> _Option:
+    """The decode worker's part of a remote way; the cost is that of this part."""
+    missing = query.num_tokens - query.cached.get(worker.id)
+    peak = _peak(worker, 0, 0) if worker.prompts and query.slo.itl_ms else itl
+    cost = _TOKENS_VALUED * itl + worker.link.transfer_ms(missing * worker.token_bytes)
+    lacks = None if worker.takes_stream(missing + query.output_tokens) else Room.STREAM
+    return _Option(Way.REMOTE, worker, None, missing, 0.0, itl, peak, cost, lacks, query.slo)
+
+
+def _alone(query: Query, worker: WorkerView, way: Way, itl: float) -> _Option:
+    """The worker computes the uncached rest of the prompt itself, and goes on."""
+    uncached, ttft, has_room = _first_token(query, worker)
+    streams = worker.streams
+    cost, peak = ttft + _TOKENS_VALUED * itl, 0.0
+    if streams:
+        peak = _peak(worker, uncached, query.num_tokens)
+        cost += _DELAY_VALUED * streams * max(0.0, ttft - worker.hop_ms) / max(1 - _pressure(query, worker, itl), _LEAST_SLACK)
+    lacks = None
+    missing = query.num_tokens - query.cached.get(worker.id)
+    if not has_room or not worker.takes_stream(missing + query.output_tokens):
+        lacks = Room.AGGREGATED if way is Way.AGGREGATED else Room.BOTH
+    if way is Way.LOCAL and _has_every_full_block(query, uncached, worker.block_size):
+        way = Way.CACHED
+    return _Option(way, worker, None, uncached, ttft, itl, peak, cost, lacks, query.slo)
+
+
+def _first_token(query: Query, worker: WorkerView, borrowed: int = 0) -> tuple[int, float, bool]:
+    """Tokens to compute, ms until the first token is here, and whether the worker takes the prompt now."""
+    cached = _has(query, worker) + borrowed
+    uncached = query.num_tokens - cached
+    ahead, has_room = 0, True
+    if worker.prompts or worker.foreign_tokens:
+        has_room = worker.takes_prompt(uncached)
+        ahead = worker.tokens_before(uncached, query.contended, may_overtake=has_room)
+    beside = worker.prefill_tokens - ahead if worker.prefill_tokens > ahead else 0
+    ms = prefill_ms(worker.model, worker.step_tokens, uncached, cached, ahead, beside, worker.streams, worker.context_tokens)
+    if borrowed:
+        ms += worker.model.step_ms(borrowed / _LOAN_SHARE, 0, 0, 0)
+    return uncached, worker.hop_ms + ms, has_room
+
+
+def _pressure(query: Query, worker: WorkerView, itl: float) -> float:
+    """How near a worker is to having all the streams it can: its time is the dearer."""
+    full = worker.requests / worker.max_batch
+    if worker.pool_tokens:
+        full = max(full, worker.kv_tokens / worker.pool_tokens)
+    return max(full, itl / query.slo.itl_ms) if query.slo.itl_ms else full
+
+
+def _peak(worker: WorkerView, uncached: int, length: int) -> float:
+    """The longest step of the worker while it computes the rest of a prompt of that length besides those it has."""
+    chunk = min(uncached + worker.prefill_tokens, max(worker.step_tokens - worker.streams, 1))
+    pairs = chunk * max(length - chunk / 2, chunk / 2)  # the last chunk sees most
+    return worker.model.step_ms(chunk, pairs, worker.streams, worker.context_tokens)
+
+
+def _itl(query: Query, worker: WorkerView) -> float:
+    streams = worker.requests + worker.foreign_requests + 1
+    return worker.model.step_ms(0, 0, streams, worker.context_tokens + query.num_tokens) / worker.tokens_per_step
+
+
+def _has_every_full_block(query: Query, uncached: int, block_size: int) -> bool:
+    return query.num_tokens - uncached == (query.num_tokens - 1) // block_size * block_size > 0
+
+
+def _pick(options: Sequence[_Option], random: Random) -> _Option:
+    """The option that misses the targets least, then the cheapest.
+
+    Of near equals those that compute least, and of these the less busy of two that are drawn.
+    """
+    least = min(options, key=lambda option: (option.excess, option.cost))
+    if len(options) == 1:
+        return least
+    most = least.cost * _NEAR + _NEAR_MS
+    near = [option for option in options if option.cost <= most and option.excess <= least.excess]
+    fewest = min([option.uncached for option in near])
+    near = [option for option in near if option.uncached == fewest]
+    if len(near) == 1:
+        return near[0]
+    first, second = near[random.randrange(len(near))], near[random.randrange(len(near))]
+    return first if _busy(first) <= _busy(second) else second
+
+
+def _busy(option: _Option) -> int:
+    return option.worker.requests + (option.prefill.requests if option.prefill else 0)
+
+
+def _why(query: Query, best: _Option, options: Sequence[_Option]) -> str:
+    """In plain words, with the predicted milliseconds."""
+    computes = best.prefill or best.worker
+    cached = query.num_tokens - best.uncached
+    where = "in the stores" if query.stored.get(computes.id, 0) > query.cached.get(computes.id) else "cached"
+    where += f" or lent by {best.lender}" if best.lender else ""
+    sentence = (
+        f"first token in {best.ttft:.0f} ms on {computes.id} ({cached} of {query.num_tokens} tokens {where}, "
+        f"{computes.prefill_tokens} ahead), then {best.itl:.1f} ms per token on {best.worker.id}"
+    )
+    if best.excess:
+        sentence += "; no way keeps the targets"
+    if query.wish is not Wish.AUTO:
+        return f"{query.wish.value} as asked: {sentence}" if best.way.value == query.wish.value else sentence
+    others = [option for option in options if (option.prefill is None) is not (best.prefill is None)]
+    if not others:
+        return sentence
+    other = min(others, key=lambda option: (option.excess, option.cost))
+    sentence += f"; {other.way.value} {other.ttft:.0f} ms"
+    return (
+        f"{sentence} and {other.peak:.0f} ms between tokens of {other.worker.streams} streams"
+        if other.peak > other.itl
+        else sentence
+    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-import time
+from collections.abc import Mapping
 
 import msgspec
 
@@ -22,18 +22,31 @@ from python_backends.core.errors import (
     QueueFull,
     RefusalReason,
     TritonCode,
+    Unavailable,
     WorkerLost,
 )
-from python_backends.core.messages import DecodeWork, KVReady, Output, PrefillDone, PrefillWork, RequestFailed, TokenChunk
+from python_backends.core.messages import (
+    DecodeWork,
+    KVReady,
+    Output,
+    PrefillDone,
+    PrefillWork,
+    RequestFailed,
+    TokenChunk,
+    Work,
+)
 from python_backends.core.types import FinishReason, GenerateRequest, KVReport, LeaseEnd, RequestId, SamplingParams, WorkerId
 from router.account import Account
-from router.admission import Place
+from router.admission import Forecast, Place
 from router.detokenizer import Detokenizer
 from router.fleet import Charge
 from router.house import House
 from router.journal import Entry
+from router.lessons import Lessons
 from router.lifecycle import Event, Held, Lifecycle, State
 from router.mailroom import Box
+from router.policy import Choice, Room
+from router.prompt import Prompt
 from router.seams import Reply
 from router.types import ClientRequest, Outcome, Piece, RouteDecision, Wish
 
@@ -43,14 +56,17 @@ _RETRY_PAUSE_S = 0.05  # doubled with every attempt, when there is no other work
 
 
 class Run:
-    """Belongs to the event loop. `interrupt` ends it from outside, `serve` drives it."""
+    """Belongs to the event loop. `interrupt` ends it from outside, `serve` drives it. At the door it is a Guest."""
 
     def __init__(self, request: ClientRequest, reply: Reply, house: House, arrival: float) -> None:
         """arrival: monotonic, s."""
         self._request = request
         self._reply = reply
         self._house = house
+        self._clock = house.clock
         self._id = house.new_request_id()
+        self.slo = house.slo_of(request)
+        self._wish = house.wish_of(request)
         self._life = Lifecycle()
         self._attempts = 0
         self._avoid: set[WorkerId] = set()
@@ -58,8 +74,14 @@ class Run:
         self._output_ids: list[int] = [*request.output_ids]
         self._cumulative_logprob = 0.0
         self._sampling = request.sampling
-        self._account = Account(arrival)
-        self._entry = Entry(self._id, request, arrival)
+        self._account = Account(arrival, house.clock, len(request.output_ids))
+        self._entry = Entry(self._id, request, arrival, house.clock.now)
+        self._decision: RouteDecision | None = None
+        self._waiting_since = arrival
+        self._lessons = Lessons(house.fleet, house.clock)
+        self._forecast: Forecast | None = None
+        self._stored: Mapping[WorkerId, int] = {}  # see House.look_in_stores
+        self._lacks: Room | None = None  # when it was last decided
         self.deadline = arrival + (request.timeout_s or house.config.default_deadline_s)
         self.interruption: BatonError = Cancelled("the request was cancelled")
         # held, and given back when the lifecycle says so
@@ -90,31 +112,97 @@ class Run:
         self._prompt_ids = await self._house.tokenize(self._request)
         self._sampling = self._check_tokens(self._request.sampling)
         self._entry.tokenized(self._prompt_ids)
-        self._place.queue(len(self._prompt_ids))
+        self._prompt = self._known_tokens()
+        self._place.queue(len(self._prompt_ids), self._request.salt, self._request.priority, self._wish)
         self._text = Detokenizer(self._house.tokenizer, self._sampling.stop, self._sampling.min_tokens, self._prompt_ids)
         self._text.push(self._output_ids)  # the client has this text
 
     async def route(self) -> RouteDecision:
-        """Choose where this attempt goes. Raises Unavailable, or InvalidRequest when the prompt is too long for all."""
+        """Wait for a worker that has room, and go there. Raises QueueFull, Unavailable, InvalidRequest, DeadlineExceeded."""
         self._attempts += 1
-        wish = self._request.wish or Wish(self._house.config.mode)
-        tokens = self._prompt_ids + self._output_ids
-        decision = await self._house.decide(tokens, self._request.salt, wish, self._avoid)
-        if not self._avoid.isdisjoint({decision.prefill, decision.decode}):
-            # There is only the worker that failed just now: one that is being loaded or restarted needs a moment.
+        self._lacks = None
+        again = self._attempts > 1
+        if again:
+            self._prompt = self._known_tokens()
+            await self._pause_if_nobody_else()
+        self._waiting_since = self._clock.now()
+        self._stored = await self._look_in_stores() if self._house.has_stores else {}
+        assert self._place is not None
+        await self._place.turn(self, again=again)
+        assert self._decision is not None
+        return self._decision
+
+    def _known_tokens(self) -> Prompt:
+        """The prompt, and what the client has already got after it."""
+        token_ids = self._prompt_ids + self._output_ids if self._output_ids else self._prompt_ids
+        return self._house.prompt(token_ids, self._request.salt)
+
+    async def _pause_if_nobody_else(self) -> None:
+        """If there is only the worker that failed just now: one that is being loaded or restarted needs a moment."""
+        choice = self._choose()
+        if choice is not None and not self._avoid.isdisjoint({choice.decision.prefill, choice.decision.decode}):
             await asyncio.sleep(_RETRY_PAUSE_S * 2**self._attempts)
-            decision = await self._house.decide(tokens, self._request.salt, wish, self._avoid)
+
+    async def _look_in_stores(self) -> Mapping[WorkerId, int]:
+        """What the decode worker that would be taken finds in its stores, where a prompt is left to be computed."""
+        self._stored = {}
+        choice = self._choose() if self._wish is Wish.AUTO else None
+        return await self._house.look_in_stores(self._prompt, choice.decision.decode) if choice else {}
+
+    # --- at the door: see admission.Guest ---
+
+    def start(self) -> bool:
+        if self._lacks is not None and not self._house.has_room(self._lacks):
+            return False
+        choice = self._choose()
+        self._lacks = choice.lacks if choice else None
+        if choice is None or self._lacks is not None:
+            return False
+        self._decision = decision = choice.decision
+        self._house.observer.decided(decision.way)
         self._account.routed(decision, self._attempts)
         self._entry.routed(decision)
-        fleet = self._house.fleet
-        self._decode_charge = fleet.charge(decision.decode, 0 if decision.prefill else decision.prefill_tokens)
-        self._prefill_charge = fleet.charge(decision.prefill, decision.prefill_tokens) if decision.prefill else None
+        fleet, num_tokens = self._house.fleet, len(self._prompt)
+        here = 0 if decision.prefill else decision.prefill_tokens
+        kv_tokens = choice.missing + min(self._sampling.max_tokens, int(self._house.output_tokens))
+        self._decode_charge = fleet.charge(decision.decode, here, num_tokens, kv_tokens)
+        self._prefill_charge = None
+        if decision.prefill:
+            tokens = decision.prefill_tokens
+            self._prefill_charge = fleet.charge(decision.prefill, tokens, num_tokens, tokens)
         self._move(Event.ROUTE)
-        return decision
+        return True
+
+    def forecast(self) -> Forecast | None:
+        if self._forecast is None:
+            self._choose()
+        return self._forecast
+
+    def give_up(self) -> BatonError | float:
+        now, patience_s = self._clock.now(), self._house.config.worker_wait_s
+        latest = self.deadline - (self._forecast.alone_ms if self._forecast else 0.0) / 1e3
+        if now >= latest:
+            return DeadlineExceeded(
+                "the request waited for a worker until its deadline can't be kept; give a longer timeout or try again later"
+            )
+        if not self._house.serves(len(self._prompt)):
+            patience_s -= now - max(self._waiting_since, self._house.lost_at)
+            if patience_s <= 0:
+                why = self._house.trouble or "no worker that is up can take the request"
+                return Unavailable(f"{why}; try again in a moment")
+        return min(patience_s, latest - now)
+
+    def _choose(self) -> Choice | None:
+        """Where to go now. Raises InvalidRequest when the prompt is too long for all."""
+        choice = self._house.choose(self._prompt, self._wish, self.slo, self._sampling.max_tokens, self._avoid, self._stored)
+        self._forecast = Forecast(choice.decision.ttft_ms, choice.alone_ms) if choice else None
+        return choice
+
+    # --- at the workers ---
 
     async def borrow(self, lender: WorkerId) -> bytes | None:
         """Have another worker lend what it has cached of the prompt. Returns the ticket, if it does so in time."""
-        lent = await self._house.borrow(lender, self._prompt_ids + self._output_ids, self._request.salt)
+        lent = await self._house.borrow(lender, self._prompt)
         if lent is None or lent.lease_id is None:
             return None
         self._loan = (lender, lent.lease_id)
@@ -125,10 +213,11 @@ class Run:
         request = self._generate_request("p")
         with self._house.mailroom.box(request.request_id, worker) as box:
             self._prefill_leg = (worker, request.request_id)
-            self._house.calls.submit(worker, PrefillWork(request, loan))
+            self._submit(worker, PrefillWork(request, loan))
             self._move(Event.PREFILL)
             while not isinstance(done := await self._next(box), PrefillDone):
                 self._give_back(Held.LOAN)  # KVReady: the lender's blocks are fetched
+        self._lessons.prefilled(worker, done)
         if self._prefill_charge is not None:
             self._prefill_charge.undo()
         self._lease = (worker, done.lease_id) if done.lease_id is not None else None
@@ -145,13 +234,17 @@ class Run:
         request = self._generate_request("d")
         with self._house.mailroom.box(request.request_id, worker) as box:
             self._decode_leg = (worker, request.request_id)
-            self._house.calls.submit(worker, DecodeWork(request, ticket))
+            self._submit(worker, DecodeWork(request, ticket))
             self._move(Event.DECODE if ticket is None else Event.HAND_OFF)
+            computes, uncached = ticket is None, self._decision.prefill_tokens if self._decision else 0
             while not self.ended:
                 output = await self._next(box)
                 if isinstance(output, KVReady):
-                    self._kv_ready(output.report)
+                    self._kv_ready(worker, output.report)
                 elif isinstance(output, TokenChunk) and self._is_next(output):
+                    if computes:
+                        self._lessons.first_token(worker, len(self._prompt) - uncached, uncached)
+                    computes = False
                     self._take(output)
 
     def retry(self, error: BatonError) -> None:
@@ -189,11 +282,15 @@ class Run:
         if self.state is State.HANDING_OFF:  # the KVReady before them was lost
             self._move(Event.KV_READY)
         self._first_token()
+        if self._decode_charge is not None:
+            self._decode_charge.grow(len(chunk.token_ids))
         self._output_ids += chunk.token_ids
         self._account.tokens(len(self._output_ids), chunk.report)
         gap_s = self._entry.tokens(len(chunk.token_ids))
         if gap_s:
             self._house.observer.tokens(len(chunk.token_ids), gap_s)
+            if self.state is State.DECODING and self._decision is not None:
+                self._lessons.gap(self._decision.decode, len(self._output_ids), len(chunk.token_ids), gap_s)
         logprobs = chunk.logprobs or []
         self._cumulative_logprob += sum(entry.logprob for entry in logprobs)
         # The token that stopped the engine is not text.
@@ -219,16 +316,24 @@ class Run:
             self._reply.send(piece)
             return
         proof = msgspec.structs.replace(self._account.proof(), request_id=self._id, trace_id=self._entry.trace_id)
+        self._house.ended(len(self._output_ids))
         self._reply.send(msgspec.structs.replace(piece, proof=proof))
         self._house.observer.ended(self._house.journal.end(self._entry, Outcome.OK, proof=proof))
 
-    def _kv_ready(self, report: KVReport) -> None:
+    def _kv_ready(self, worker: WorkerId, report: KVReport) -> None:
         self._account.kv_ready(report)
         self._lease_end = lease_end(report)
+        self._lessons.kv_ready(worker, report)
         if self.state is State.HANDING_OFF:
             self._move(Event.KV_READY)
 
     # --- workers ---
+
+    def _submit(self, worker: WorkerId, work: Work) -> None:
+        assert self._decision is not None
+        computes = isinstance(work, PrefillWork) or work.ticket is None
+        self._lessons.submitted(worker, self._decision.prefill_tokens if computes else 0)
+        self._house.calls.submit(worker, work)
 
     def _generate_request(self, leg: str) -> GenerateRequest:
         """What this attempt asks of a worker: to continue after the tokens already sent, under an id never used before."""
@@ -237,7 +342,7 @@ class Run:
             prompt_ids=self._prompt_ids,
             output_ids=list(self._output_ids),
             sampling=self._sampling,
-            deadline=time.time() + self.deadline - time.monotonic(),
+            deadline=self._clock.wall() + self.deadline - self._clock.now(),
             salt=self._request.salt,
             priority=self._request.priority,
         )
@@ -266,8 +371,8 @@ class Run:
             "stop_token_ids": sampling.stop_token_ids,
         }
         for field, ids in named.items():
-            outside = next((token for token in ids if not 0 <= token < size), None)
-            if outside is not None:
+            if ids and not (min(ids) >= 0 and max(ids) < size):
+                outside = next(token for token in ids if not 0 <= token < size)
                 raise InvalidRequest(f"{field}: token id {outside} is not in the vocabulary of {size} tokens")
         return sampling if sampling.seed is not None else msgspec.structs.replace(sampling, seed=secrets.randbits(64))
 

@@ -56,6 +56,7 @@ class Snapshot:
 
     states: Mapping[State, int]  # live requests
     requests: int
+    waiting: int  # requests that are not at a worker yet
     queued_tokens: int
     index_blocks: int
     workers: Sequence[WorkerView]

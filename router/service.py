@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
@@ -88,7 +87,7 @@ class RouterService:
 
     def accept(self, request: ClientRequest, reply: Reply) -> Run:
         """Serve a request; the reply hears of everything, errors too."""
-        run = Run(request, reply, self.house, arrival=time.monotonic())
+        run = Run(request, reply, self.house, arrival=self.house.clock.now())
         self._loop.call_soon_threadsafe(self._begin, run)
         return run
 
@@ -121,7 +120,7 @@ class RouterService:
 
     async def _serve(self, run: Run) -> None:
         late = DeadlineExceeded("the request's deadline passed before its last token; give a longer timeout or fewer tokens")
-        timer = self._loop.call_later(run.deadline - time.monotonic(), self._interrupt, run, late)
+        timer = self._loop.call_later(run.deadline - self.house.clock.now(), self._interrupt, run, late)
         try:
             await serve(run)
         except Exception:  # the per-request guard: a bug in one request must not leave its client waiting
@@ -204,7 +203,7 @@ class RouterService:
                 self._end_requests()
             states = Counter(run.state for run in self._tasks)
             self.house.observer.refresh(self.house.snapshot(states))
-            self.house.node_memory.tidy(time.monotonic())
+            self.house.node_memory.tidy(self.house.clock.now())
             await asyncio.sleep(self._deployment.health.heartbeat_s)
 
     def _on_loop(self, coroutine: Coroutine[Any, Any, None]) -> Future[None]:

@@ -12,7 +12,6 @@ import logging
 import os
 import random
 import signal
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Protocol
@@ -90,11 +89,11 @@ class Supervisor:
     async def watch(self) -> None:
         """Look for silent workers until cancelled."""
         while True:
-            began = time.monotonic()
+            began = self._house.clock.now()
             await asyncio.sleep(self._health.heartbeat_s)
-            if time.monotonic() - began > self._health.heartbeat_s + self._health.silent_s / 2:
+            if self._house.clock.now() - began > self._health.heartbeat_s + self._health.silent_s / 2:
                 continue  # this router was held up itself: what the workers said meanwhile is not read yet
-            for worker in self._house.fleet.silent(time.monotonic() - self._health.silent_s):
+            for worker in self._house.fleet.silent(self._house.clock.now() - self._health.silent_s):
                 self._take_out(worker.id, f"has been silent for {self._health.silent_s:.1f} s")
 
     def close(self) -> None:

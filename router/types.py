@@ -27,10 +27,17 @@ class Way(str, Enum):
 class Wish(str, Enum):
     """What client or deployment ask of the route."""
 
-    AUTO = "auto"
+    AUTO = "auto"  # whatever is predicted to be best
     REMOTE = "remote"
     LOCAL = "local"
     AGGREGATED = "aggregated"
+
+
+class Slo(msgspec.Struct, frozen=True):
+    """What the route has to keep, in ms; 0 is no target."""
+
+    ttft_ms: float = 0.0
+    itl_ms: float = 0.0  # of this stream, and of those that it joins
 
 
 class FrontEndTimes(msgspec.Struct, frozen=True):
@@ -49,7 +56,9 @@ class ClientRequest(msgspec.Struct, frozen=True):
     input_ids: list[int] | None = None
     wish: Wish | None = None  # None: the deployment's mode
     salt: str = ""
-    priority: int = 0
+    priority: int = 0  # lower is served first
+    slo_ttft_ms: float | None = None  # None: the deployment's
+    slo_itl_ms: float | None = None
     timeout_s: float | None = None  # None: router.default_deadline_s
     client_id: str = ""  # the client's own name for it; only kept in the journal
     answer_id: str = ""  # likewise, of the answer
@@ -73,6 +82,8 @@ class RouteDecision(msgspec.Struct, frozen=True):
     decode: WorkerId  # or the aggregated worker
     prefill_tokens: int  # uncached tokens that whoever prefills is expected to compute
     why: str
+    ttft_ms: float = 0.0  # predicted, from now to the first token
+    itl_ms: float = 0.0  # predicted, between two tokens of this stream
     lender: WorkerId | None = None  # has more of the prompt cached than `prefill`, and lends it
 
 
@@ -125,6 +136,9 @@ class Proof(msgspec.Struct, frozen=True):
     first_decode_ms: float
     e2e_ms: float
     arrival_ns: int  # wall clock
+    itl_ms: float = 0.0  # mean time between two tokens
+    predicted_ttft_ms: float = 0.0  # when the route was chosen
+    predicted_itl_ms: float = 0.0
     request_id: str = ""  # the router's; scripts/trace finds the request by it ...
     trace_id: str = ""  # ... and by this one
 

@@ -96,7 +96,7 @@ def _show(sides: tuple[Side, Side], console: Console) -> None:
     console.print(table)
 
 
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
+def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="scripts/compare", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -109,7 +109,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parsed = _parse(arguments)
+    parsed = parse_options(arguments)
     interrupt_on_signals()
     console = Console()
     command = command_line("compare", arguments)

@@ -26,7 +26,6 @@ from scripts.serve import start_with_progress
 from scripts.terminal import print_error
 from scripts.tritonserver import TritonServer
 
-# Long enough that prefill is worth another worker (router.local_prefill_tokens).
 _SYSTEM = (
     "You are a friendly geography teacher. You answer questions about countries, their capitals, their rivers and their "
     "history in one or two short and correct sentences. You never make up facts. When you are not sure, you say so. You "
@@ -58,12 +57,12 @@ class Conversation:
         self._salt = secrets.token_hex(8)
         self._messages: list[Message] = [{"role": "system", "content": _SYSTEM}]
 
-    def ask(self, title: str, question: str) -> Turn:
-        """The next turn; question and answer are shown as they come. Raises BatonError."""
+    def ask(self, title: str, question: str, way: Way | None = None) -> Turn:
+        """The next turn; question and answer are shown as they come. `way`: None lets the router decide. Raises BatonError."""
         self._messages.append({"role": "user", "content": question})
         self._console.print(f"[bold]You[/bold]    {_plain(question)}", highlight=False)
         self._console.print("[bold]Model[/bold]  ", end="")
-        turn = self._answer(title, self._messages, None, self._console)
+        turn = self._answer(title, self._messages, way, self._console)
         self._console.print("\n")
         self._messages.append({"role": "assistant", "content": turn.answer})
         return turn
@@ -91,7 +90,7 @@ class Conversation:
 def run_demo(client: Client, console: Console, question: str) -> Verdict:
     """Raises BatonError when a request fails."""
     conversation = Conversation(client, console)
-    first = conversation.ask("first", question)
+    first = conversation.ask("first", question, Way.REMOTE)  # alone on the machine, the router would rather spare the handoff
     second = conversation.ask("second", _FOLLOW_UP)
     alone = conversation.ask_aggregated(question)
     console.print(_table([first, second, alone]))

@@ -57,6 +57,7 @@ from scripts.terminal import print_error
 
 _READY_TIMEOUT_S = 5.0
 _CANARY_TIMEOUT_S = 30.0
+_CANARY_TOKENS = 8
 _CANARY = "The doctor asks whether everything works, from the first word to the last one. " * 12 + "Does it?"
 _LISTEN_S = 600.0
 _STYLES = {Level.OK: "green", Level.NOTE: "cyan", Level.WARNING: "yellow", Level.BROKEN: "bold red"}
@@ -128,7 +129,9 @@ def ask_server(address: str) -> Iterator[Finding]:
             yield Finding("server", Level.OK, f"{address} is ready")
             answer, proof = "", None
             salt = secrets.token_hex(8)  # so that the prompt's KV is in no cache
-            with client.stream(_CANARY, max_tokens=8, cache_salt=salt, timeout_s=_CANARY_TIMEOUT_S) as stream:
+            # min_tokens: a real model may want to say nothing, and then there would be no KV to hand over.
+            fields = {"max_tokens": _CANARY_TOKENS, "min_tokens": _CANARY_TOKENS, "cache_salt": salt}
+            with client.stream(_CANARY, timeout_s=_CANARY_TIMEOUT_S, **fields) as stream:
                 for chunk in stream:
                     answer, proof = answer + chunk.text, chunk.proof
         except BatonError as error:

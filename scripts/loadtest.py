@@ -167,7 +167,7 @@ def _run(address: str, options: Options, command: str, web: int | None, console:
         console.print("\nInterrupted; this is what there is", highlight=False)
 
 
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
+def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="scripts/loadtest", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -203,7 +203,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parsed = _parse(arguments)
+    parsed = parse_options(arguments)
     interrupt_on_signals()
     console = Console()
     try:

@@ -41,18 +41,24 @@ them, with streaming, `n`, `stop`, `seed`, `logprobs`, `logit_bias`, penalties, 
 the workers, also across a handoff or the death of a worker; a model whose chat template knows no tools is told of them in
 the system message. Further fields: `top_k`,
 `min_p`, `repetition_penalty`, `min_tokens`, `stop_token_ids`, `ignore_eos`, `priority`, and `baton`: an object with `route`
-(auto, remote, local, aggregated), `proof` (true returns the proof as `baton.proof`), `cache_salt` and `timeout_s`. A field it
-does not know is an error that names it. Errors have OpenAI's form; 429 (queue full) and 503 carry `Retry-After`, 504 means
-that the deadline passed. What the engine trtllm can't do is refused by name: [tensorrt-llm.md](tensorrt-llm.md).
+(auto, remote, local, aggregated), `proof` (true returns the proof as `baton.proof`), `cache_salt`, `timeout_s`, and the
+targets `slo_ttft_ms` and `slo_itl_ms`. A field it does not know is an error that names it. Errors have OpenAI's form; 429
+(queue full) and 503 carry `Retry-After`, as predicted, 504 means that the deadline passed. What the engine trtllm can't do
+is refused by name: [tensorrt-llm.md](tensorrt-llm.md).
 `/health` says whether requests can be served now, `/metrics` passes Triton's metrics on. Keys,
 tenants, origins and limits: `http.*` in [configuration.md](configuration.md). The headers `traceparent` and `x-request-id`
 are taken and returned; the page at `/` and the endpoints under `/baton` are told of in [observability.md](observability.md).
 
 ## Triton
 
-The model `router` is the one to call: gRPC or HTTP (`/v2/models/router/generate`, `/generate_stream`). Tensors travel as
-[1, n]; in JSON bodies they are plain values. Give one of `text_input`, `messages`, `input_ids`. This page is written by
-`python -m scripts.reference`.
+The model `router` is the one to call: gRPC or HTTP (`/v2/models/router/generate`, `/generate_stream`). Inputs and numbers
+travel as [1, n], texts that come back as [1]; in JSON bodies they are plain values. Give one of `text_input`, `messages`,
+`input_ids`. This page is written by `python -m scripts.reference`.
+
+Clients of TensorRT-LLM's models `ensemble` and `tensorrt_llm_bls` have the model's name to change, and no more: NVIDIA's
+`end_to_end_grpc_client.py` was run like that, whole and streamed, with several prompts, stop words and log-probabilities.
+Refused by name: beams, several prompts in one request, bad words, logits, LoRA, and `--return-perf-metrics` of that client,
+since it asks for counts of blocks and drafts too (the four times alone are there, and the proof counts in tokens).
 
 Errors: INVALID_ARG (400) names the field; UNAVAILABLE (503) may be sent again: the queue is full, a worker is lost or
 the deadline passed; CANCELLED; INTERNAL. The request parameter `timeout` (microseconds) is the deadline.

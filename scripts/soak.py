@@ -149,12 +149,16 @@ def soak(server: TritonServer, minutes: float, clients: int, console: Console) -
     return "; ".join(filter(None, problems))
 
 
-def main() -> int:
+def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/soak", description=__doc__)
     parser.add_argument("--config", type=Path, default=repository_root() / "configs" / "default.yaml", metavar="FILE")
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--clients", type=int, default=8)
-    options = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_options(arguments)
     console = Console()
     try:
         server = TritonServer(options.config)

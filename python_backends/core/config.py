@@ -16,7 +16,7 @@ import yaml
 from msgspec import Meta
 
 from python_backends.core.errors import ConfigError
-from python_backends.core.section import Fraction, NonNegative, Positive, PositiveSeconds, Section
+from python_backends.core.section import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveSeconds, Section
 from python_backends.core.trtllm import ENGINE as TRTLLM
 from python_backends.core.trtllm import TrtllmConfig, check_trtllm
 from python_backends.core.types import Role, WorkerId
@@ -191,14 +191,24 @@ class StoreConfig(Section, frozen=True):
     ] = 0.25
 
 
+class SloConfig(Section, frozen=True):
+    ttft_ms: Annotated[
+        NonNegativeFloat,
+        Meta(
+            description="Time to first token aimed at, ms. Requests that would wait too long for it are refused. 0: no target."
+        ),
+    ] = 0.0
+    itl_ms: Annotated[
+        NonNegativeFloat, Meta(description="Time between two tokens of a running stream aimed at, ms. 0: no target.")
+    ] = 0.0
+
+
 class RouterConfig(Section, frozen=True):
     mode: Annotated[
-        Literal["auto", "remote", "local", "aggregated"],
-        Meta(description="Route of requests that ask for none: auto decides per request; the others force one way."),
-    ] = "auto"
-    local_prefill_tokens: Annotated[
-        NonNegative, Meta(description="auto: a decode worker prefills up to so many uncached tokens itself.")
-    ] = 32
+        Literal["adaptive", "always-remote", "always-local", "always-aggregated"],
+        Meta(description="Route of requests that ask for none: adaptive predicts and decides for each; the others force one."),
+    ] = "adaptive"
+    slo: SloConfig = SloConfig()
     max_requests: Annotated[Positive, Meta(description="Requests in the house at once; more are refused at once.")] = 256
     max_queued_tokens: Annotated[
         Positive, Meta(description="Prompt tokens waiting for their first token; more are refused at once.")

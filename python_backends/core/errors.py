@@ -48,9 +48,16 @@ class InvalidRequest(BatonError):
 
 
 class Unavailable(BatonError):
-    """Nothing is wrong with the request, but it can't be served now."""
+    """Nothing is wrong with the request, but it can't be served now.
+
+    retry_after_s: when it is worth trying again, as far as that can be told (HTTP's Retry-After).
+    """
 
     code = TritonCode.UNAVAILABLE
+
+    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class QueueFull(Unavailable):

@@ -110,12 +110,24 @@ class Lent(msgspec.Struct, frozen=True, tag=True):
 Output = PrefillDone | KVReady | TokenChunk | RequestFailed | Located | Lent
 
 
+class StepSample(msgspec.Struct, frozen=True, array_like=True):
+    """What one engine step computed and how long it took: the router's cost model learns from these."""
+
+    prefill_tokens: int  # prompt tokens computed
+    prefill_context: float  # sum over the prompts' chunks of tokens x mean number of tokens each one attends to
+    decode_streams: int  # sequences that got one more token
+    decode_context: int  # sum of their lengths, tokens
+    ms: float  # from the end of the step before, if the engine was busy, to the end of this one
+    decode_tokens: int = 0  # that the streams got; 0: one each
+
+
 class Outputs(msgspec.Struct, frozen=True, tag=True):
-    """All outputs of one engine step, for all streams of this router."""
+    """All outputs of one engine step, for all streams of this router, and the steps since the last message."""
 
     worker: WorkerId
     epoch: Epoch
     outputs: list[Output]
+    steps: list[StepSample] = []
 
 
 class BlockEvents(msgspec.Struct, frozen=True, tag=True):
@@ -144,7 +156,10 @@ class Heartbeat(msgspec.Struct, frozen=True, tag=True):
     layout: KVLayout
     fingerprint: str
     max_context: int  # tokens, prompt and output; bounded by model and pool
+    step_tokens: int  # computed in one step, at most: the chunk of a long prompt
+    max_batch: int  # requests in one step
     events_sequence: int  # of the last BlockEvents sent
+    calibration: list[StepSample] = []  # steps timed when the model was loaded
     stores: dict[str, StoreCounts] = {}  # by the tier's name; empty: this worker has no stores
     lends: bool = False  # whether it lends and borrows cached blocks
     node_place: str = ""  # where users of the node store meet (core/shared_memory.py); empty: it uses none

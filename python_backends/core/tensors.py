@@ -62,7 +62,13 @@ ROUTER_INPUTS: tuple[TensorSpec, ...] = (
     # how it is served
     _one("cache_salt", "STRING", "Tenant: prefixes are shared only between requests of the same salt."),
     _one("priority", "INT32", "Lower is served first. Default 0."),
-    _one("route", "STRING", "auto (default), remote, local or aggregated: forces how this request is served."),
+    _one("slo_ttft_ms", "FP32", "Time to first token aimed at, ms; 0 is no target. Default: router.slo.ttft_ms."),
+    _one("slo_itl_ms", "FP32", "Time between two tokens aimed at, ms; 0 is no target. Default: router.slo.itl_ms."),
+    _one(
+        "route",
+        "STRING",
+        "remote, local or aggregated force how this request is served, auto lets the router predict. Default: router.mode.",
+    ),
     _one("stop", "BOOL", "Accepted for clients that send it; true is refused: cancel the request instead."),
     # what to return besides text_output
     _one("return_finish_reason", "BOOL", "finish_reason."),

@@ -24,7 +24,7 @@ ENGINE = "trtllm"
 
 _BACKENDS = ("UCX", "NIXL", "MOONCAKE")
 
-_DEFAULT_MAX_NUM_TOKENS = 8192  # TensorRT-LLM's own
+DEFAULT_MAX_NUM_TOKENS = 8192  # TensorRT-LLM's own
 
 _ENVIRONMENT = frozenset(  # what NVIDIA documents for disaggregated serving; CUDA_VISIBLE_DEVICES is `gpus`
     {
@@ -223,7 +223,7 @@ def _llm_problems(deployment: Deployment, role: Role, where: str) -> Problems:
             f"{where}.kv_cache_config.tokens_per_block is {cache.tokens_per_block}, but engine.block_size is {block}; "
             "they must be equal: the router hashes prefixes by it. Set engine.block_size and leave tokens_per_block out"
         )
-    budget = llm.max_num_tokens or _DEFAULT_MAX_NUM_TOKENS
+    budget = llm.max_num_tokens or DEFAULT_MAX_NUM_TOKENS
     if not llm.enable_chunked_prefill and budget < longest:
         yield (
             f"{where}.max_num_tokens is {budget}, below model.max_context {longest}, and enable_chunked_prefill "

@@ -18,6 +18,10 @@ Promises of the engine
 - Sampling is position-deterministic: the token at output position i depends on the seed and i, not on batch or worker.
   Engines that are not ours say in their own docstring how much of this they keep.
 - An engine that can't go on says so in `load().fault`, and does not pretend to be well.
+
+What an engine may leave out
+- StepReporter: how long its steps take. The router predicts from it; of a worker without it, it assumes what it knows of
+  others of the same model, and learns from the times of its requests.
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ import msgspec
 from python_backends.core.config import Deployment, WorkerConfig
 from python_backends.core.errors import ConfigError
 from python_backends.core.layout import KVLayout
-from python_backends.core.messages import Output
+from python_backends.core.messages import Output, StepSample
 from python_backends.core.types import BlockHash, Epoch, GenerateRequest, LeaseEnd, RequestId, StoreCounts, WorkerLoad
 
 
@@ -52,6 +56,8 @@ class EngineInfo(msgspec.Struct, frozen=True):
     layout: KVLayout
     fingerprint: str
     max_context: int  # tokens
+    step_tokens: int  # computed in one step, at most
+    max_batch: int  # requests in one step
     warm_up: bool = False  # the first handoff of each pair of workers is slow
 
 
@@ -111,6 +117,17 @@ class Lender(Protocol):
 
         A loan that can't be used, or is slower to fetch than to compute, costs nothing but itself.
         """
+
+
+@runtime_checkable
+class StepReporter(Protocol):
+    """An engine that tells how long its steps take."""
+
+    def calibration(self) -> Sequence[StepSample]:
+        """A few steps of different shapes, timed once by `start`; empty before it."""
+
+    def take_steps(self) -> list[StepSample]:
+        """The steps since the last call, oldest first; when they are many, only the newest. From any thread."""
 
 
 EngineFactory = Callable[[Deployment, WorkerConfig, Epoch, bytes], Engine]

@@ -30,13 +30,14 @@ from python_backends.core.messages import (
     ReleaseLease,
     RequestFailed,
     Resync,
+    StepSample,
     TokenChunk,
     ToWorker,
 )
 from python_backends.core.orders import OrderReader
 from python_backends.core.place import place_of
 from python_backends.core.types import BlockHash, Epoch, GenerateRequest, RequestId, Role
-from python_backends.engines.base import CacheChange, EngineFactory, Lender, StoreReader, create_engine
+from python_backends.engines.base import CacheChange, EngineFactory, Lender, StepReporter, StoreReader, create_engine
 from python_backends.worker.channel import ChannelFactory, WorkerChannel
 from python_backends.worker.registration import Registration
 
@@ -130,15 +131,23 @@ class Worker:
         by_router: dict[str, list[Output]] = defaultdict(list)
         for output in outputs:
             by_router[router_of(output.request_id)].append(output)
+        steps = self._take_steps()
+        if steps:
+            with self._live_lock:
+                for router in self._live:  # whoever gets no outputs from this step learns from it all the same
+                    by_router[router]
         for router, own in by_router.items():
             self._strike_off([output.request_id for output in own if _is_last(output)])
-            self._channel.send(Outputs(self._place.worker, self._epoch, own), router)
+            self._channel.send(Outputs(self._place.worker, self._epoch, own, steps), router)
         if change is not None:
             sequence = self._sequence + 1
             self._channel.send(
                 BlockEvents(self._place.worker, self._epoch, sequence, change.stored, change.removed, change.reset)
             )
             self._sequence = sequence  # heartbeats count only what was sent
+
+    def _take_steps(self) -> list[StepSample]:
+        return self._engine.take_steps() if isinstance(self._engine, StepReporter) else []
 
     # --- on the channel's thread ---
 
@@ -157,7 +166,10 @@ class Worker:
             layout=info.layout,
             fingerprint=info.fingerprint,
             max_context=info.max_context,
+            step_tokens=info.step_tokens,
+            max_batch=info.max_batch,
             events_sequence=self._sequence,
+            calibration=list(self._engine.calibration()) if isinstance(self._engine, StepReporter) else [],
             stores=self._reader.store_counts() if self._reader else {},
             lends=isinstance(self._engine, Lender),
             node_place=self._reader.node_place if self._reader else "",

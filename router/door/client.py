@@ -25,6 +25,7 @@ from router.door.messages import (
     Ask,
     AskId,
     Drop,
+    Failed,
     Find,
     Found,
     Hello,
@@ -267,7 +268,7 @@ class DoorClient:
         for failed in answers.failed:
             answer = self._asks.pop(failed.ask_id, None)
             if answer is not None:
-                answer.fail(_ERRORS.get(failed.error, EngineFailure)(failed.message))
+                answer.fail(_error(failed))
 
     def _fail_all(self, error: BatonError) -> None:
         asks, self._asks = self._asks, {}
@@ -305,3 +306,10 @@ def _with_subclasses(kind: type[BatonError]) -> dict[str, type[BatonError]]:
 
 
 _ERRORS = _with_subclasses(BatonError)
+
+
+def _error(failed: Failed) -> BatonError:
+    kind = _ERRORS.get(failed.error, EngineFailure)
+    if issubclass(kind, Unavailable):
+        return kind(failed.message, failed.retry_after_s)
+    return kind(failed.message)

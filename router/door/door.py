@@ -174,4 +174,6 @@ class _DoorReply:
             self._door.answer(self._front_end, Answered(self._ask_id, whole))
 
     def fail(self, error: BatonError) -> None:
-        self._door.fail(self._front_end, Failed(self._ask_id, type(error).__name__, str(error)))
+        self._door.fail(
+            self._front_end, Failed(self._ask_id, type(error).__name__, str(error), getattr(error, "retry_after_s", None))
+        )

@@ -73,6 +73,7 @@ class Failed(msgspec.Struct, frozen=True, array_like=True):
     ask_id: AskId
     error: str
     message: str
+    retry_after_s: float | None = None  # of Unavailable
 
 
 class Answers(msgspec.Struct, frozen=True, tag=True):

@@ -222,6 +222,8 @@ class Api:
                 salt=self._salt(body, key),
                 priority=body.priority or 0,
                 timeout_s=body.baton.timeout_s,
+                slo_ttft_ms=body.baton.slo_ttft_ms,
+                slo_itl_ms=body.baton.slo_itl_ms,
             )
             for prompt in prompts
             for index in range(body.choices)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from http import HTTPStatus
 
 import msgspec
@@ -62,7 +63,7 @@ def api_error(error: BatonError) -> ApiError:
             message,
             code="rate_limit_exceeded",
             kind="rate_limit_error",
-            retry_after_s=_RETRY_AFTER_S,
+            retry_after_s=_retry_after_s(error),
         )
     if isinstance(error, DeadlineExceeded):
         return ApiError(HTTPStatus.GATEWAY_TIMEOUT, message, code="timeout", kind="timeout_error")
@@ -74,6 +75,11 @@ def api_error(error: BatonError) -> ApiError:
             message,
             code="service_unavailable",
             kind="server_error",
-            retry_after_s=_RETRY_AFTER_S,
+            retry_after_s=_retry_after_s(error),
         )
     return ApiError(HTTPStatus.INTERNAL_SERVER_ERROR, message, code="internal_error", kind="server_error")
+
+
+def _retry_after_s(error: Unavailable) -> int:
+    """Whole seconds, as HTTP has it; never none, or clients come back at once."""
+    return _RETRY_AFTER_S if error.retry_after_s is None else max(math.ceil(error.retry_after_s), 1)

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 import msgspec
 
 from python_backends.core.errors import UNREADABLE, InvalidRequest
+from python_backends.core.section import NonNegativeFloat
 from python_backends.core.types import SamplingParams
 from router import grammar
 from router.http.errors import ApiError
@@ -35,6 +36,8 @@ class BatonOptions(msgspec.Struct, forbid_unknown_fields=True):
     proof: bool = False  # return the proof with the answer
     cache_salt: str = ""
     timeout_s: float | None = None
+    slo_ttft_ms: NonNegativeFloat | None = None  # None: the deployment's
+    slo_itl_ms: NonNegativeFloat | None = None
 
 
 class Generation(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):

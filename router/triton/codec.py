@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -120,6 +121,8 @@ def decode_request(request: Any, default_max_tokens: int) -> tuple[ClientRequest
         wish=_wish(tensors),
         salt=tensors.scalar("cache_salt") or "",
         priority=tensors.scalar("priority") or 0,
+        slo_ttft_ms=_target(tensors, "slo_ttft_ms"),
+        slo_itl_ms=_target(tensors, "slo_itl_ms"),
         timeout_s=request.timeout() / 1e6 if request.timeout() else None,
         client_id=request.request_id(),
         trace=continue_trace(*_trace_headers(request)),
@@ -246,6 +249,15 @@ def _wish(tensors: _Tensors) -> Wish | None:
         raise InvalidRequest(f"route is {route!r}; it must be one of {known}") from None
 
 
+def _target(tensors: _Tensors, name: str) -> float | None:
+    value = tensors.scalar(name)
+    if value is None:
+        return None
+    if not (math.isfinite(value) and value >= 0):
+        raise InvalidRequest(f"{name} is {value!r}; it must be 0 (no target) or more, in ms")
+    return float(value)
+
+
 def _check_unsupported(tensors: _Tensors) -> None:
     for name, (allowed, why) in _MUST_BE.items():
         value = tensors.scalar(name)
@@ -273,10 +285,10 @@ def _wanted(tensors: _Tensors, text: str | None) -> Wanted:
 
 
 def encode_piece(piece: Piece, wanted: Wanted, token_text: TokenText) -> Any:
-    """One response: pb_utils.InferenceResponse with the outputs that are wanted, each of shape [1, n]."""
-    out = [_tensor("text_output", [piece.text.encode()], np.object_)]
+    """One response: pb_utils.InferenceResponse with the outputs that are wanted, numbers of shape [1, n], texts of [1]."""
+    out = [_text_tensor("text_output", piece.text.encode())]
     if wanted.finish_reason:
-        out.append(_tensor("finish_reason", [piece.finish_reason.value if piece.finish_reason else ""], np.object_))
+        out.append(_text_tensor("finish_reason", (piece.finish_reason.value if piece.finish_reason else "").encode()))
     if wanted.num_input_tokens:
         out.append(_tensor("num_input_tokens", [piece.num_input_tokens], np.int32))
     if wanted.num_output_tokens:
@@ -288,12 +300,17 @@ def encode_piece(piece: Piece, wanted: Wanted, token_text: TokenText) -> Any:
     if wanted.cumulative:
         out.append(_tensor("cum_log_probs", [piece.cumulative_logprob], np.float32))
     if wanted.logprobs:
-        out.append(_tensor("logprobs", [_logprobs_json(piece, token_text)], np.object_))
+        out.append(_text_tensor("logprobs", _logprobs_json(piece, token_text)))
     if piece.proof is not None and wanted.proof:
-        out.append(_tensor("proof", [msgspec.json.encode(piece.proof)], np.object_))
+        out.append(_text_tensor("proof", msgspec.json.encode(piece.proof)))
     if piece.proof is not None and wanted.times:
         out += [_tensor(name, [instant], np.int64) for name, instant in _times(piece).items()]
     return pb_utils.InferenceResponse(out)
+
+
+def _text_tensor(name: str, text: bytes) -> Any:
+    """Clients of TensorRT-LLM and vLLM take element 0 and decode it; with a batch dimension that would be an array."""
+    return pb_utils.Tensor(name, np.array([text], dtype=np.object_))
 
 
 def _tensor(name: str, values: list[Any], dtype: type[Any]) -> Any:

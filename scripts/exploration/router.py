@@ -79,7 +79,7 @@ def _deployment(roles: Sequence[Role]) -> Deployment:
         workers=tuple(WorkerConfig(role, f"{role.value}_{index}") for index, role in enumerate(roles)),
         engine=EngineConfig(block_size=4, max_batch=4, step_tokens=8, max_queue=5),
         transfer=TransferConfig(lease_s=_LEASE_S, timeout_s=0.5),
-        router=RouterConfig(local_prefill_tokens=4, max_requests=_MAX_REQUESTS, worker_wait_s=10.0, default_deadline_s=_LONG_S),
+        router=RouterConfig(max_requests=_MAX_REQUESTS, worker_wait_s=10.0, default_deadline_s=_LONG_S),
         health=HealthConfig(heartbeat_s=1.0, silent_s=_SILENT_S),
     )
 

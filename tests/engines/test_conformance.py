@@ -29,7 +29,7 @@ from python_backends.core.handoff import KVHandoff, seal, unseal
 from python_backends.core.messages import PrefillDone, RequestFailed, TokenChunk
 from python_backends.core.trtllm import TrtllmConfig
 from python_backends.core.types import Epoch, FinishReason, GenerateRequest, RequestId, Role
-from python_backends.engines.base import create_engine
+from python_backends.engines.base import StepReporter, create_engine
 from tests.engines.bench import KEY, EngineBench, make_request
 from tests.engines.installed import Lender, gpu_of, installed_deployment
 from tests.engines.tiny_model import VOCAB, byte_tokenizer, write_tiny_llama
@@ -593,3 +593,20 @@ def test_handoff_is_small(make: Make) -> None:
     assert done.ticket is not None
     assert len(done.ticket) < 4096
     assert isinstance(unseal(done.ticket, KEY, time.time()), KVHandoff)
+
+
+def test_steps_tell_all_that_was_computed_and_calibration_comes_before(make_ours: Make) -> None:
+    """What the router's cost model learns from."""
+    bench = make_ours(Role.AGGREGATED)
+    assert isinstance(bench.engine, StepReporter)
+    calibrated = bench.engine.calibration()
+    assert any(sample.prefill_tokens for sample in calibrated)
+    assert any(sample.decode_streams for sample in calibrated)
+    assert all(sample.ms > 0 for sample in calibrated)
+    bench.engine.take_steps()
+    bench.decode(make_request("r", PROMPT, max_tokens=8))
+    steps = bench.engine.take_steps()
+    assert sum(step.prefill_tokens for step in steps) == len(PROMPT)
+    assert sum(step.decode_tokens for step in steps) == 8 - 1  # the first token comes with the prompt
+    assert all(step.ms > 0 for step in steps)
+    assert bench.engine.take_steps() == []

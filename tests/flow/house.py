@@ -113,7 +113,7 @@ def deployment(
             transport=transport, listen=listen, lease_s=lease_s, timeout_s=transfer_timeout_s, faults=dict(faults or {})
         ),
         store=store or StoreConfig(),
-        router=router or RouterConfig(mode="remote", worker_wait_s=5.0, default_deadline_s=TIMEOUT_S),
+        router=router or RouterConfig(mode="always-remote", worker_wait_s=5.0, default_deadline_s=TIMEOUT_S),
         health=HealthConfig(heartbeat_s=0.05, silent_s=silent_s),
     )
 

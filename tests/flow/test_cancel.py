@@ -16,9 +16,9 @@ from router.types import Outcome, Wish
 from tests.flow.house import Answer, FlowHouse, deployment, eventually, fake_engine, prompt, reference
 
 ENDLESS = SamplingParams(temperature=0, max_tokens=4000)
-REMOTE = RouterConfig(mode="remote", worker_wait_s=5)
-LOCAL = RouterConfig(mode="local", worker_wait_s=5)
-AGGREGATED = RouterConfig(mode="aggregated", worker_wait_s=5)
+REMOTE = RouterConfig(mode="always-remote", worker_wait_s=5)
+LOCAL = RouterConfig(mode="always-local", worker_wait_s=5)
+AGGREGATED = RouterConfig(mode="always-aggregated", worker_wait_s=5)
 SLOW_PREFILL = fake_engine(prefill_us_per_token=2000)
 SLOW_STEPS = fake_engine(step_us=2000)
 

@@ -21,7 +21,7 @@ from router.seams import Destination
 from tests.flow.house import TIMEOUT_S, Answer, FlowHouse, deployment, eventually, fake_engine, prompt, reference
 
 SAMPLING = SamplingParams(seed=11, max_tokens=60)
-ROUTER = RouterConfig(mode="remote", worker_wait_s=5)
+ROUTER = RouterConfig(mode="always-remote", worker_wait_s=5)
 SLOW_PREFILL: dict[str, Any] = {"engine": fake_engine(prefill_us_per_token=1000)}
 SLOW_STEPS: dict[str, Any] = {"engine": fake_engine(step_us=5000)}
 HANGING: dict[str, Any] = {"faults": {"hang": 1.0}, "transfer_timeout_s": 0.6}
@@ -97,7 +97,7 @@ def test_the_decode_worker_is_gone_before_its_turn(number: int) -> None:
 
 
 def test_killed_and_nobody_else_is_one_clear_error() -> None:
-    router = RouterConfig(mode="remote", worker_wait_s=0.5)
+    router = RouterConfig(mode="always-remote", worker_wait_s=0.5)
     with FlowHouse(deployment(router=router, **SLOW_STEPS), processes=True) as house:
         answers = _begin_some(house, State.DECODING, count=3)
         began = time.monotonic()
@@ -115,7 +115,7 @@ def test_killed_and_nobody_else_is_one_clear_error() -> None:
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_the_only_worker_is_restarted_and_goes_on(victim: str, number: int) -> None:
     settings = SLOW_PREFILL if victim == "prefill_0" else SLOW_STEPS
-    router = RouterConfig(mode="remote", worker_wait_s=10)
+    router = RouterConfig(mode="always-remote", worker_wait_s=10)
     config = deployment(router=router, silent_s=0.5, **settings)
     with FlowHouse(config, processes=True, restart=True) as house:
         before = house.epoch(victim)
@@ -144,7 +144,7 @@ def test_stopped_and_continued(role: Role) -> None:
 
 def test_one_after_the_other_under_load() -> None:
     """Each worker is killed once while requests keep coming; all are restarted and no request fails."""
-    router = RouterConfig(mode="auto", worker_wait_s=10)
+    router = RouterConfig(mode="adaptive", worker_wait_s=10)
     config = deployment(2, 2, router=router, engine=fake_engine(prefill_us_per_token=50, step_us=1000))
     with FlowHouse(config, processes=True, restart=True) as house:
         answers: list[Answer] = []
@@ -160,7 +160,7 @@ def test_one_after_the_other_under_load() -> None:
 
 @pytest.fixture
 def in_process() -> Iterator[FlowHouse]:
-    with FlowHouse(deployment(router=RouterConfig(mode="remote", worker_wait_s=5)), workers_up=False) as house:
+    with FlowHouse(deployment(router=RouterConfig(mode="always-remote", worker_wait_s=5)), workers_up=False) as house:
         yield house
 
 

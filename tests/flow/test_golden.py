@@ -8,7 +8,7 @@ from typing import Literal
 import msgspec
 import pytest
 
-from python_backends.core.config import RouterConfig
+from python_backends.core.config import RouterConfig, SloConfig
 from python_backends.core.types import FinishReason, SamplingParams
 from router.types import Way, Wish
 from tests.flow.house import GREEDY, FlowHouse, ask_all, deployment, fake_engine, prompt, reference
@@ -67,12 +67,17 @@ def test_many_at_once(workers: int, transport: Literal["shm", "inline"]) -> None
 
 
 def test_the_policy_chooses_every_way_and_none_changes_the_text() -> None:
-    router = RouterConfig(mode="auto", local_prefill_tokens=32)
-    with FlowHouse(deployment(2, 2, router=router)) as house:
-        prompts = [prompt(length, seed=length) for length in (5, 20, 33, 64, 100, 200, 5, 64, 100, 200)]
+    """A long prompt would make the streams of its decode worker wait too long, so it goes to a prefill worker."""
+    router = RouterConfig(slo=SloConfig(itl_ms=15.0), worker_wait_s=5)
+    engine = fake_engine(prefill_us_per_token=200, step_us=2000)
+    with FlowHouse(deployment(1, 1, engine=engine, router=router)) as house:
+        stream = house.begin(prompt(5, 99), msgspec.structs.replace(GREEDY, max_tokens=4000))
+        assert stream.first.wait(5)
+        prompts = [prompt(length, seed=length) for length in (5, 20, 33, 200, 230, 5, 200, 230)]
         for _ in range(2):
             for ids in prompts:
                 assert house.ask(ids).ids == reference(ids, GREEDY)
+        house.cancel(stream)
         assert set(house.counts.ways) == {Way.REMOTE, Way.LOCAL, Way.CACHED}
 
 
@@ -87,12 +92,12 @@ def test_after_eviction() -> None:
         assert len(house.service.house.index) <= 128
 
 
-@pytest.mark.parametrize("ways", ["remote", "local", "aggregated"])
-def test_more_requests_than_the_pool_holds(ways: Literal["remote", "local", "aggregated"]) -> None:
+@pytest.mark.parametrize("mode", ["always-remote", "always-local", "always-aggregated"])
+def test_more_requests_than_the_pool_holds(mode: Literal["always-remote", "always-local", "always-aggregated"]) -> None:
     """They wait, are preempted, lose their cached blocks - and say the same."""
     sampling = msgspec.structs.replace(SEEDED, max_tokens=60)
     prompts = [prompt(100 + i, seed=i) for i in range(32)]
-    config = deployment(aggregated=1, engine=fake_engine(step_us=50, kv_pool_mib=1), router=RouterConfig(mode=ways))
+    config = deployment(aggregated=1, engine=fake_engine(step_us=50, kv_pool_mib=1), router=RouterConfig(mode=mode))
     with FlowHouse(config) as house:
         for answer, ids in zip(ask_all(house, prompts, sampling), prompts, strict=True):
             assert answer.ids == reference(ids, sampling)

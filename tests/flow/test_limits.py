@@ -107,7 +107,7 @@ def test_a_full_house_refuses_at_once() -> None:
 
 
 def test_too_many_waiting_tokens_are_refused_at_once() -> None:
-    config = deployment(router=RouterConfig(mode="remote", max_queued_tokens=1000, worker_wait_s=5))
+    config = deployment(router=RouterConfig(mode="always-remote", max_queued_tokens=1000, worker_wait_s=5))
     with FlowHouse(config, workers_up=False) as house:
         first = house.begin(prompt(5000))  # one may always wait
         assert eventually(lambda: house.service.house.admission.queued_tokens == 5000)

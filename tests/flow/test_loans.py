@@ -12,7 +12,7 @@ from python_backends.core.types import SamplingParams
 from router.types import Way
 from tests.flow.house import GREEDY, TIMEOUT_S, FlowHouse, ask_all, deployment, fake_engine, prompt, reference
 
-AUTO = RouterConfig(mode="auto", worker_wait_s=10.0, default_deadline_s=TIMEOUT_S)
+AUTO = RouterConfig(mode="adaptive", worker_wait_s=10.0, default_deadline_s=TIMEOUT_S)
 SHARED = prompt(1024, 1)  # 64 full blocks: a long system prompt
 
 

@@ -18,7 +18,7 @@ from tests.kv.redis_server import RedisServer
 
 PATIENT = {"read_timeout_s": 1.0, "locate_timeout_s": 1.0}  # a busy machine is not what is tested
 NODE = StoreConfig(node_mib=16, read_timeout_s=1.0, locate_timeout_s=1.0)
-AUTO = RouterConfig(mode="auto", worker_wait_s=10.0, default_deadline_s=TIMEOUT_S)
+AUTO = RouterConfig(mode="adaptive", worker_wait_s=10.0, default_deadline_s=TIMEOUT_S)
 # Slow enough at prefill that reading always pays.
 ENGINE = fake_engine(prefill_us_per_token=200)
 

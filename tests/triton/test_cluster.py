@@ -146,3 +146,21 @@ def test_a_killed_worker_elsewhere_costs_no_request_and_comes_back(cluster: Clus
     _wait_for(lambda: total(metrics(cluster.two), "baton_worker_up") == 4, 40)
     assert worker_process(cluster.prefill, "prefill").pid != victim.pid
     wait_until_nothing_is_held(cluster.two, within_s=2)
+
+
+def test_a_server_that_is_stopped_costs_the_requests_of_other_routers_nothing(cluster: Cluster, two: Asking) -> None:
+    """Last in this file: the server does not come back. What its decode worker had goes on at the other one."""
+    fields: dict[str, Any] = {"max_tokens": 200, "seed": 3, "temperature": 0.8, "return_output_ids": True, "stream": True}
+    prompts = [f"upgrade {i} {PROMPT}" for i in range(8)]
+    for i, prompt in enumerate(prompts):
+        two.send(f"before{i}", text_input=prompt, **fields)
+    expected = [answer.ids for answer in two.collect(*[f"before{i}" for i in range(8)])]
+    for i, prompt in enumerate(prompts):
+        two.send(f"u{i}", text_input=prompt, return_proof=True, **fields)
+    for _ in range(40):
+        two.next_response()
+    cluster.one.stop()
+    answers = two.collect(*[f"u{i}" for i in range(8)])
+    assert [answer.ids for answer in answers] == expected
+    assert max(json.loads(answer.last("proof"))["attempts"] for answer in answers) > 1, "some were at the one that stopped"
+    wait_until_nothing_is_held(cluster.two, within_s=5)

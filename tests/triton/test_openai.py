@@ -94,7 +94,12 @@ def test_the_same_answer_by_grpc_generate_stream_and_openai(real: OpenAI, real_s
     url = f"http://{real_server.host}:{real_server.http_port}/v2/models/router/generate"
     with urllib.request.urlopen(urllib.request.Request(url, body), timeout=60) as response:
         by_generate = json.loads(response.read())["text_output"]
+    with urllib.request.urlopen(
+        urllib.request.Request(f"{url}_stream", body[:-1] + b', "stream": true}'), timeout=60
+    ) as response:
+        pieces = [json.loads(line.removeprefix(b"data: ")) for line in response if line.startswith(b"data: ")]
     assert by_openai.choices[0].message.content == text == by_grpc == by_generate
+    assert "".join(piece["text_output"] for piece in pieces) == text
     assert chunks[0].choices[0].delta.role == "assistant"
     assert chunks[-1].usage == by_openai.usage or chunks[-1].usage.completion_tokens == by_openai.usage.completion_tokens
     assert len(chunks) > 20, "it was not streamed"

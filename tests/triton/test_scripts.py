@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -253,24 +253,3 @@ def _wait_for_port(port: int, process: subprocess.Popen[bytes], log: Path) -> No
 def test_plain_tritonserver_serves_the_default_deployment_from_any_directory(plain_server: int) -> None:
     body = json.dumps({"text_input": "The capital of France is", "max_tokens": 5})
     assert "Paris" in _pasted(f"curl -s 127.0.0.1:{plain_server}/v2/models/router/generate -d '{body}'")
-
-
-# --- the README --------------------------------------------------------------------------------------------------------
-
-
-def test_curl_lines_of_the_readme_work(real_server: TritonServer) -> None:
-    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    lines: Sequence[str] = [line for block in blocks for line in block.splitlines() if line.startswith("curl ")]
-    assert len(lines) >= 2
-    ports = {"127.0.0.1:8000": real_server.http_port, "127.0.0.1:9000": real_server.openai_port}
-    for line in lines:
-        for address, port in ports.items():
-            line = line.replace(address, f"{real_server.host}:{port}")
-        assert re.search('"text_output"|"choices"', _pasted(line)), line
-
-
-def test_scripts_of_the_readme_explain_themselves() -> None:
-    named = set(re.findall(r"^scripts/(\w+)", (ROOT / "README.md").read_text(), re.MULTILINE))
-    assert named >= {"chat", "soak"}
-    for verb in named:
-        assert "usage: scripts/" in _run(verb, "--help").stdout

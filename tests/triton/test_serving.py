@@ -88,14 +88,15 @@ def test_every_output_that_can_be_asked_for(asking: Asking) -> None:
     assert times == sorted(times)
 
 
-def test_a_tensorrt_llm_ensemble_client_works_unchanged(fake_server: TritonServer) -> None:
-    """The tensors that TensorRT-LLM's gRPC client sends, shaped as it sends them."""
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_tensorrt_llm_ensemble_client_works_unchanged(fake_server: TritonServer, stream: bool) -> None:
+    """The tensors that TensorRT-LLM's gRPC client sends, shaped and read as it does: the text is element 0 of its output."""
     fields = {
         "text_input": PROMPT,
         "max_tokens": 8,
         "bad_words": [""],
-        "stop_words": [""],
-        "stream": False,
+        "stop_words": ["no such text"],
+        "stream": stream,
         "beam_width": 1,
         "temperature": 1.0,
         "top_k": 1,
@@ -104,24 +105,55 @@ def test_a_tensorrt_llm_ensemble_client_works_unchanged(fake_server: TritonServe
         "frequency_penalty": 0.0,
         "seed": 17,
         "exclude_input_in_output": False,
-        "return_log_probs": False,
+        "return_log_probs": True,
         "return_context_logits": False,
         "return_generation_logits": False,
         "end_id": 2,
         "pad_id": 2,
         "num_return_sequences": 1,
     }
+    wanted = [triton.InferRequestedOutput(name) for name in ("text_output", "cum_log_probs", "output_log_probs")]
+    events: list[Any] = []
     with triton.InferenceServerClient(f"{fake_server.host}:{fake_server.grpc_port}") as client:
-        events: list[Any] = []
-        client.start_stream(lambda result, error: events.append(error or result.as_numpy("text_output")))
-        client.async_stream_infer("router", tensors(fields), request_id="1")
-        end = time.monotonic() + 30
-        while not events and time.monotonic() < end:
-            time.sleep(0.01)
-        client.stop_stream()
-    (text,) = events
-    assert isinstance(text, np.ndarray)
-    assert text.reshape(-1)[0].decode().startswith(PROMPT)
+        client.start_stream(lambda result, error: events.append(error or result))
+        client.async_stream_infer("router", tensors(fields), outputs=wanted, request_id="1")
+        client.stop_stream()  # waits for the server to end the stream
+    texts = [event.as_numpy("text_output")[0].decode("utf-8") for event in events]
+    assert len(texts) == (8 if stream else 1)
+    assert "".join(texts).startswith(PROMPT)
+    assert all(event.as_numpy("cum_log_probs").shape == (1, 1) for event in events)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        # vLLM's: `vllm bench serve`
+        ("completions", {"prompt": PROMPT, "repetition_penalty": 1.0, "max_tokens": 8, "logprobs": None, "ignore_eos": True}),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": PROMPT}]}], "max_completion_tokens": 8},
+        ),
+        # SGLang's bench_serving
+        ("completions", {"prompt": PROMPT, "temperature": 0.0, "best_of": 1, "max_tokens": 8, "ignore_eos": True}),
+        ("chat/completions", {"messages": [{"role": "user", "content": PROMPT}], "temperature": 0.0, "max_tokens": 8}),
+    ],
+)
+def test_benchmark_clients_of_others_work_unchanged(fake_server: TritonServer, path: str, body: dict[str, Any]) -> None:
+    """The bodies that they send, and the stream as they read it: by lines, a prefix, `[DONE]`, the first choice's text."""
+    usage = {"stream_options": {"include_usage": True}} if "best_of" not in body and "temperature" not in body else {}
+    sent = json.dumps({"model": "smollm2-135m-instruct", "stream": True, **body, **usage}).encode()
+    url = f"http://{fake_server.host}:{fake_server.openai_port}/v1/{path}"
+    request = urllib.request.Request(url, sent, {"Content-Type": "application/json", "Authorization": "Bearer EMPTY"})
+    with urllib.request.urlopen(request, timeout=30) as response:
+        lines = [line.decode().strip().removeprefix("data: ") for line in response if line.strip()]
+    assert lines[-1] == "[DONE]"
+    pieces = [json.loads(line) for line in lines[:-1]]
+    choices = [piece["choices"][0] for piece in pieces if piece["choices"]]
+    assert sum(bool(choice.get("text") or choice.get("delta", {}).get("content")) for choice in choices) >= 4
+    if usage:
+        assert pieces[-1]["usage"]["completion_tokens"] == 8
+    else:
+        assert all(piece["choices"] for piece in pieces), "they take choices[0] of every piece"
 
 
 def test_sampling_parameters_may_be_strings(asking: Asking) -> None:
@@ -364,7 +396,7 @@ def test_a_killed_worker_costs_no_request_and_comes_back(fake_server: TritonServ
     while total(metrics(fake_server), "baton_worker_up") < 3 or not _is_up_again(fake_server, role, victim.pid):
         assert time.monotonic() < end, f"{role} did not come back"
         time.sleep(0.1)
-    again = asking.ask(text_input=f"again {role} {PROMPT}", return_proof=True, max_tokens=5)
+    again = asking.ask(text_input=f"again {role} {PROMPT}", route="remote", return_proof=True, max_tokens=5)
     proof = json.loads(again.last("proof"))
     assert proof["route"] == "remote"
     assert proof["kv_tokens_recomputed"] == 0

@@ -11,17 +11,18 @@ import logging
 import queue
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from collections.abc import Sequence as Many
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 
 from python_backends.core.block_hash import chain_root, content_hash
 from python_backends.core.config import Deployment, WorkerConfig
 from python_backends.core.errors import BatonError, ConfigError, EngineFailure, HandoffRefused, RefusalReason, TritonCode
 from python_backends.core.handoff import TICKET_VERSION, KVHandoff, seal, unseal
-from python_backends.core.messages import KVReady, Lent, Output, PrefillDone, RequestFailed, TokenChunk
+from python_backends.core.messages import KVReady, Lent, Output, PrefillDone, RequestFailed, StepSample, TokenChunk
 from python_backends.core.types import (
     BlockHash,
     Epoch,
@@ -37,6 +38,7 @@ from python_backends.core.types import (
     WorkerLoad,
 )
 from python_backends.engines.base import CacheChange, EngineInfo, OnOutputs
+from python_backends.engines.paged.calibration import calibrate
 from python_backends.engines.paged.guide import Guide, Guides
 from python_backends.engines.paged.runner import Draw, ModelRunner, Sampled, Slice
 from python_backends.engines.paged.scheduler import Scheduler
@@ -60,6 +62,7 @@ _PREFETCH_S = 2.0  # given to bringing one waiting prompt's blocks nearer
 _PREFETCH_MOST = 16  # prompts of the queue that are prefetched
 _REMEMBERED_ABORTS = 10_000  # aborts that overtook their request
 _IDLE_WAKE_S = 0.25  # how often an idle engine looks at deadlines
+_UNTOLD_STEPS = 32  # steps kept for whoever asks how long they take
 
 
 class PagedEngine:
@@ -88,6 +91,9 @@ class PagedEngine:
         self._reset_events = True
         self._closing = False
         self._load = WorkerLoad()
+        self._calibration: list[StepSample] = []
+        self._steps: deque[StepSample] = deque(maxlen=_UNTOLD_STEPS)
+        self._busy_since: float | None = None  # monotonic, s: end of the last step, if this one follows at once
         self._thread: threading.Thread | None = None
         self._fetchers = ThreadPoolExecutor(_FETCH_THREADS, thread_name_prefix="fetch")
         self._loaders = ThreadPoolExecutor(_LOAD_THREADS, thread_name_prefix="load")
@@ -113,6 +119,7 @@ class PagedEngine:
                 f"give at least {2 * layout.block_bytes >> 20} MiB"
             )
         self._furnish(PoolMemory(num_blocks, layout.block_bytes, self._epoch), on_outputs)
+        self._calibration = calibrate(self._runner, num_blocks, self._config, self.info.max_context)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -135,6 +142,8 @@ class PagedEngine:
             layout=layout,
             fingerprint=self._runner.fingerprint,
             max_context=min(max_context, memory.num_blocks * layout.block_size),
+            step_tokens=self._config.step_tokens,
+            max_batch=self._config.max_batch,
         )
         self._guides = Guides(self._runner.tokenizer_path, self._runner.vocab_size, self._runner.eos_token_ids)
         self._snapshot()
@@ -179,6 +188,18 @@ class PagedEngine:
         if stores is not None:
             deadline = time.monotonic() + self._store.locate_timeout_s
             self._loaders.submit(lambda: on_located(stores.locate(hashes, deadline)))
+
+    # --- the StepReporter contract -------------------------------------------------------------------------------------
+
+    def calibration(self) -> list[StepSample]:
+        return self._calibration
+
+    def take_steps(self) -> list[StepSample]:
+        taken = []
+        with suppress(IndexError):
+            while True:
+                taken.append(self._steps.popleft())
+        return taken
 
     def close(self) -> None:
         if self._thread is not None:
@@ -240,10 +261,13 @@ class PagedEngine:
         """Compute one batch. Returns whether there was anything to compute."""
         batch = self._scheduler.schedule()
         if not batch:
+            self._busy_since = None
             return False
         now = time.monotonic()
+        began, self._busy_since = self._busy_since or now, None
         for sequence, _ in batch:
             sequence.started = sequence.started or now
+        shape = _shape(batch)
         streams = sum(1 for sequence, count in batch if sequence.num_uncomputed == count == 1)
         marginal = self._step_cost.marginal(streams) if streams else 1.0
         slices = [self._slice(sequence, count, marginal) for sequence, count in batch]
@@ -260,8 +284,13 @@ class PagedEngine:
                 self._compute_pace.measure(prompt_tokens, time.monotonic() - now)
             if streams == len(batch):
                 self._step_cost.learn(sum(len(piece.token_ids) for piece in slices), time.monotonic() - now)
+            got = sum(
+                1 + len(s.following) for (each, _), s in zip(batch, results, strict=True) if s and each.num_uncomputed == 1
+            )
             for (sequence, count), piece, sampled in zip(batch, slices, results, strict=True):
                 self._advance(sequence, count, piece.drafts, sampled)
+            self._busy_since = time.monotonic()
+            self._steps.append(StepSample(*shape, ms=(self._busy_since - began) * 1e3, decode_tokens=got))
         return True
 
     def _slice(self, sequence: Sequence, count: int, marginal: float) -> Slice:
@@ -766,6 +795,19 @@ class PagedEngine:
     def _require_memory(self) -> PoolMemory:
         assert self._memory is not None, "start() comes first"
         return self._memory
+
+
+def _shape(batch: list[tuple[Sequence, int]]) -> tuple[int, float, int, int]:
+    """The first four fields of StepSample, before the batch is computed."""
+    prefill_tokens, prefill_context, streams, context = 0, 0.0, 0, 0
+    for sequence, count in batch:
+        if sequence.num_uncomputed == 1:
+            streams += 1
+            context += sequence.num_computed
+        else:
+            prefill_tokens += count
+            prefill_context += count * (sequence.num_computed + count / 2)
+    return prefill_tokens, prefill_context, streams, context
 
 
 def _may_guess(draw: Draw) -> bool:

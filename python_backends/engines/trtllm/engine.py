@@ -32,7 +32,7 @@ from python_backends.core.errors import ConfigError, TritonCode
 from python_backends.core.messages import Output
 from python_backends.core.paths import resolve_model
 from python_backends.core.place import place_of
-from python_backends.core.trtllm import check_trtllm, kv_timeout_ms
+from python_backends.core.trtllm import DEFAULT_MAX_NUM_TOKENS, check_trtllm, kv_timeout_ms
 from python_backends.core.types import Epoch, GenerateRequest, LeaseEnd, RequestId, Role, WorkerLoad
 from python_backends.engines.base import CacheChange, EngineInfo, OnOutputs
 from python_backends.engines.trtllm.arguments import llm_arguments, max_batch
@@ -102,7 +102,14 @@ class TrtllmEngine:
             max_context=model.max_context,
             library_version=library.version,
         )
-        self.info = EngineInfo(directory.layout, directory.fingerprint, model.max_context, warm_up=self._hands_over)
+        self.info = EngineInfo(
+            layout=directory.layout,
+            fingerprint=directory.fingerprint,
+            max_context=model.max_context,
+            step_tokens=llm.max_num_tokens or DEFAULT_MAX_NUM_TOKENS,
+            max_batch=max_batch(self._deployment, self._worker),
+            warm_up=self._hands_over,
+        )
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="trtllm", daemon=True)
         self._thread.start()

@@ -58,7 +58,7 @@ class Fleet:
             workers=workers,
             engine=EngineConfig(trtllm=trtllm_config(16_384, **trtllm)),
             transfer=TransferConfig(lease_s=LEASE_S, timeout_s=0.2),
-            router=RouterConfig(mode="remote", worker_wait_s=20, default_deadline_s=40),
+            router=RouterConfig(mode="always-remote", worker_wait_s=20, default_deadline_s=40),
             health=HealthConfig(heartbeat_s=0.05, silent_s=5),
         )
         return FlowHouse(config, processes=True, restart=restart)
@@ -125,8 +125,7 @@ def test_thirty_two_at_once_over_two_and_two(fleet: Fleet) -> None:
 def test_a_known_prefix_is_found_by_the_engines_events(fleet: Fleet) -> None:
     with fleet.house(1, 1) as house:
         house.ask(prompt(200, 1), GREEDY)
-        matches = house.service.house._matches
-        assert eventually(lambda: matches(prompt(200, 1), "").get(WorkerId("prefill_0")) == 192, 3)
+        assert eventually(lambda: len(house.service.house.index) >= 192 // 16, 3)
         assert house.ask(prompt(200, 1), GREEDY).proof.prefill_tokens_reused == 192
 
 

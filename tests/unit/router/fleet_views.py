@@ -1,15 +1,16 @@
-"""Heartbeats and fleet views as workers would cause them."""
+"""Heartbeats and fleets as workers would cause them."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from python_backends.core.layout import KVLayout
 from python_backends.core.messages import Heartbeat
 from python_backends.core.types import Epoch, Role, StoreCounts, WorkerId, WorkerLoad
-from router.fleet import WorkerView
+from router.fleet import Fleet, WorkerView
 
 LAYOUT = KVLayout(1, 1, 1, 16, "float32")
+SIMPLE = (2.0, 0.1, 0.0, 1.0, 0.0)  # ms: a step takes 2, a prompt token 0.1, a stream 1
 
 
 def heartbeat(
@@ -19,6 +20,10 @@ def heartbeat(
     max_context: int = 1000,
     fingerprint: str = "f",
     sequence: int = 0,
+    total_blocks: int = 1000,
+    load: WorkerLoad | None = None,
+    step_tokens: int = 256,
+    max_batch: int = 8,
     stores: Collection[str] = (),
     lends: bool = False,
 ) -> Heartbeat:
@@ -30,27 +35,45 @@ def heartbeat(
         epoch=Epoch(epoch),
         pid=1,
         host="here",
-        load=WorkerLoad(),
+        load=load or WorkerLoad(total_blocks=total_blocks),
         layout=LAYOUT,
         fingerprint=fingerprint,
         max_context=max_context,
+        step_tokens=step_tokens,
+        max_batch=max_batch,
         events_sequence=sequence,
         stores={tier: StoreCounts() for tier in stores},
         lends=lends,
     )
 
 
-def view(
+def put(
+    fleet: Fleet,
     name: str,
     role: Role,
     *,
-    requests: int = 0,
-    prefill_tokens: int = 0,
+    streams: int = 0,
+    prompts: Sequence[int] = (),
+    context: int = 0,
     up: bool = True,
     max_context: int = 1000,
     fingerprint: str = "f",
-    stores: Collection[str] = (),
+    total_blocks: int = 1000,
+    coefficients: Sequence[float] = SIMPLE,
     lends: bool = False,
 ) -> WorkerView:
-    beat = heartbeat(name, role, max_context=max_context, fingerprint=fingerprint, stores=stores, lends=lends)
-    return WorkerView(beat, heard=0.0, up=up, requests=requests, prefill_tokens=prefill_tokens)
+    """A worker that has so many streams, of `context` tokens in all, and prompts with these tokens to compute."""
+    beat = heartbeat(name, role, max_context=max_context, fingerprint=fingerprint, total_blocks=total_blocks, lends=lends)
+    fleet.hear(beat, 0.0)
+    view = fleet.get(WorkerId(name))
+    assert view is not None
+    view.model.coefficients = list(coefficients)
+    view.hop_ms = 1.0
+    for _ in range(streams):
+        fleet.charge(view.id, 0, context // streams, 1)
+    for tokens in prompts:
+        fleet.charge(view.id, tokens, tokens, tokens)
+    fleet.reorder(view)
+    if not up:
+        fleet.lose(view.id)
+    return view

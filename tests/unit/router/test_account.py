@@ -7,8 +7,8 @@ import pytest
 
 from python_backends.core.messages import PrefillDone
 from python_backends.core.types import KVReport, PrefixReport, RequestId, WorkerId
-from router import account as module
 from router.account import Account
+from router.clock import Clock
 from router.types import RouteDecision, Way
 
 REMOTE = RouteDecision(Way.REMOTE, WorkerId("p"), WorkerId("d"), 100, "because")
@@ -17,27 +17,25 @@ RECEIVED = KVReport(received_tokens=100, received_bytes=700, transfer_ms=2.0, di
 TIMES = ("queue_ms", "prefill_ms", "handoff_ms", "first_decode_ms", "ttft_ms", "e2e_ms")
 
 
-class Clock:
-    """Monotonic seconds that pass only when told."""
+class StoppedClock(Clock):
+    """Time passes only when told."""
 
     def __init__(self) -> None:
-        self.now = 100.0
+        self.seconds = 100.0
 
-    def monotonic(self) -> float:
-        return self.now
+    def now(self) -> float:
+        return self.seconds
 
-    def time_ns(self) -> int:
-        return int(self.now * 1e9)
+    def wall(self) -> float:
+        return self.seconds
 
     def after_ms(self, ms: float) -> None:
-        self.now += ms / 1e3
+        self.seconds += ms / 1e3
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(module, "time", clock)
-    return clock
+def clock() -> StoppedClock:
+    return StoppedClock()
 
 
 def prefilled(compute_ms: float) -> PrefillDone:
@@ -46,8 +44,8 @@ def prefilled(compute_ms: float) -> PrefillDone:
     )
 
 
-def test_what_came_from_stores_is_told_of_both_workers(clock: Clock) -> None:
-    account = Account(clock.now)
+def test_what_came_from_stores_is_told_of_both_workers(clock: StoppedClock) -> None:
+    account = Account(clock.now(), clock)
     account.routed(REMOTE, 1)
     prefix = PrefixReport(node_tokens=32, peer_tokens=16, bytes=300, ms=1.5)
     account.prefilled(msgspec.structs.replace(prefilled(12.0), prefix=prefix))
@@ -61,8 +59,8 @@ def test_what_came_from_stores_is_told_of_both_workers(clock: Clock) -> None:
     assert (proof.store_bytes, proof.store_ms) == (700, 3.5)
 
 
-def test_the_parts_of_a_handed_over_request(clock: Clock) -> None:
-    account = Account(clock.now)
+def test_the_parts_of_a_handed_over_request(clock: StoppedClock) -> None:
+    account = Account(clock.now(), clock)
     clock.after_ms(3)
     account.routed(REMOTE, 1)
     clock.after_ms(17)
@@ -83,8 +81,8 @@ def test_the_parts_of_a_handed_over_request(clock: Clock) -> None:
     assert proof.arrival_ns == pytest.approx(100e9)
 
 
-def test_a_local_prefill_has_no_handoff(clock: Clock) -> None:
-    account = Account(clock.now)
+def test_a_local_prefill_has_no_handoff(clock: StoppedClock) -> None:
+    account = Account(clock.now(), clock)
     account.routed(LOCAL, 1)
     clock.after_ms(20)
     account.tokens(1, None)
@@ -96,8 +94,8 @@ def test_a_local_prefill_has_no_handoff(clock: Clock) -> None:
     assert (proof.kv_tokens_computed, proof.digest) == (84, "none")
 
 
-def test_a_request_that_ends_with_its_first_token(clock: Clock) -> None:
-    account = Account(clock.now)
+def test_a_request_that_ends_with_its_first_token(clock: StoppedClock) -> None:
+    account = Account(clock.now(), clock)
     account.routed(REMOTE, 1)
     clock.after_ms(20)
     account.prefilled(prefilled(12.0))
@@ -108,8 +106,8 @@ def test_a_request_that_ends_with_its_first_token(clock: Clock) -> None:
 
 
 @pytest.mark.parametrize("compute_ms", [0.0, 5.0, 20.0, 1e6])
-def test_queue_and_prefill_are_all_of_ttft_whatever_the_worker_says(clock: Clock, compute_ms: float) -> None:
-    account = Account(clock.now)
+def test_queue_and_prefill_are_all_of_ttft_whatever_the_worker_says(clock: StoppedClock, compute_ms: float) -> None:
+    account = Account(clock.now(), clock)
     account.routed(REMOTE, 1)
     clock.after_ms(20)
     account.prefilled(prefilled(compute_ms))
@@ -119,8 +117,8 @@ def test_queue_and_prefill_are_all_of_ttft_whatever_the_worker_says(clock: Clock
     assert min(proof.queue_ms, proof.prefill_ms) >= 0
 
 
-def test_only_the_last_attempt_counts_as_moved(clock: Clock) -> None:
-    account = Account(clock.now)
+def test_only_the_last_attempt_counts_as_moved(clock: StoppedClock) -> None:
+    account = Account(clock.now(), clock)
     account.routed(REMOTE, 1)
     account.prefilled(prefilled(0.0))
     account.tokens(1, None)
@@ -132,8 +130,8 @@ def test_only_the_last_attempt_counts_as_moved(clock: Clock) -> None:
 
 
 @pytest.mark.parametrize("lost_after", ["first token", "handoff", "second token"])
-def test_a_retry_makes_no_part_negative(clock: Clock, lost_after: str) -> None:
-    account = Account(clock.now)
+def test_a_retry_makes_no_part_negative(clock: StoppedClock, lost_after: str) -> None:
+    account = Account(clock.now(), clock)
     account.routed(REMOTE, 1)
     clock.after_ms(10)
     account.prefilled(prefilled(6.0))
@@ -160,7 +158,33 @@ def test_a_retry_makes_no_part_negative(clock: Clock, lost_after: str) -> None:
 
 
 def test_the_arrival_is_on_the_wall_clock() -> None:
-    account = Account(time.monotonic() - 2)
+    account = Account(time.monotonic() - 2, Clock())
     account.routed(LOCAL, 1)
     account.tokens(1, None)
     assert account.proof().arrival_ns == pytest.approx(time.time_ns() - 2e9, abs=1e8)
+
+
+def test_what_was_predicted_is_told_beside_what_was(clock: StoppedClock) -> None:
+    account = Account(clock.now(), clock)
+    clock.after_ms(30)  # in the queue
+    account.routed(RouteDecision(Way.LOCAL, None, WorkerId("d"), 100, "because", ttft_ms=50.0, itl_ms=9.0), 1)
+    clock.after_ms(60)
+    account.tokens(1, None)
+    for _ in range(4):
+        clock.after_ms(10)
+        account.tokens(2, None)
+    account.tokens(5, None)
+    proof = account.proof()
+    assert (proof.predicted_ttft_ms, proof.ttft_ms) == pytest.approx((80, 90))
+    assert (proof.predicted_itl_ms, proof.itl_ms) == pytest.approx((9, 10))
+
+
+def test_the_prediction_is_that_of_the_attempt_that_made_the_first_token(clock: StoppedClock) -> None:
+    account = Account(clock.now(), clock)
+    account.routed(RouteDecision(Way.LOCAL, None, WorkerId("d"), 100, "because", ttft_ms=50.0), 1)
+    clock.after_ms(100)
+    account.routed(RouteDecision(Way.LOCAL, None, WorkerId("d"), 100, "because", ttft_ms=40.0), 2)
+    clock.after_ms(40)
+    account.tokens(1, None)
+    account.routed(RouteDecision(Way.LOCAL, None, WorkerId("d"), 100, "because", ttft_ms=30.0), 3)
+    assert account.proof().predicted_ttft_ms == pytest.approx(140)

@@ -3,10 +3,16 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from random import Random
 
-from python_backends.core.types import Epoch, WorkerId
-from router.fleet import Fleet
-from tests.unit.router.fleet_views import heartbeat
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from python_backends.core.messages import StepSample
+from python_backends.core.types import Epoch, Role, WorkerId, WorkerLoad
+from router.fleet import Charge, Fleet
+from tests.unit.router.fleet_views import heartbeat, put
 
 D = WorkerId("decode")
 
@@ -75,15 +81,19 @@ def test_charges_count_and_are_undone_once() -> None:
     fleet = Fleet()
     fleet.hear(heartbeat(), now=1.0)
     (worker,) = fleet.up()
-    first, second = fleet.charge(D, 10), fleet.charge(D, 5)
-    assert (worker.requests, worker.prefill_tokens) == (2, 15)
+    first, second = fleet.charge(D, 10, context=30, kv_tokens=20), fleet.charge(D, 5, context=5, kv_tokens=5)
+    assert (worker.requests, worker.prefill_tokens, worker.context_tokens, worker.kv_tokens) == (2, 15, 35, 25)
+    assert worker.streams == 0
     for _ in range(2):
         first.prefilled()
-    assert (worker.requests, worker.prefill_tokens) == (2, 5)
+    assert (worker.requests, worker.streams, worker.context_tokens) == (2, 1, 35)
+    first.grow(7)
+    assert worker.context_tokens == 42
     for _ in range(2):
         first.undo()
         second.undo()
-    assert (worker.requests, worker.prefill_tokens) == (0, 0)
+    first.grow(7)
+    assert (worker.requests, worker.prefill_tokens, worker.context_tokens, worker.kv_tokens) == (0, 0, 0, 0)
 
 
 def test_a_charge_to_an_earlier_life_is_void() -> None:
@@ -97,6 +107,140 @@ def test_a_charge_to_an_earlier_life_is_void() -> None:
     assert (worker.requests, worker.prefill_tokens) == (1, 3)
     new.undo()
     fleet.charge(WorkerId("nobody"), 3).undo()
+
+
+def step(tokens: int, streams: int = 0) -> StepSample:
+    return StepSample(tokens, tokens * tokens / 2, streams, 0, ms=1.0 + tokens)
+
+
+def test_steps_count_the_prompts_down_as_the_engine_shares_them() -> None:
+    fleet = Fleet()
+    fleet.hear(heartbeat(), now=1.0)
+    (worker,) = fleet.up()
+    oldest, long, short = fleet.charge(D, 1000), fleet.charge(D, 500), fleet.charge(D, 50)
+    fleet.stepped(D, [step(200)])
+    assert list(worker.prompts.values()) == [900, 449, 1]  # half for the oldest, then the shortest: never quite done
+    assert worker.prefill_tokens == 1350
+    short.prefilled()
+    assert (worker.prefill_tokens, worker.streams) == (1349, 1)
+    long.undo()
+    oldest.undo()
+    short.undo()
+    assert (worker.prefill_tokens, worker.requests) == (0, 0)
+
+
+def test_what_an_engine_computed_in_another_order_is_set_right_when_a_prompt_ends() -> None:
+    """A first-come-first-served engine: the tokens that were counted as done of others are not."""
+    fleet = Fleet()
+    fleet.hear(heartbeat(), now=1.0)
+    (worker,) = fleet.up()
+    first, _ = fleet.charge(D, 100), fleet.charge(D, 60)
+    fleet.stepped(D, [step(100)])
+    assert worker.prefill_tokens == 60
+    first.prefilled()
+    assert worker.prefill_tokens == pytest.approx(60, abs=2)
+
+
+@given(st.lists(st.tuples(st.sampled_from(["new", "step", "done", "end"]), st.integers(1, 400)), max_size=60))
+def test_the_tokens_ahead_are_those_of_the_prompts(events: list[tuple[str, int]]) -> None:
+    fleet = Fleet()
+    fleet.hear(heartbeat(), now=1.0)
+    (worker,) = fleet.up()
+    charges: list[Charge] = []
+    for event, number in events:
+        if event == "new":
+            charges.append(fleet.charge(D, number, number, number))
+        elif event == "step":
+            fleet.stepped(D, [step(number)])
+        elif charges:
+            charge = charges[number % len(charges)]
+            charge.prefilled() if event == "done" else charge.undo()
+        assert worker.prefill_tokens == sum(worker.prompts.values())
+        assert all(left >= 1 for left in worker.prompts.values())
+        assert 0 <= worker.streams <= worker.requests
+    for charge in charges:
+        charge.undo()
+    assert (worker.requests, worker.prefill_tokens, worker.context_tokens, worker.kv_tokens) == (0, 0, 0, 0)
+
+
+def test_the_least_loaded_come_first_as_loads_change() -> None:
+    fleet = Fleet()
+    workers = [put(fleet, f"p{i}", Role.PREFILL, prompts=[100 * (5 - i)]) for i in range(5)]
+    ranking = fleet.ranked[Role.PREFILL]
+    assert [worker.id for worker in ranking] == ["p4", "p3", "p2", "p1", "p0"]
+    charge = fleet.charge(workers[4].id, 5000)
+    assert [worker.id for worker in ranking] == ["p3", "p2", "p1", "p0", "p4"]
+    charge.undo()
+    fleet.lose(workers[3].id)
+    assert [worker.id for worker in ranking] == ["p4", "p2", "p1", "p0"]
+    assert fleet.ranked[Role.DECODE].few(4, lambda worker: True, Random(0)) == []
+
+
+def test_of_many_near_equals_a_few_are_drawn_and_the_unable_are_skipped() -> None:
+    fleet = Fleet()
+    for i in range(50):
+        put(fleet, f"p{i}", Role.PREFILL)
+    put(fleet, "busy", Role.PREFILL, prompts=[900])
+    ranking = fleet.ranked[Role.PREFILL]
+    drawn = {worker.id for seed in range(40) for worker in ranking.few(4, lambda worker: True, Random(seed))}
+    assert len(drawn) > 25
+    assert "busy" not in drawn
+    assert [worker.id for worker in ranking.few(4, lambda worker: worker.id == "busy", Random(0))] == ["busy"]
+    assert len({worker.id for worker in ranking.few(99, lambda worker: True, Random(0))}) == 51
+
+
+def test_kv_room_is_what_is_charged_or_what_is_reported_whichever_is_more() -> None:
+    fleet = Fleet()
+    worker = put(fleet, "d", Role.DECODE, total_blocks=10)  # 160 tokens
+    assert worker.has_kv_for(1000)  # one request may always come
+    fleet.charge(worker.id, 0, 100, kv_tokens=100)
+    assert worker.has_kv_for(60)
+    assert not worker.has_kv_for(61)
+    fleet.hear(heartbeat("d", load=WorkerLoad(held_blocks=9, total_blocks=10)), 1.0)
+    assert not worker.has_kv_for(17)
+
+
+def test_a_new_life_of_a_worker_knows_what_the_former_has_learned() -> None:
+    fleet = Fleet()
+    former = put(fleet, "d", Role.DECODE)
+    fleet.hear(heartbeat("d", epoch=2), 1.0)
+    again = fleet.get(WorkerId("d"))
+    assert again is not former
+    assert again is not None
+    assert again.model is former.model
+    fleet.hear(heartbeat("d", epoch=3, fingerprint="other weights"), 1.0)
+    anew = fleet.get(WorkerId("d"))
+    assert anew is not None
+    assert anew.model is not former.model
+
+
+def test_a_worker_that_tells_nothing_is_taken_to_be_like_the_others() -> None:
+    fleet = Fleet()
+    known = put(fleet, "d0", Role.DECODE)
+    known.model.samples = 1
+    fleet.hear(heartbeat("d1"), 1.0)
+    silent = fleet.get(WorkerId("d1"))
+    assert silent is not None
+    assert silent.model.coefficients == known.model.coefficients
+    assert silent.model is not known.model
+
+
+def test_room_is_told_when_there_may_be_some() -> None:
+    fleet = Fleet()
+    told: list[None] = []
+    fleet.on_room = lambda: told.append(None)
+    fleet.hear(heartbeat(), 1.0)
+    charge = fleet.charge(D, 10)
+    events: list[Callable[[], object]] = [
+        lambda: fleet.stepped(D, [step(5)]),
+        charge.prefilled,
+        charge.undo,
+        lambda: fleet.lose(D),
+    ]
+    for event in events:
+        told.clear()
+        event()
+        assert told
 
 
 def test_who_waits_is_woken_by_every_change() -> None:
@@ -141,3 +285,50 @@ def test_a_change_does_not_swallow_a_cancellation() -> None:
         assert waiting.cancelled()
 
     asyncio.run(scenario())
+
+
+def test_what_others_have_sent_to_a_worker_is_in_the_way_too() -> None:
+    """Several routers share it: its heartbeats tell of more than this one knows."""
+    fleet = Fleet()
+    fleet.hear(heartbeat(), now=1.0)
+    (worker,) = fleet.up()
+    fleet.charge(D, 100)
+    alone = worker.load_ms
+    told = WorkerLoad(queued_requests=1, queued_tokens=400, running_requests=3, total_blocks=1000)
+    fleet.hear(heartbeat(load=told), now=2.0)
+    assert (worker.foreign_tokens, worker.foreign_requests) == (300, 3)
+    assert worker.tokens_before(50, contended=False) == 300 + 50
+    assert worker.load_ms > alone
+    fleet.stepped(D, [step(200)])  # of both, in their shares
+    assert (worker.foreign_tokens, worker.prefill_tokens) == (150, 50)
+    fleet.hear(heartbeat(load=WorkerLoad(total_blocks=1000)), now=3.0)
+    assert (worker.foreign_tokens, worker.foreign_requests) == (0, 0)
+
+
+def test_how_much_a_worker_is_given_in_advance_is_its_own_affair() -> None:
+    fleet = Fleet()
+    fleet.hear(heartbeat("small", step_tokens=100, max_batch=2), now=1.0)
+    fleet.hear(heartbeat("large", step_tokens=8192, max_batch=64), now=1.0)
+    for name in ("small", "large"):
+        for _ in range(2):
+            fleet.charge(WorkerId(name), 300)
+    small, large = fleet.up()
+    assert (small.takes_prompt(), small.takes_stream(1)) == (False, False)
+    assert (large.takes_prompt(), large.takes_stream(1)) == (True, True)
+
+
+def test_a_pool_of_unknown_size_is_taken_to_have_room() -> None:
+    fleet = Fleet()
+    fleet.hear(heartbeat(total_blocks=0), now=1.0)
+    fleet.charge(D, 0, 100, 10**6)
+    (worker,) = fleet.up()
+    assert worker.has_kv_for(10**6)
+
+
+def test_streams_that_guess_ahead_get_their_tokens_sooner() -> None:
+    fleet = Fleet()
+    fleet.hear(heartbeat(), now=1.0)
+    (worker,) = fleet.up()
+    for _ in range(200):
+        fleet.stepped(D, [StepSample(0, 0.0, 4, 400, ms=20.0, decode_tokens=10)])
+    assert worker.tokens_per_step == pytest.approx(2.5, rel=0.01)

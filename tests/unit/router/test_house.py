@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from random import Random
 from typing import cast
 
 import msgspec
 import pytest
 
-from python_backends.core.config import Deployment, RouterConfig, WorkerConfig
+from python_backends.core.config import Deployment, WorkerConfig
 from python_backends.core.messages import Heartbeat, Located, Outputs, Work
 from python_backends.core.types import BlockHash, LeaseEnd, RequestId, Role, StoreCounts, WorkerId
 from router.house import House, _has_stores_of
 from router.tokenizer import Tokenizer
-from router.types import RouteDecision, Way, Wish
+from router.types import RouteDecision, Slo, Way, Wish
 from tests.flow.house import Counts, NumberTokenizer
 from tests.unit.router.fleet_views import heartbeat
 
@@ -47,16 +48,21 @@ class Calls:
     def release(self, worker: WorkerId, lease_id: str, end: LeaseEnd) -> None: ...
 
 
-def decide(calls: Calls, *beats: Heartbeat) -> RouteDecision:
-    config = Deployment(workers=(WorkerConfig(Role.DECODE),), router=RouterConfig(local_prefill_tokens=8))
+def decide(calls: Calls, *beats: Heartbeat) -> tuple[RouteDecision, dict[WorkerId, int]]:
+    """Where a request goes after the stores were asked, and what they are taken to have."""
+    config = Deployment(workers=(WorkerConfig(Role.DECODE),))
 
-    async def decided() -> RouteDecision:
-        house = House(config, cast(Tokenizer, NumberTokenizer()), calls, Counts())
+    async def decided() -> tuple[RouteDecision, dict[WorkerId, int]]:
+        house = House(config, cast(Tokenizer, NumberTokenizer()), calls, Counts(), random=Random(0))
         calls.house = house
         for beat in beats:
             house.hear_heartbeat(beat, 0.0)
         try:
-            return await house.decide(PROMPT, "", Wish.AUTO, set())
+            prompt = house.prompt(PROMPT, "")
+            stored = await house.look_in_stores(prompt, WorkerId("decode")) if house.has_stores else {}
+            choice = house.choose(prompt, Wish.AUTO, Slo(), 16, set(), stored)
+            assert choice is not None
+            return choice.decision, stored
         finally:
             house.close()
 
@@ -72,16 +78,20 @@ PREFILL = beat("prefill", Role.PREFILL)
 
 def test_without_stores_nobody_is_asked() -> None:
     calls = Calls(FULL_BLOCKS)
-    assert decide(calls, PREFILL, beat("decode")).way is Way.REMOTE
+    assert decide(calls, PREFILL, beat("decode"))[1] == {}
     assert calls.asked == []
 
 
-@pytest.mark.parametrize(("blocks", "way"), [(FULL_BLOCKS, Way.CACHED), (2, Way.REMOTE), (0, Way.REMOTE), (None, Way.REMOTE)])
-def test_what_the_stores_have_decides(blocks: int | None, way: Way) -> None:
+@pytest.mark.parametrize("blocks", [FULL_BLOCKS, 2, 0, None])
+def test_what_the_stores_have_is_not_computed(blocks: int | None) -> None:
     calls = Calls(blocks)
-    decision = decide(calls, PREFILL, beat("decode", stores=["remote"]))
-    assert (decision.way, decision.decode) == (way, "decode")
+    decision, stored = decide(calls, PREFILL, beat("decode", stores=["remote"]), beat("other"))
+    tokens = 16 * (blocks or 0)
+    assert stored == ({"decode": tokens} if tokens else {})
     assert calls.asked == [("decode", FULL_BLOCKS)]
+    if blocks == FULL_BLOCKS:
+        assert (decision.way, decision.decode, decision.prefill_tokens) == (Way.CACHED, "decode", 4)
+        assert "96 of 100 tokens in the stores" in decision.why
 
 
 @pytest.mark.parametrize(("place", "host", "shares"), [("/a", "here", True), ("/a", "there", False), ("/b", "here", False)])

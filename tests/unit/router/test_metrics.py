@@ -7,7 +7,7 @@ import re
 import msgspec
 import pytest
 
-from python_backends.core.types import Role, StoreCounts
+from python_backends.core.types import Role, StoreCounts, WorkerLoad
 from router.fleet import WorkerView
 from router.metrics import FAMILIES, Change, Kind, Meter, exported_names
 from router.seams import Snapshot
@@ -33,7 +33,7 @@ class Port:
             self.values[key] = before + change.amount
 
 
-EMPTY = Snapshot({}, 0, 0, 0, [])
+EMPTY = Snapshot({}, 0, 0, 0, 0, [])
 
 
 def _metered() -> tuple[Meter, Port]:
@@ -76,7 +76,9 @@ def test_what_stores_have_done_is_counted() -> None:
     for epoch, read in ((1, 5), (1, 8), (2, 3)):  # the worker counts from 0 in its new life
         beat = heartbeat("decode", Role.DECODE, epoch=epoch)
         counts = StoreCounts(read=read, used_bytes=100 * read, up=epoch == 1)
-        _refresh(meter, Snapshot({}, 0, 0, 0, [WorkerView(msgspec.structs.replace(beat, stores={"node": counts}), heard=0.0)]))
+        _refresh(
+            meter, Snapshot({}, 0, 0, 0, 0, [WorkerView(msgspec.structs.replace(beat, stores={"node": counts}), heard=0.0)])
+        )
     values = port.values
     assert values[f'baton_store_blocks_total{{{labels},event="read"}}'] == 8 + 3
     assert values[f"baton_store_used_bytes{{{labels}}}"] == 300
@@ -118,7 +120,7 @@ def test_several_tokens_share_the_time_before_them() -> None:
 
 def test_an_idle_router_hands_on_nothing() -> None:
     meter, port = _metered()
-    snapshot = Snapshot({}, 0, 0, 0, [WorkerView(heartbeat(), heard=0.0)])
+    snapshot = Snapshot({}, 0, 0, 0, 0, [WorkerView(heartbeat(), heard=0.0)])
     meter.ended(remote_record())
     _refresh(meter, snapshot, times=10)
     before = port.pushes
@@ -142,17 +144,31 @@ def test_a_sink_that_is_busy_gets_everything_later() -> None:
 def test_workers_their_deaths_and_new_lives() -> None:
     meter, port = _metered()
     worker = WorkerView(heartbeat("decode", Role.DECODE), heard=0.0)
-    _refresh(meter, Snapshot({}, 3, 40, 9, [worker]))
+    _refresh(meter, Snapshot({}, 3, 2, 40, 9, [worker]))
     labels = 'worker="decode",role="decode"'
     assert port.values[f"baton_worker_up{{{labels}}}"] == 1
     assert port.values["baton_ready"] == 1
     assert port.values["baton_router_requests"] == 3
     worker.up = False
-    _refresh(meter, Snapshot({}, 0, 0, 9, [worker]))
+    _refresh(meter, Snapshot({}, 0, 0, 0, 9, [worker]))
     assert port.values[f"baton_worker_up{{{labels}}}"] == 0
     assert port.values["baton_ready"] == 0
-    _refresh(meter, Snapshot({}, 0, 0, 9, [WorkerView(heartbeat("decode", Role.DECODE, epoch=2), heard=0.0)]))
+    _refresh(meter, Snapshot({}, 0, 0, 0, 9, [WorkerView(heartbeat("decode", Role.DECODE, epoch=2), heard=0.0)]))
     assert port.values[f"baton_worker_starts_total{{{labels}}}"] == 2
+
+
+def test_a_worker_that_is_gone_holds_nothing() -> None:
+    """Else alerts on full pools and piled up leases would fire for the dead."""
+    meter, port = _metered()
+    load = WorkerLoad(running_requests=3, held_blocks=7, free_blocks=1, total_blocks=8, active_leases=2)
+    beat = msgspec.structs.replace(heartbeat(), load=load)
+    held = 'baton_kv_blocks{worker="decode",role="decode",state="held"}'
+    worker = WorkerView(beat, heard=0.0)
+    _refresh(meter, Snapshot({}, 0, 0, 0, 0, [worker]))
+    assert port.values[held] == 7
+    worker.up = False
+    _refresh(meter, Snapshot({}, 0, 0, 0, 0, [worker]))
+    assert port.values[held] == port.values['baton_leases{worker="decode",role="decode"}'] == 0
 
 
 def test_names_have_units_and_nobody_is_there_twice() -> None:
@@ -175,7 +191,7 @@ def test_only_what_the_table_knows_is_counted_with_the_labels_it_says() -> None:
     meter.retried()
     meter.tokens(1, 0.01)
     meter.ended(remote_record())
-    _refresh(meter, Snapshot({}, 1, 1, 1, [WorkerView(heartbeat(), heard=0.0)]))
+    _refresh(meter, Snapshot({}, 1, 0, 1, 1, [WorkerView(heartbeat(), heard=0.0)]))
     labels = {name: set(family.labels) for family in FAMILIES for name in family.exported}
     for key in port.values:
         name, _, rest = key.partition("{")

@@ -1,57 +1,110 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from random import Random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from python_backends.core.types import Role, WorkerId
-from router.fleet import WorkerView
-from router.policy import Query, choose
-from router.types import RouteDecision, Way, Wish
-from tests.unit.router.fleet_views import view
+from router.fleet import Fleet
+from router.policy import Choice, Query, Room, choose, has_room
+from router.types import RouteDecision, Slo, Way, Wish
+from tests.unit.router.fleet_views import put
 
 P, D, A = Role.PREFILL, Role.DECODE, Role.AGGREGATED
+SLOW_PREFILL = (2.0, 1.0, 0.0, 1.0, 0.0)
+
+
+class Believed:
+    """Stands for router.prefix_index.Match."""
+
+    def __init__(self, tokens: Mapping[str, int]) -> None:
+        self._tokens = tokens
+
+    def get(self, worker: WorkerId) -> int:
+        return self._tokens.get(worker, 0)
 
 
 def query(
     num_tokens: int = 200,
     matched: Mapping[str, int] | None = None,
     wish: Wish = Wish.AUTO,
+    slo: Slo = Slo(),  # noqa: B008 (immutable)
     avoid: Collection[str] = (),
     stored: Mapping[str, int] | None = None,
 ) -> Query:
+    tokens = matched or {}
+    hits = [WorkerId(name) for name in sorted(tokens, key=lambda name: -tokens[name])]
     return Query(
         num_tokens,
-        _by_worker(matched),
+        Believed(tokens),
+        hits,
         wish,
-        local_prefill_tokens=32,
-        stored=_by_worker(stored),
+        slo,
+        output_tokens=16,
         avoid={WorkerId(name) for name in avoid},
+        stored={WorkerId(name): count for name, count in (stored or {}).items()},
     )
 
 
-def _by_worker(counts: Mapping[str, int] | None) -> dict[WorkerId, int]:
-    return {WorkerId(name): count for name, count in (counts or {}).items()}
+def chosen(asked: Query, fleet: Fleet, seed: int = 0) -> RouteDecision:
+    return choice(asked, fleet, seed).decision
 
 
-def chosen(asked: Query, *workers: WorkerView) -> RouteDecision:
-    decision = choose(asked, workers)
-    assert decision is not None
-    return decision
+def choice(asked: Query, fleet: Fleet, seed: int = 0) -> Choice:
+    made = choose(asked, fleet, Random(seed))
+    assert made is not None
+    return made
 
 
-def test_a_long_uncached_prompt_goes_to_a_prefill_worker() -> None:
-    decision = chosen(query(), view("p", P), view("d", D))
-    assert (decision.way, decision.prefill, decision.decode, decision.prefill_tokens) == (Way.REMOTE, "p", "d", 200)
-    assert "200 of 200 tokens are uncached at d" in decision.why
+@pytest.fixture
+def fleet() -> Fleet:
+    return Fleet()
 
 
-@pytest.mark.parametrize(("num_tokens", "way"), [(1, Way.LOCAL), (32, Way.LOCAL), (33, Way.REMOTE)])
-def test_a_short_prompt_is_prefilled_by_the_decode_worker(num_tokens: int, way: Way) -> None:
-    decision = chosen(query(num_tokens), view("p", P), view("d", D))
-    assert (decision.way, decision.prefill_tokens) == (way, num_tokens)
+# --- which way ---------------------------------------------------------------------------------------------------------
+
+
+def test_on_an_idle_fleet_the_decode_worker_does_it_itself_and_spares_the_transfer(fleet: Fleet) -> None:
+    put(fleet, "p", P), put(fleet, "d", D)
+    decision = chosen(query(), fleet)
+    assert (decision.way, decision.prefill, decision.decode, decision.prefill_tokens) == (Way.LOCAL, None, "d", 200)
+    assert decision.ttft_ms == pytest.approx(1 + 2 + 20)
+    assert decision.itl_ms == pytest.approx(2 + 1)
+
+
+def test_streams_that_a_prompt_would_delay_send_it_to_a_prefill_worker(fleet: Fleet) -> None:
+    put(fleet, "p", P), put(fleet, "d", D, streams=6)
+    decision = chosen(query(), fleet)
+    assert (decision.way, decision.prefill, decision.decode) == (Way.REMOTE, "p", "d")
+    assert decision.ttft_ms == pytest.approx(1 + 2 + 20)
+
+
+def test_a_long_queue_at_the_prefill_worker_sends_it_to_the_decode_worker(fleet: Fleet) -> None:
+    put(fleet, "p", P, prompts=[500]), put(fleet, "d", D, streams=2)
+    assert chosen(query(), fleet).way is Way.LOCAL
+
+
+def test_the_time_between_tokens_comes_first(fleet: Fleet) -> None:
+    put(fleet, "p", P, prompts=[500]), put(fleet, "d", D, streams=2)
+    assert chosen(query(slo=Slo(itl_ms=30.0)), fleet).way is Way.LOCAL
+    decision = chosen(query(slo=Slo(itl_ms=20.0)), fleet)  # a step with 200 tokens takes 24 ms
+    assert decision.way is Way.REMOTE
+    assert chosen(query(50, slo=Slo(itl_ms=20.0)), fleet).way is Way.LOCAL
+
+
+def test_a_target_for_the_first_token_is_worth_a_delay_of_others(fleet: Fleet) -> None:
+    put(fleet, "p", P, prompts=[80]), put(fleet, "d", D, streams=7)
+    assert chosen(query(), fleet).way is Way.REMOTE
+    assert chosen(query(slo=Slo(ttft_ms=35.0)), fleet).way is Way.LOCAL
+
+
+def test_what_no_way_can_keep_is_said(fleet: Fleet) -> None:
+    put(fleet, "p", P), put(fleet, "d", D)
+    assert "no way keeps the targets" in chosen(query(slo=Slo(ttft_ms=1.0)), fleet).why
+    assert "no way" not in chosen(query(slo=Slo(ttft_ms=100.0)), fleet).why
 
 
 @pytest.mark.parametrize(
@@ -59,221 +112,315 @@ def test_a_short_prompt_is_prefilled_by_the_decode_worker(num_tokens: int, way: 
     [
         (200, 192, Way.CACHED),
         (200, 176, Way.LOCAL),  # a full block is missing
-        (200, 160, Way.REMOTE),
         (193, 192, Way.CACHED),
         (192, 176, Way.CACHED),  # the last block counts as missing: its last token's logits are wanted
         (16, 0, Way.LOCAL),  # no block at all is not a hit
     ],
 )
-def test_a_cached_prompt_needs_no_prefill_worker(num_tokens: int, matched: int, way: Way) -> None:
-    decision = chosen(query(num_tokens, {"d": matched}), view("p", P), view("d", D))
-    assert decision.way is way
-    assert decision.prefill == ("p" if way is Way.REMOTE else None)
+def test_a_prompt_with_every_full_block_here_is_called_cached(fleet: Fleet, num_tokens: int, matched: int, way: Way) -> None:
+    put(fleet, "p", P), put(fleet, "d", D)
+    assert chosen(query(num_tokens, {"d": matched}), fleet).way is way
 
 
-def test_a_prefix_hit_beats_a_less_busy_worker_but_not_at_any_price() -> None:
-    matched = {"d1": 192}
-    idle = view("d0", D)
-    assert chosen(query(200, matched), view("p", P), idle, view("d1", D, requests=4)).decode == "d1"
-    assert chosen(query(200, matched), view("p", P), idle, view("d1", D, requests=5)).decode == "d0"
+def test_the_reasons_name_workers_and_milliseconds(fleet: Fleet) -> None:
+    put(fleet, "p", P), put(fleet, "d", D, streams=6)
+    why = chosen(query(200, {"p": 64}), fleet).why
+    assert why == (
+        "first token in 17 ms on p (64 of 200 tokens cached, 0 ahead), then 9.0 ms per token on d; "
+        "local 33 ms and 28 ms between tokens of 6 streams"
+    )
 
 
-def test_the_least_busy_decode_worker_is_taken_and_the_better_prefix_among_equals() -> None:
-    workers = [view("p", P), view("d0", D, requests=2), view("d1", D, requests=1), view("d2", D, requests=1)]
-    assert chosen(query(), *workers).decode == "d1"
-    assert chosen(query(matched={"d2": 16}), *workers).decode == "d2"
+# --- which worker ------------------------------------------------------------------------------------------------------
+
+
+def test_a_conversation_stays_with_its_worker_while_it_pays(fleet: Fleet) -> None:
+    put(fleet, "d0", D)
+    busy = put(fleet, "d1", D, streams=2)
+    asked = query(400, {"d1": 384})
+    assert chosen(asked, fleet).decode == "d1"
+    for _ in range(5):
+        fleet.charge(busy.id, 0, 100, 100)
+    assert chosen(asked, fleet).decode == "d0"
+
+
+def test_a_hot_prefix_is_queued_for_and_then_computed_elsewhere(fleet: Fleet) -> None:
+    put(fleet, "d", D, streams=7, coefficients=SLOW_PREFILL)
+    put(fleet, "cold", P)
+    hot = put(fleet, "hot", P)
+    chosen_at = []
+    for _ in range(8):
+        decision = chosen(query(400, {"hot": 320}), fleet)
+        chosen_at.append(decision.prefill)
+        fleet.charge(hot.id if decision.prefill == "hot" else WorkerId("cold"), decision.prefill_tokens)
+    assert chosen_at[:3] == ["hot", "hot", "hot"]
+    assert "cold" in chosen_at
 
 
 @pytest.mark.parametrize(
     ("ahead", "matched", "best"),
     [
-        ((0, 0), {}, "p0"),
-        ((10, 0), {}, "p1"),
-        ((100, 0), {"p0": 96}, "p1"),
-        ((95, 0), {"p0": 96}, "p0"),
-        ((0, 0), {"p1": 16}, "p1"),
+        ((0, 100), {}, "p0"),
+        ((100, 0), {}, "p1"),
+        ((200, 0), {"p0": 96}, "p1"),
+        ((0, 0), {"p1": 96}, "p1"),
     ],
 )
-def test_the_prefill_worker_that_is_done_first_is_taken(ahead: tuple[int, int], matched: dict[str, int], best: str) -> None:
-    prefills = [view(f"p{i}", P, prefill_tokens=tokens) for i, tokens in enumerate(ahead)]
-    decision = chosen(query(matched=matched), *prefills, view("d", D))
+def test_the_prefill_worker_that_is_done_first_is_taken(
+    fleet: Fleet, ahead: tuple[int, int], matched: dict[str, int], best: str
+) -> None:
+    for i, tokens in enumerate(ahead):
+        put(fleet, f"p{i}", P, prompts=[tokens] if tokens else [])
+    put(fleet, "d", D, streams=7, coefficients=SLOW_PREFILL)
+    decision = chosen(query(matched=matched), fleet)
     assert decision.prefill == best
     assert decision.prefill_tokens == 200 - matched.get(best, 0)
 
 
-def test_workers_that_failed_the_request_are_avoided_if_there_are_others() -> None:
-    workers = [view("p0", P), view("p1", P), view("d0", D), view("d1", D)]
-    decision = chosen(query(avoid=["p0", "d0"]), *workers)
+def test_a_faster_worker_is_worth_a_longer_queue(fleet: Fleet) -> None:
+    put(fleet, "slow", P, coefficients=(2.0, 0.5, 0.0, 1.0, 0.0))
+    put(fleet, "fast", P, prompts=[200])
+    put(fleet, "d", D, streams=7, coefficients=SLOW_PREFILL)
+    assert chosen(query(), fleet).prefill == "fast"
+
+
+def test_the_decode_worker_with_the_quicker_step_is_taken(fleet: Fleet) -> None:
+    put(fleet, "p", P), put(fleet, "d0", D, streams=5), put(fleet, "d1", D, streams=4)
+    assert chosen(query(wish=Wish.REMOTE), fleet).decode == "d1"
+
+
+def test_near_equals_are_drawn_and_the_less_busy_one_is_taken(fleet: Fleet) -> None:
+    for i in range(30):
+        put(fleet, f"d{i}", D)
+    drawn = {chosen(query(), fleet, seed).decode for seed in range(60)}
+    assert len(drawn) > 15
+
+
+def test_workers_that_failed_the_request_are_avoided_if_there_are_others(fleet: Fleet) -> None:
+    for name, role in (("p0", P), ("p1", P), ("d0", D), ("d1", D)):
+        put(fleet, name, role)
+    decision = chosen(query(wish=Wish.REMOTE, avoid=["p0", "d0"]), fleet)
     assert (decision.prefill, decision.decode) == ("p1", "d1")
-    decision = chosen(query(avoid=["p0", "p1", "d0", "d1"]), *workers)
-    assert (decision.prefill, decision.decode) == ("p0", "d0")
+    decision = chosen(query(wish=Wish.REMOTE, avoid=["p0", "p1", "d0", "d1"]), fleet)
+    assert decision.prefill in ("p0", "p1")
+    assert decision.decode in ("d0", "d1")
 
 
-def test_a_prefill_worker_of_another_model_is_not_asked() -> None:
-    foreign = view("p0", P, fingerprint="other")
-    assert chosen(query(), foreign, view("d", D)).way is Way.LOCAL
-    assert chosen(query(), foreign, view("p1", P), view("d", D)).prefill == "p1"
+def test_a_prefill_worker_of_another_model_is_not_asked(fleet: Fleet) -> None:
+    put(fleet, "p0", P, fingerprint="other"), put(fleet, "d", D, streams=7, coefficients=SLOW_PREFILL)
+    assert chosen(query(), fleet).way is Way.LOCAL
+    put(fleet, "p1", P)
+    assert chosen(query(), fleet).prefill == "p1"
+
+
+def test_prompts_go_only_where_they_fit(fleet: Fleet) -> None:
+    put(fleet, "p", P), put(fleet, "d0", D, max_context=200), put(fleet, "d1", D, max_context=201, streams=7)
+    assert chosen(query(200), fleet).decode == "d1"
+    assert chosen(query(199), fleet).decode == "d0"
+    assert choose(query(201), fleet, Random(0)) is None
+
+
+# --- wishes ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("wish", "num_tokens", "matched", "way"),
-    [
-        (Wish.REMOTE, 5, {}, Way.REMOTE),
-        (Wish.REMOTE, 200, {"d": 192}, Way.REMOTE),
-        (Wish.LOCAL, 200, {}, Way.LOCAL),
-        (Wish.AGGREGATED, 200, {}, Way.AGGREGATED),
-        (Wish.AUTO, 200, {}, Way.REMOTE),
-    ],
+    ("wish", "way"),
+    [(Wish.REMOTE, Way.REMOTE), (Wish.LOCAL, Way.LOCAL), (Wish.AGGREGATED, Way.AGGREGATED), (Wish.AUTO, Way.LOCAL)],
 )
-def test_wishes_are_followed(wish: Wish, num_tokens: int, matched: dict[str, int], way: Way) -> None:
-    decision = chosen(query(num_tokens, matched, wish), view("p", P), view("d", D), view("a", A))
+def test_wishes_are_followed(fleet: Fleet, wish: Wish, way: Way) -> None:
+    fleet.standby = frozenset({WorkerId("a")})
+    put(fleet, "p", P), put(fleet, "d", D), put(fleet, "a", A)
+    decision = chosen(query(wish=wish), fleet)
     assert decision.way is way
     assert decision.decode == ("a" if way is Way.AGGREGATED else "d")
+    assert decision.why.startswith(f"{wish.value} as asked") is (wish is not Wish.AUTO)
 
 
 @pytest.mark.parametrize(
     ("wish", "workers", "way"),
     [
-        (Wish.REMOTE, [view("d", D)], Way.LOCAL),
-        (Wish.REMOTE, [view("a", A)], Way.AGGREGATED),
-        (Wish.LOCAL, [view("p", P), view("a", A)], Way.AGGREGATED),
-        (Wish.AGGREGATED, [view("p", P), view("d", D)], Way.REMOTE),
-        (Wish.AUTO, [view("a", A)], Way.AGGREGATED),
+        (Wish.REMOTE, {"d": D}, Way.LOCAL),
+        (Wish.REMOTE, {"a": A}, Way.AGGREGATED),
+        (Wish.LOCAL, {"p": P, "a": A}, Way.AGGREGATED),
+        (Wish.AGGREGATED, {"d": D}, Way.LOCAL),
+        (Wish.AUTO, {"a": A}, Way.AGGREGATED),
     ],
 )
-def test_wishes_that_nobody_can_serve_are_served_another_way(wish: Wish, workers: list[WorkerView], way: Way) -> None:
-    assert chosen(query(wish=wish), *workers).way is way
+def test_wishes_that_nobody_can_serve_are_served_another_way(
+    fleet: Fleet, wish: Wish, workers: dict[str, Role], way: Way
+) -> None:
+    for name, role in workers.items():
+        put(fleet, name, role)
+    assert chosen(query(wish=wish), fleet).way is way
 
 
-def test_the_aggregated_worker_that_is_done_first_is_taken() -> None:
-    workers = [view("a0", A, prefill_tokens=50), view("a1", A, requests=3), view("a2", A, requests=1)]
-    assert chosen(query(), *workers).decode == "a2"
-    assert chosen(query(matched={"a0": 192}), *workers).decode == "a0"
+def test_an_aggregated_worker_on_cores_of_its_own_is_as_good_as_any(fleet: Fleet) -> None:
+    put(fleet, "p", P), put(fleet, "d", D, streams=7), put(fleet, "a", A)
+    assert chosen(query(), fleet).decode == "a"
+    fleet.standby = frozenset({WorkerId("a")})
+    assert chosen(query(), fleet).decode == "d"
 
 
-@pytest.mark.parametrize("workers", [[], [view("p", P)], [view("d", D, up=False)], [view("p", P), view("a", A, up=False)]])
-def test_nobody_can_serve_without_a_worker_that_decodes(workers: list[WorkerView]) -> None:
-    assert choose(query(), workers) is None
+@pytest.mark.parametrize("workers", [{}, {"p": P}])
+def test_nobody_can_serve_without_a_worker_that_decodes(fleet: Fleet, workers: dict[str, Role]) -> None:
+    for name, role in workers.items():
+        put(fleet, name, role)
+    put(fleet, "down", D, up=False)
+    assert choose(query(), fleet, Random(0)) is None
 
 
-def test_prompts_go_only_where_they_fit() -> None:
-    small, large = view("d0", D, max_context=200), view("d1", D, max_context=201, requests=9)
-    assert chosen(query(200), view("p", P), small, large).decode == "d1"
-    assert chosen(query(199), view("p", P), small, large).decode == "d0"
-    assert choose(query(201), [view("p", P), small, large]) is None
-    assert chosen(query(200), view("p", P, max_context=200), large).way is Way.LOCAL
-    assert chosen(query(200), small, view("a", A)).way is Way.AGGREGATED
+# --- room --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_worker_is_given_as_much_in_advance_as_it_needs_and_the_rest_waits_here(fleet: Fleet) -> None:
+    put(fleet, "d", D)
+    prefill = put(fleet, "p", P, prompts=[500])
+    assert choice(query(wish=Wish.REMOTE), fleet).lacks is None
+    fleet.charge(prefill.id, 12)
+    assert choice(query(wish=Wish.REMOTE), fleet).lacks is Room.PROMPT
+    assert not has_room(Room.PROMPT, fleet)
+    assert choice(query(), fleet).lacks is None  # the decode worker does it
+
+
+def test_a_very_long_prompt_leaves_room_for_others(fleet: Fleet) -> None:
+    put(fleet, "d", D)
+    prefill = put(fleet, "p", P, prompts=[100_000], total_blocks=10_000)
+    assert choice(query(wish=Wish.REMOTE), fleet).lacks is None
+    fleet.charge(prefill.id, 256)
+    assert choice(query(wish=Wish.REMOTE), fleet).lacks is Room.PROMPT
+
+
+def test_a_decode_worker_takes_only_what_its_batch_and_its_pool_hold(fleet: Fleet) -> None:
+    put(fleet, "p", P)
+    decode = put(fleet, "d", D, streams=7, total_blocks=20)  # 320 tokens
+    assert choice(query(wish=Wish.REMOTE), fleet).lacks is None
+    charge = fleet.charge(decode.id, 0)
+    assert choice(query(wish=Wish.REMOTE), fleet).lacks is Room.STREAM
+    assert choice(query(wish=Wish.LOCAL), fleet).lacks is Room.BOTH
+    assert not has_room(Room.STREAM, fleet)
+    charge.undo()
+    fleet.charge(decode.id, 0, 0, kv_tokens=98).undo()
+    assert choice(query(wish=Wish.REMOTE), fleet).lacks is None
+    decode.kv_tokens += 98
+    assert choice(query(wish=Wish.REMOTE), fleet).lacks is Room.STREAM
+    assert choice(query(200, {"d": 16}, wish=Wish.REMOTE), fleet).lacks is None  # what is cached needs no room
+
+
+def test_the_targets_decide_whether_another_worker_with_room_will_do(fleet: Fleet) -> None:
+    """Local prefill would break the target: the request rather waits for the prefill worker."""
+    put(fleet, "p", P, prompts=[600]), put(fleet, "d", D, streams=2)
+    assert choice(query(slo=Slo(itl_ms=20.0)), fleet).lacks is Room.PROMPT
+    assert choice(query(slo=Slo(itl_ms=40.0)), fleet).lacks is None
+
+
+@pytest.mark.parametrize(("lacked", "name"), [(Room.PROMPT, "p"), (Room.STREAM, "d"), (Room.BOTH, "d"), (Room.AGGREGATED, "a")])
+def test_room_is_looked_for_where_it_was_missed(fleet: Fleet, lacked: Room, name: str) -> None:
+    for each, role in (("p", P), ("d", D), ("a", A)):
+        put(fleet, each, role)
+    assert has_room(lacked, fleet)
+    fleet.lose(WorkerId(name))
+    assert not has_room(lacked, fleet)
+
+
+# --- any fleet ---------------------------------------------------------------------------------------------------------
 
 
 @st.composite
-def fleets(draw: st.DrawFn) -> list[WorkerView]:
-    roles = draw(st.lists(st.sampled_from(Role), max_size=6))
-    return [
-        view(
+def fleets(draw: st.DrawFn) -> Fleet:
+    fleet = Fleet()
+    for i, role in enumerate(draw(st.lists(st.sampled_from(Role), max_size=8))):
+        put(
+            fleet,
             f"w{i}",
             role,
-            requests=draw(st.integers(0, 9)),
-            prefill_tokens=draw(st.integers(0, 999)),
+            streams=draw(st.integers(0, 9)),
+            prompts=draw(st.lists(st.integers(1, 2000), max_size=3)),
             up=draw(st.booleans()),
             max_context=draw(st.sampled_from([50, 300])),
             fingerprint=draw(st.sampled_from("fg")),
         )
-        for i, role in enumerate(roles)
-    ]
+    return fleet
 
 
-@given(fleets(), st.integers(1, 400), st.sampled_from(Wish), st.data())
-def test_every_decision_can_be_carried_out(fleet: list[WorkerView], num_tokens: int, wish: Wish, data: st.DataObject) -> None:
+@given(
+    fleets(),
+    st.integers(1, 400),
+    st.sampled_from(Wish),
+    st.builds(Slo, st.sampled_from([0.0, 20.0]), st.sampled_from([0.0, 8.0])),
+    st.data(),
+)
+def test_every_decision_can_be_carried_out(fleet: Fleet, num_tokens: int, wish: Wish, slo: Slo, data: st.DataObject) -> None:
     names = [worker.id for worker in fleet]
     most = (num_tokens - 1) // 16
     matched = {str(name): 16 * data.draw(st.integers(0, most)) for name in names}
     avoid = data.draw(st.sets(st.sampled_from(names))) if names else set()
-    able = {w.id: w for w in fleet if w.up and num_tokens < w.heartbeat.max_context}
-    decision = choose(query(num_tokens, matched, wish, avoid), fleet)
-    if decision is None:
+    able = {w.id: w for w in fleet if w.up and num_tokens < w.max_context}
+    made = choose(query(num_tokens, matched, wish, slo, avoid), fleet, Random(0))
+    if made is None:
         assert all(worker.role is P for worker in able.values())
         return
+    decision = made.decision
     decode = able[decision.decode]
     computes = decode
     if decision.prefill is not None:
         computes = able[decision.prefill]
         assert computes.role is P
-        assert computes.heartbeat.fingerprint == decode.heartbeat.fingerprint
+        assert computes.fingerprint == decode.fingerprint
     assert (decision.way is Way.REMOTE) is (decision.prefill is not None)
     assert decode.role is (A if decision.way is Way.AGGREGATED else D)
     assert decision.prefill_tokens == num_tokens - matched[computes.id] > 0
+    assert made.missing == num_tokens - matched[decode.id]
+    assert decision.ttft_ms >= made.alone_ms > 0
     unavoided = {worker.id for worker in able.values() if worker.role is decode.role} - avoid
     assert not unavoided or decode.id in unavoided
+    assert bool(decision.why) is (made.lacks is None)
 
 
-# --- what the stores have ---------------------------------------------------------------------------------------------
+# --- stores and loans ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("stored", "way"), [(192, Way.CACHED), (176, Way.LOCAL), (160, Way.REMOTE), (0, Way.REMOTE)])
-def test_the_stores_count_as_the_cache_does(stored: int, way: Way) -> None:
-    decision = chosen(query(stored={"d": stored}), view("p", P), view("d", D))
-    assert decision.way is way
-    assert ("in the stores" in decision.why) is (way is not Way.REMOTE)
+def test_what_the_stores_have_is_not_computed(fleet: Fleet) -> None:
+    put(fleet, "p", P), put(fleet, "d", D, streams=2)
+    decision = chosen(query(200, {"d": 32}, stored={"d": 192}), fleet)
+    assert (decision.way, decision.decode, decision.prefill_tokens) == (Way.CACHED, "d", 8)
+    assert "192 of 200 tokens in the stores" in decision.why
+    assert chosen(query(200, {"d": 192}, stored={"d": 192}), fleet).why.count("192 of 200 tokens cached") == 1
 
 
-def test_cache_and_stores_are_not_added_up() -> None:
-    decision = chosen(query(matched={"d": 192}, stored={"d": 64}), view("p", P), view("d", D))
-    assert decision.way is Way.CACHED
-    assert "cached" in decision.why
+def test_what_comes_from_a_store_needs_room_in_the_pool(fleet: Fleet) -> None:
+    put(fleet, "d", D, streams=1, total_blocks=10)
+    assert choice(query(200, stored={"d": 192}), fleet).lacks is not None
+    assert choice(query(200, {"d": 192}), fleet).lacks is None
 
 
-def test_with_stores_the_idle_worker_need_not_have_the_prefix() -> None:
-    workers = (view("p", P), view("busy", D, requests=3), view("idle", D))
-    decision = chosen(query(matched={"busy": 192}, stored={"idle": 192, "busy": 192}), *workers)
-    assert (decision.way, decision.decode) == (Way.CACHED, "idle")
-
-
-def test_a_prefill_worker_is_charged_only_for_what_it_does_not_find() -> None:
-    decision = chosen(query(400, stored={"p": 160, "d": 160}), view("p", P), view("d", D))
-    assert (decision.way, decision.prefill_tokens) == (Way.REMOTE, 240)
-
-
-# --- lending ----------------------------------------------------------------------------------------------------------
-
-
-def lenders(**ahead: int) -> list[WorkerView]:
-    """Prefill workers with so many tokens ahead of each, and a decode worker; all lend."""
-    prefills = [view(name, P, prefill_tokens=tokens, lends=True, max_context=4000) for name, tokens in ahead.items()]
-    return [*prefills, view("d", D, lends=True, max_context=4000)]
-
-
-def test_an_idle_worker_borrows_from_a_busy_one() -> None:
-    decision = chosen(query(2000, {"busy": 1600}), *lenders(busy=3000, idle=0))
-    assert (decision.prefill, decision.lender, decision.prefill_tokens) == ("idle", "busy", 400)
-    assert "borrows 1600 from busy" in decision.why
-
-
-def test_whoever_has_the_prefix_needs_no_loan_unless_it_is_busy() -> None:
-    decision = chosen(query(2000, {"p": 1600}), *lenders(p=0, q=0))
-    assert (decision.prefill, decision.lender, decision.prefill_tokens) == ("p", None, 400)
-
-
-def test_a_decode_worker_lends_too() -> None:
-    decision = chosen(query(2000, {"d": 1600}), *lenders(p=0))
-    assert (decision.prefill, decision.lender, decision.decode) == ("p", "d", "d")
+def test_a_prefill_worker_borrows_what_another_has_cached(fleet: Fleet) -> None:
+    put(fleet, "p", P, lends=True), put(fleet, "d", D, lends=True)
+    asked = query(900, {"d": 640}, wish=Wish.REMOTE)
+    decision = chosen(asked, fleet)
+    assert (decision.prefill, decision.lender, decision.prefill_tokens) == ("p", "d", 260)
+    assert "640 of 900 tokens cached or lent by d" in decision.why
+    assert decision.ttft_ms < chosen(query(900, wish=Wish.REMOTE), fleet).ttft_ms
 
 
 @pytest.mark.parametrize(
-    ("matched", "stored", "borrows"),
-    [(1600, 0, True), (256, 0, True), (240, 0, False), (1600, 1600, False), (1600, 1400, False), (1600, 1280, True)],
+    ("matched", "p_lends", "d_lends", "fingerprint"),
+    [
+        ({"d": 640, "p": 400}, True, True, "f"),  # too little more
+        ({"d": 640}, False, True, "f"),
+        ({"d": 640}, True, False, "f"),
+        ({"p": 640}, True, True, "f"),  # from itself
+        ({"x": 640}, True, True, "another"),
+        ({}, True, True, "f"),
+    ],
 )
-def test_little_is_not_borrowed(matched: int, stored: int, borrows: bool) -> None:
-    workers = lenders(busy=9000, idle=0)
-    decision = chosen(query(2000, {"busy": matched}, stored={"idle": stored}), *workers)
-    assert (decision.lender is not None) is borrows
+def test_where_nothing_is_lent(fleet: Fleet, matched: dict[str, int], p_lends: bool, d_lends: bool, fingerprint: str) -> None:
+    put(fleet, "p", P, lends=p_lends), put(fleet, "d", D, lends=d_lends)
+    put(fleet, "x", P, lends=True, fingerprint=fingerprint, up="x" in matched)
+    decision = chosen(query(900, matched, wish=Wish.REMOTE), fleet)
+    assert (decision.prefill, decision.lender) == ("p", None)
 
 
-def test_only_workers_of_the_same_model_that_are_up_and_did_not_fail_lend() -> None:
-    others = [
-        view("q", P, lends=False),
-        view("q", P, lends=True, up=False),
-        view("q", P, lends=True, fingerprint="other"),
-    ]
-    for other in others:
-        assert chosen(query(2000, {"q": 1600}), *lenders(p=0), other).lender is None
-    assert chosen(query(2000, {"d": 1600}, avoid=["d"]), *lenders(p=0)).lender is None
+def test_of_a_worker_that_failed_nothing_is_borrowed(fleet: Fleet) -> None:
+    put(fleet, "p", P, lends=True), put(fleet, "q", P, lends=True), put(fleet, "d", D)
+    decision = chosen(query(900, {"q": 800}, wish=Wish.REMOTE, avoid=["q"]), fleet)
+    assert (decision.prefill, decision.lender) == ("p", None)

@@ -16,6 +16,12 @@ def blocks(names: str) -> list[BlockHash]:
     return [BlockHash(name.encode()) for name in names]
 
 
+def matched(index: PrefixIndex, names: str, size: int = 1) -> dict[WorkerId, int]:
+    """Tokens that each of the two workers has."""
+    match = index.match([(size, blocks(names))])
+    return {worker: tokens for worker in (A, B) if (tokens := match.get(worker))}
+
+
 def events(
     worker: WorkerId, sequence: int, stored: str = "", removed: str = "", *, epoch: int = 1, reset: bool = False
 ) -> BlockEvents:
@@ -32,49 +38,77 @@ def started(*workers: WorkerId, stored: str = "") -> PrefixIndex:
 def test_leading_blocks_are_matched_per_worker() -> None:
     index = started(A, B)
     index.apply(events(A, 2, "xyz"))
-    index.apply(events(B, 2, "xz"))
-    assert index.match(blocks("xyzw")) == {A: 3, B: 1}
-    assert index.match(blocks("yz")) == {A: 2}
-    assert index.match(blocks("wx")) == {}
-    assert index.match([]) == {}
+    index.apply(events(B, 2, "x"))
+    assert matched(index, "xyzw") == {A: 3, B: 1}
+    assert matched(index, "yz") == {A: 2}
+    assert matched(index, "wx") == {}
+    assert matched(index, "") == {}
     assert len(index) == 3
+
+
+def test_the_deepest_come_first_among_those_that_are_asked_for() -> None:
+    index = started(A, B, stored="x")
+    index.apply(events(B, 2, "y"))
+    match = index.match([(16, blocks("xyz"))])
+    assert (match.get(A), match.get(B), match.get(WorkerId("c"))) == (16, 32, 0)
+    everybody = index.members([A, B, WorkerId("c")])
+    assert match.deepest(everybody, 5) == [B, A]
+    assert match.deepest(everybody, 1) == [B]
+    assert match.deepest(index.members([A]), 5) == [A]
+    assert index.match([(16, blocks("q"))]).deepest(everybody, 5) == []
+
+
+def test_models_with_other_hashes_are_matched_with_theirs() -> None:
+    index = started(A, stored="xy")
+    index.apply(events(B, 1, "u", reset=True))
+    match = index.match([(16, blocks("xyz")), (64, blocks("uv"))])
+    assert (match.get(A), match.get(B)) == (32, 64)
+    assert match.deepest(index.members([A, B]), 2) == [B, A]
+
+
+def test_a_match_is_a_snapshot() -> None:
+    index = started(A, stored="x")
+    match = index.match([(16, blocks("x"))])
+    index.forget(A)
+    index.apply(events(B, 1, "x", reset=True))
+    assert (match.get(A), match.get(B)) == (16, 0)
 
 
 def test_asking_changes_nothing() -> None:
     index = started(A, stored="x")
     for _ in range(3):
-        assert index.match(blocks("xq")) == {A: 1}
+        assert matched(index, "xq") == {A: 1}
     assert len(index) == 1
 
 
 def test_removed_blocks_match_no_more() -> None:
     index = started(A, B, stored="xy")
     assert index.apply(events(A, 2, removed="x"))
-    assert index.match(blocks("xy")) == {B: 2}
+    assert matched(index, "xy") == {B: 2}
     assert index.apply(events(A, 3, removed="q"))  # never heard of: no harm
 
 
 def test_a_block_removed_and_stored_in_one_message_is_there() -> None:
     index = started(A, stored="x")
     index.apply(events(A, 2, stored="x", removed="x"))
-    assert index.match(blocks("x")) == {A: 1}
+    assert matched(index, "x") == {A: 1}
 
 
 def test_a_gap_empties_the_worker_until_its_reset() -> None:
     index = started(A, B, stored="x")
     assert not index.apply(events(A, 3, "y"))
-    assert index.match(blocks("xy")) == {B: 1}
+    assert matched(index, "xy") == {B: 1}
     assert not index.apply(events(A, 4, "z"))
     assert index.apply(events(A, 5, "yz", reset=True))
-    assert index.match(blocks("yz")) == {A: 2}
+    assert matched(index, "yz") == {A: 2}
     assert index.apply(events(A, 6, "x"))
-    assert index.match(blocks("xyz")) == {A: 3, B: 1}
+    assert matched(index, "xyz") == {A: 3, B: 1}
 
 
 def test_a_repeated_message_counts_as_a_gap() -> None:
     index = started(A, stored="x")
     assert not index.apply(events(A, 1, "y"))
-    assert index.match(blocks("x")) == {}
+    assert matched(index, "x") == {}
 
 
 def test_the_first_message_of_a_worker_must_be_a_reset() -> None:
@@ -84,15 +118,15 @@ def test_the_first_message_of_a_worker_must_be_a_reset() -> None:
 def test_another_life_of_the_worker_starts_empty() -> None:
     index = started(A, stored="x")
     assert not index.apply(events(A, 2, "y", epoch=2))
-    assert index.match(blocks("x")) == {}
+    assert matched(index, "x") == {}
     assert index.apply(events(A, 1, "z", epoch=2, reset=True))
-    assert index.match(blocks("z")) == {A: 1}
+    assert matched(index, "z") == {A: 1}
 
 
 def test_forgetting_leaves_nothing() -> None:
     index = started(A, B, stored="xy")
     index.forget(A)
-    assert index.match(blocks("xy")) == {B: 2}
+    assert matched(index, "xy") == {B: 2}
     index.forget(B)
     index.forget(B)
     assert len(index) == 0
@@ -152,5 +186,23 @@ def test_like_a_plain_dictionary(messages: Sequence[tuple[WorkerId, str, str, st
         count = next((i for i, name in enumerate(asked) if name not in (names or ())), len(asked))
         if count:
             expected[worker] = count
-    assert index.match(blocks(asked)) == expected
+    found = matched(index, asked)
+    assert found.keys() == expected.keys()
+    for worker, count in expected.items():
+        held = believed[worker] or set()
+        is_closed = not any(name in held for name in asked[count:])
+        assert found[worker] == count if is_closed else found[worker] >= count
     assert len(index) == len(set().union(*(names or () for names in believed.values())))
+
+
+@given(st.lists(st.integers(0, 70), min_size=1, max_size=5), st.integers(1, 70))
+def test_depths_are_found_in_long_prompts_with_few_lookups(depths: Sequence[int], length: int) -> None:
+    chain = [BlockHash(bytes([i]) * 16) for i in range(70)]
+    workers = [WorkerId(f"w{number}") for number in range(len(depths))]
+    index = PrefixIndex()
+    for worker, depth in zip(workers, depths, strict=True):
+        index.apply(BlockEvents(worker, Epoch(1), 1, list(chain[:depth]), [], reset=True))
+    match = index.match([(16, chain[:length])])
+    assert [match.get(worker) for worker in workers] == [16 * min(depth, length) for depth in depths]
+    deepest = match.deepest(index.members(workers), 9)
+    assert [match.get(worker) for worker in deepest] == sorted((16 * min(d, length) for d in depths if d), reverse=True)

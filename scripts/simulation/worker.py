@@ -1,0 +1,521 @@
+"""A worker as the router sees it, whose steps take virtual time instead of computing.
+
+Batching, chunking, prefix cache and KV room are those of the paged engine (engines/paged/scheduler.py), and the block pool
+is the very same. Steps in which only streams run are taken many at once, up to the next event that changes anything: that
+is what lets thousands of workers run in minutes. Times between tokens are counted here, by step; of a stream's tokens the
+router hears the first at once and the others with the last.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import math
+from bisect import insort
+from collections.abc import Sequence
+from random import Random
+
+import numpy as np
+
+from python_backends.core.config import EngineConfig, TransferConfig
+from python_backends.core.errors import RefusalReason
+from python_backends.core.layout import KVLayout
+from python_backends.core.messages import (
+    BlockEvents,
+    DecodeWork,
+    Heartbeat,
+    KVReady,
+    Output,
+    Outputs,
+    PrefillDone,
+    PrefillWork,
+    StepSample,
+    TokenChunk,
+    Work,
+)
+from python_backends.core.types import BlockHash, Epoch, FinishReason, KVReport, RequestId, Role, WorkerId, WorkerLoad
+from python_backends.kv.block_pool import BlockPool
+from router.house import House
+from scripts.simulation.hardware import Rates
+from scripts.simulation.statistics import Histogram
+from scripts.simulation.workload import SILENT, Tokens
+
+_FINGERPRINT = "simulated"
+_MOST_STEPS_AT_ONCE = 256  # so that growing contexts are seen
+_MOST_SAMPLES = 4  # told at once
+
+
+class _Sequence:
+    """One request in the worker. `length`: tokens known, of which the KV of `computed` is here."""
+
+    def __init__(self, work: Work, arrival: int, now: float) -> None:
+        request = work.request
+        self.id: RequestId = request.request_id
+        self.prefill_only = isinstance(work, PrefillWork)
+        self.ticket = work.ticket if isinstance(work, DecodeWork) else None
+        self.order = (request.priority, arrival)
+        self.hashes: Sequence[BlockHash] = request.prompt_ids.hashes if isinstance(request.prompt_ids, Tokens) else []
+        self.length = request.num_tokens
+        self.output = request.sampling.max_tokens - len(request.output_ids)  # tokens yet to be made
+        self.computed = 0
+        self.published = 0  # blocks that are findable
+        self.blocks: list[int] = []
+        self.reused = 0  # tokens
+        self.report = KVReport()
+        self.began: float | None = None  # s, of its first chunk
+        self.told = len(request.output_ids)  # tokens of the output that the router knows
+        self.has_tokens = bool(request.output_ids)  # the client got some, here or elsewhere
+        self.last_token = now  # s; when that was: of a handed-over stream the arrival
+        self.joined_at = -1  # the count of steps when it became a stream
+        self.gone = False
+
+    def __lt__(self, other: _Sequence) -> bool:
+        return self.order < other.order
+
+    @property
+    def left(self) -> int:
+        return self.length - self.computed
+
+
+class SimulatedWorker:
+    """Lives on the virtual loop. `busy_s`: how long it has computed."""
+
+    def __init__(
+        self,
+        name: str,
+        role: Role,
+        rates: Rates,
+        engine: EngineConfig,
+        transfer: TransferConfig,
+        block_size: int,
+        itl: Histogram,
+        random: Random,
+    ) -> None:
+        """block_size: of the workload's hashes. itl: milliseconds between tokens, of all workers together."""
+        self.id = WorkerId(name)
+        self.role = role
+        self.busy_s = 0.0
+        self._rates = rates
+        self._engine = engine
+        self._transfer = transfer
+        self._size = block_size
+        self._itl = itl
+        self._random = random
+        num_blocks = max(rates.pool_tokens // block_size, 2)
+        self._pool = BlockPool(num_blocks, np.zeros(num_blocks, np.uint64))
+        self._epoch = Epoch(1)
+        self._events = 0
+        self._arrivals = 0
+        self._live: dict[RequestId, _Sequence] = {}
+        # a sequence is in one of: waiting, (fetching, then ready, or) prompts, streams
+        self._waiting: list[_Sequence] = []
+        self._fetching = 0
+        self._ready: list[_Sequence] = []
+        self._prompts: list[_Sequence] = []
+        self._streams = 0
+        self._last_steps: list[tuple[int, _Sequence]] = []  # heap: at which count of steps a stream has its last token
+        self._new: list[_Sequence] = []  # streams that have not made a step yet
+        self._context = 0  # tokens of the streams
+        self._grown = 0  # ... beyond what their blocks hold; negative when there is room left in them
+        self._steps = 0  # that streams have made
+        self._leases: dict[str, tuple[float, list[int]]] = {}  # expiry in s, blocks
+        self._link_free = 0.0
+        self._outputs: list[Output] = []
+        self._samples: list[StepSample] = []
+        # the step under way, or several of streams alone
+        self._timer: asyncio.TimerHandle | None = None
+        self._since = 0.0
+        self._count = 0
+        self._chunks: list[tuple[_Sequence, int]] = []
+        self._shape = (0, 0.0)  # of the chunks: tokens, and tokens x context
+        self._slowness = 1.0
+
+    def join(self, house: House, peers: dict[WorkerId, SimulatedWorker]) -> None:
+        """Report for duty."""
+        self._house, self._peers = house, peers
+        self._loop = asyncio.get_running_loop()
+        house.hear_heartbeat(self.heartbeat(), self._loop.time())
+        house.hear_events(BlockEvents(self.id, self._epoch, 0, [], [], reset=True))
+
+    def heartbeat(self) -> Heartbeat:
+        pool = self._pool
+        load = WorkerLoad(
+            queued_requests=len(self._waiting) + self._fetching,
+            queued_tokens=sum(sequence.left for sequence in (*self._waiting, *self._prompts)),
+            running_requests=len(self._prompts) + self._streams,
+            free_blocks=pool.free_blocks,
+            cached_blocks=pool.cached_blocks,
+            held_blocks=pool.held_blocks + max(self._grown, 0) // self._size,
+            total_blocks=pool.total_blocks,
+            active_leases=len(self._leases),
+        )
+        return Heartbeat(
+            worker=self.id,
+            model=self.id,
+            server="",
+            role=self.role,
+            epoch=self._epoch,
+            pid=0,
+            host="simulated",
+            load=load,
+            layout=KVLayout(1, 1, max(self._rates.token_bytes // 8, 1), self._size, "float32"),  # any of this size
+            fingerprint=_FINGERPRINT,
+            max_context=pool.total_blocks * self._size,
+            step_tokens=self._engine.step_tokens,
+            max_batch=self._engine.max_batch,
+            events_sequence=self._events,
+            calibration=self._rates.calibration(),
+        )
+
+    # --- what the router says ---
+
+    def submit(self, work: Work) -> None:
+        self._loop.call_later(self._rates.hop_ms / 1e3, self._arrive, work, self._loop.time())
+
+    def abort(self, request_id: RequestId) -> None:
+        sequence = self._live.pop(request_id, None)
+        if sequence is None:
+            self.release(request_id)
+            return
+        sequence.gone = True
+        if sequence.joined_at >= 0:
+            sequence.length += self._steps - sequence.joined_at
+            self._leave(sequence)
+        elif sequence in self._waiting:
+            self._waiting.remove(sequence)
+
+    def release(self, lease_id: str) -> None:
+        lease = self._leases.pop(lease_id, None)
+        if lease is not None:
+            self._pool.release(lease[1])
+            self._tell()
+
+    # --- steps ---
+
+    def _arrive(self, work: Work, sent: float) -> None:
+        self._arrivals += 1
+        sequence = _Sequence(work, self._arrivals, sent)
+        self._live[sequence.id] = sequence
+        insort(self._waiting, sequence)
+        self._interrupt()
+
+    def _interrupt(self) -> None:
+        """There is something for the next step: of several steps under way, the present one is to be the last."""
+        if self._timer is None:
+            self._begin()
+        elif self._count > 1:
+            passed_ms = (self._loop.time() - self._since) * 1e3
+            count = max(self._steps_in(passed_ms), 1)
+            if count < self._count:
+                self._timer.cancel()
+                self._count = count
+                self._timer = self._loop.call_at(self._since + self._streams_ms(count) / 1e3, self._end)
+
+    def _begin(self) -> None:
+        """Start the next step, if there is anything to compute."""
+        self._timer = None
+        self._admit()
+        for sequence in self._ready:
+            self._join(sequence)
+        self._ready = []
+        if not self._prompts and not self._streams:
+            return
+        noise = self._rates.noise
+        self._slowness = math.exp(self._random.gauss(0, noise)) if noise else 1.0
+        self._since = self._loop.time()
+        self._chunks = _chunks(self._prompts, self._engine.step_tokens - self._streams)
+        if self._chunks:
+            tokens = sum(count for _, count in self._chunks)
+            self._shape = tokens, sum(count * (sequence.computed + count / 2) for sequence, count in self._chunks)
+            self._count = 1
+            ms = self._slowness * self._rates.step_ms(*self._shape, self._streams, self._context)
+        else:
+            self._shape = 0, 0.0
+            first_end = self._last_steps[0][0] - self._steps
+            self._count = max(min(first_end, self._room() // self._streams, _MOST_STEPS_AT_ONCE), 1)
+            ms = self._streams_ms(self._count)
+        self._timer = self._loop.call_at(self._since + ms / 1e3, self._end)
+
+    def _end(self) -> None:
+        """The step, or the steps, under way are done."""
+        ms = (self._loop.time() - self._since) * 1e3
+        self.busy_s += ms / 1e3
+        if self._streams or self._chunks:
+            middle = self._context + self._streams * (self._count - 1) // 2
+            sample = StepSample(*self._shape, self._streams, middle, ms / self._count)
+            self._samples = [*self._samples[1 - _MOST_SAMPLES :], sample]
+        if self._streams:
+            self._advance_streams(self._count, ms / self._count)
+        for sequence, count in self._chunks:
+            self._advance_prompt(sequence, count)
+        self._tell(stepped=bool(self._chunks))
+        self._begin()
+
+    def _advance_streams(self, count: int, ms: float) -> None:
+        streams = self._streams
+        new = [sequence for sequence in self._new if not sequence.gone]
+        self._itl.add(ms, count * streams - len(new))
+        for sequence in new:  # their token before came from another worker, or with the end of the prompt
+            self._itl.add((self._since - sequence.last_token) * 1e3 + ms, 1)
+        self._new = []
+        self._steps += count
+        self._context += count * streams
+        self._grown += count * streams
+        while self._last_steps and self._last_steps[0][0] <= self._steps:
+            _, sequence = heapq.heappop(self._last_steps)
+            if not sequence.gone:
+                self._say_tokens(sequence, FinishReason.LENGTH)
+                self._leave(sequence)
+                del self._live[sequence.id]
+        while self._grown > 0 and self._room() < 0 and self._streams > 1:
+            self._preempt()
+
+    def _advance_prompt(self, sequence: _Sequence, count: int) -> None:
+        sequence.computed += count
+        self._publish(sequence)
+        if sequence.left and not sequence.gone:
+            return
+        self._prompts.remove(sequence)
+        if sequence.gone:
+            self._pool.release(sequence.blocks)
+        elif sequence.prefill_only:
+            self._finish_prefill(sequence)
+        else:
+            self._finish_local(sequence)
+
+    def _finish_prefill(self, sequence: _Sequence) -> None:
+        now = self._loop.time()
+        finish = FinishReason.LENGTH if sequence.output == 1 else None
+        if finish:
+            self._pool.release(sequence.blocks)
+        else:
+            self._leases[sequence.id] = (now + self._transfer.lease_s, sequence.blocks)
+        del self._live[sequence.id]
+        self._outputs.append(
+            PrefillDone(
+                request_id=sequence.id,
+                token_id=SILENT,
+                logprob=None,
+                finish_reason=finish,
+                ticket=None if finish else f"{self.id} {sequence.id}".encode(),
+                lease_id=None if finish else sequence.id,
+                reused_tokens=sequence.reused,
+                computed_tokens=sequence.length - sequence.reused,
+                compute_ms=(now - (sequence.began or now)) * 1e3,
+            )
+        )
+
+    def _finish_local(self, sequence: _Sequence) -> None:
+        """The prompt is computed, and the first token after it is there."""
+        now = self._loop.time()
+        if sequence.has_tokens:
+            self._itl.add((now - sequence.last_token) * 1e3, 1)
+        else:
+            compute_ms = (now - (sequence.began or now)) * 1e3
+            computed = sequence.length - sequence.reused
+            sequence.report = KVReport(sequence.reused, computed_tokens=computed, compute_ms=compute_ms)
+        sequence.has_tokens = True
+        sequence.last_token = now
+        sequence.output -= 1
+        sequence.length += 1
+        sequence.computed += 1
+        finish = None if sequence.output else FinishReason.LENGTH
+        self._outputs.append(_chunk(sequence, 1, finish))
+        if finish:
+            self._pool.release(sequence.blocks)
+            del self._live[sequence.id]
+        else:
+            self._join(sequence)
+
+    def _tell(self, stepped: bool = False) -> None:
+        """Say to the router what there is to say; stepped: also that prompts have come further."""
+        if self._outputs or stepped:
+            outputs, self._outputs = self._outputs, []
+            samples, self._samples = self._samples, []
+            self._house.hear_outputs(Outputs(self.id, self._epoch, outputs, samples))
+        stored, removed = self._pool.take_changes()
+        if stored or removed:
+            self._events += 1
+            self._house.hear_events(BlockEvents(self.id, self._epoch, self._events, list(stored), list(removed)))
+
+    def _streams_ms(self, count: int) -> float:
+        """Of so many steps from the present state, each a token longer per stream."""
+        first = self._rates.step_ms(0, 0, self._streams, self._context)
+        longer = self._rates.coefficients[4] * self._streams
+        return self._slowness / self._rates.tokens_per_step * (count * first + longer * count * (count - 1) / 2)
+
+    def _steps_in(self, ms: float) -> int:
+        """The number of the step that is under way after so long: `_streams_ms` inverted."""
+        slowness = self._slowness / self._rates.tokens_per_step
+        first = self._rates.step_ms(0, 0, self._streams, self._context) * slowness
+        half = self._rates.coefficients[4] * self._streams * slowness / 2
+        if half * ms < 1e-9 * first * first:
+            return math.ceil(ms / first)
+        linear = first - half
+        return math.ceil((math.sqrt(linear * linear + 4 * half * ms) - linear) / (2 * half))
+
+    # --- who computes ---
+
+    def _admit(self) -> None:
+        """Give blocks to what waits, in order, as far as they go."""
+        while self._waiting and self._occupied() < self._engine.max_batch:
+            sequence = self._waiting[0]
+            if not self._take_blocks(sequence):
+                return
+            del self._waiting[0]
+            if sequence.ticket is not None:
+                self._fetch(sequence, sequence.ticket)
+            else:
+                self._compute(sequence)
+
+    def _compute(self, sequence: _Sequence) -> None:
+        sequence.began = sequence.began or self._loop.time()
+        self._prompts.append(sequence)
+
+    def _occupied(self) -> int:
+        return len(self._prompts) + self._streams + self._fetching + len(self._ready)
+
+    def _take_blocks(self, sequence: _Sequence) -> bool:
+        hashes = sequence.hashes[: (sequence.length - 1) // self._size]
+        matched = self._pool.match(hashes)
+        needed = -(-sequence.length // self._size) - matched
+        reused = self._pool.reuse(hashes[:matched])
+        reserve = self._occupied() and max(self._grown, 0) // self._size + 1
+        if not self._pool.can_allocate(needed + reserve):
+            self._expire()
+            self._pool.release(reused)
+            return False
+        sequence.blocks = reused + self._pool.allocate(needed)
+        sequence.computed = sequence.reused = matched * self._size
+        sequence.published = matched
+        return True
+
+    def _expire(self) -> None:
+        now = self._loop.time()
+        for lease_id in [lease_id for lease_id, (expiry, _) in self._leases.items() if expiry < now]:
+            self._pool.release(self._leases.pop(lease_id)[1])
+
+    def _fetch(self, sequence: _Sequence, ticket: bytes) -> None:
+        """Begin a transfer; when the KV is not there any more, or would come too late, the prompt is computed here."""
+        sequence.ticket = None
+        source, _, lease_id = ticket.decode().partition(" ")
+        lease = self._peers[WorkerId(source)]._leases.get(lease_id)
+        now = self._loop.time()
+        if lease is None or lease[0] < now:
+            self._refuse(sequence, RefusalReason.EXPIRED)
+            self._compute(sequence)
+            return
+        num_bytes = (sequence.left - 1) * self._rates.token_bytes
+        latest = now + self._transfer.timeout_s
+        arrival = max(self._link_free, now) + num_bytes / self._rates.link_bytes_per_ms / 1e3 + self._rates.link_ms / 1e3
+        self._link_free = min(arrival - self._rates.link_ms / 1e3, max(latest, self._link_free))
+        self._fetching += 1
+        if arrival > latest:
+            self._loop.call_at(latest, self._missed, sequence)
+        else:
+            self._loop.call_at(arrival, self._fetched, sequence, num_bytes, (arrival - now) * 1e3)
+
+    def _refuse(self, sequence: _Sequence, reason: RefusalReason) -> None:
+        sequence.report = KVReport(sequence.reused, 0, sequence.left - 1, digest=reason.value, transport="simulated")
+        self._outputs.append(KVReady(sequence.id, None, sequence.report))
+
+    def _missed(self, sequence: _Sequence) -> None:
+        """A transfer took too long."""
+        self._fetching -= 1
+        if sequence.gone:
+            self._pool.release(sequence.blocks)
+            return
+        self._refuse(sequence, RefusalReason.TRANSFER_TIMEOUT)
+        self._tell()
+        self._compute(sequence)
+        self._interrupt()
+
+    def _fetched(self, sequence: _Sequence, num_bytes: int, ms: float) -> None:
+        self._fetching -= 1
+        if sequence.gone:
+            self._pool.release(sequence.blocks)
+            return
+        sequence.report = KVReport(sequence.reused, sequence.left - 1, 0, 0, num_bytes, ms, 0.0, "verified", "simulated")
+        sequence.computed = sequence.length - 1
+        self._publish(sequence)
+        sequence.computed += 1
+        self._outputs.append(KVReady(sequence.id, None, sequence.report))
+        self._tell()
+        self._ready.append(sequence)
+        self._interrupt()
+
+    def _publish(self, sequence: _Sequence) -> None:
+        full = min(sequence.computed // self._size, len(sequence.hashes))
+        for index in range(sequence.published, full):
+            self._pool.publish(sequence.blocks[index], sequence.hashes[index])
+        sequence.published = max(full, sequence.published)
+
+    # --- streams ---
+
+    def _join(self, sequence: _Sequence) -> None:
+        """A stream from the next step on."""
+        if sequence.gone:
+            self._pool.release(sequence.blocks)
+            return
+        sequence.joined_at = self._steps
+        self._streams += 1
+        self._context += sequence.length
+        self._grown += sequence.length - len(sequence.blocks) * self._size
+        self._new.append(sequence)
+        heapq.heappush(self._last_steps, (self._steps + sequence.output, sequence))
+
+    def _say_tokens(self, sequence: _Sequence, finish: FinishReason | None) -> None:
+        """Tell the router of all tokens made since the sequence joined."""
+        made = self._steps - sequence.joined_at
+        sequence.length += made
+        sequence.output -= made
+        self._outputs.append(_chunk(sequence, made, finish))
+
+    def _leave(self, sequence: _Sequence) -> None:
+        self._streams -= 1
+        self._context -= sequence.length
+        self._grown -= sequence.length - len(sequence.blocks) * self._size
+        self._pool.release(sequence.blocks)
+        sequence.blocks = []
+
+    def _room(self) -> int:
+        """Tokens that streams can still grow by."""
+        return (self._pool.free_blocks + self._pool.cached_blocks) * self._size - self._grown
+
+    def _preempt(self) -> None:
+        """The stream that came last goes back to waiting; what it has cached may be found again."""
+        last = max(self._last_steps, key=lambda entry: (not entry[1].gone, entry[1].order))
+        self._last_steps.remove(last)
+        heapq.heapify(self._last_steps)
+        sequence = last[1]
+        self._say_tokens(sequence, None)
+        self._leave(sequence)
+        sequence.computed = sequence.published = 0
+        sequence.joined_at = -1
+        sequence.last_token = self._loop.time()
+        insort(self._waiting, sequence)
+
+
+def _chunk(sequence: _Sequence, count: int, finish: FinishReason | None) -> TokenChunk:
+    """So many tokens more."""
+    start, sequence.told = sequence.told, sequence.told + count
+    report = sequence.report if finish else None
+    return TokenChunk(sequence.id, [SILENT] * count, start, finish_reason=finish, report=report)
+
+
+def _chunks(prompts: list[_Sequence], budget: int) -> list[tuple[_Sequence, int]]:
+    """As engines/paged/scheduler.py shares a step's tokens: half for the oldest, the rest to the shortest."""
+    if not prompts:
+        return []
+    budget = max(budget, 1)
+    oldest = min(prompts) if len(prompts) > 1 else prompts[0]
+    reserved = min(oldest.left, -(-budget // 2))
+    rest = budget - reserved
+    chunks = []
+    if len(prompts) > 1:
+        for sequence in sorted(prompts, key=lambda each: each.left):
+            count = min(sequence.left, rest)
+            if count and sequence is not oldest:
+                chunks.append((sequence, count))
+                rest -= count
+    return [(oldest, min(oldest.left, reserved + rest)), *chunks]
