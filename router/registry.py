@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Iterable
 
-from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
+import redis
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.retry import Retry
 
 from python_backends.core.config import ClusterConfig
 from python_backends.core.registration import connection_options, read_address, set_name
@@ -23,23 +23,26 @@ class Registry:
 
     def __init__(self, cluster: ClusterConfig, key: bytes) -> None:
         """Raises ConfigError for a wrong URL or password file."""
-        self._url = cluster.registry
-        self._options = connection_options(cluster)
+        self._client = redis.Redis.from_url(cluster.registry, retry=Retry(NoBackoff(), 0), **connection_options(cluster))
         self._key = key
         self._seen: dict[str, float] = {}  # address -> monotonic s
 
     async def __call__(self) -> Iterable[str]:
         """Raises OSError while the registry can't be read."""
         try:
-            async with Redis.from_url(self._url, retry=Retry(NoBackoff(), 0), **self._options) as client:
-                seconds, _ = await client.time()
-                entries = await client.zrangebyscore(set_name(self._key), seconds, "+inf")
-        except RedisError as error:
+            # On a thread: redis-py's own asyncio client swallows cancellations.
+            entries = await asyncio.to_thread(self._read)
+        except redis.RedisError as error:
             raise OSError(f"registry: {error}") from error
         now = time.monotonic()
         for entry in entries:
-            address = read_address(entry, self._key) if isinstance(entry, bytes) else None
+            address = read_address(entry, self._key)
             if address is not None:
                 self._seen[address] = now
         self._seen = {address: seen for address, seen in self._seen.items() if now - seen <= _KEPT_S}
         return list(self._seen)
+
+    def _read(self) -> list[bytes]:
+        seconds = self._client.time()[0]
+        found = self._client.zrangebyscore(set_name(self._key), seconds, "+inf")
+        return [entry for entry in found if isinstance(entry, bytes)]
