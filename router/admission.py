@@ -76,7 +76,7 @@ class Admission:
         self._rate = _Rate(clock, capacity)
         self._margins: defaultdict[int, float] = defaultdict(lambda: 1.0)  # by size of prompt, in powers of two
         self._tenants: Counter[str] = Counter()  # their part of queued_tokens
-        self._closed = False
+        self.closed = False
         self.requests = 0
         self.queued_tokens = 0  # of prompts without a first token, wherever they are
 
@@ -87,11 +87,11 @@ class Admission:
 
     def close(self) -> None:
         """Refuse everybody from now on."""
-        self._closed = True
+        self.closed = True
 
     def enter(self) -> Place:
         """Take a place. Raises QueueFull, or Unavailable when closed."""
-        if self._closed:
+        if self.closed:
             raise Unavailable(SHUTTING_DOWN)
         if self.requests >= self._config.max_requests:
             raise QueueFull(

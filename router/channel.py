@@ -16,6 +16,7 @@ import zmq
 import zmq.asyncio
 from zmq.utils.monitor import recv_monitor_message
 
+from python_backends.core.config import HealthConfig
 from python_backends.core.curve import CurveKeys
 from python_backends.core.errors import UNREADABLE
 from python_backends.core.host import host_id
@@ -36,6 +37,7 @@ from router.house import House
 log = logging.getLogger(__name__)
 
 _HIGH_WATER_MARK = 100_000
+_CONNECT_TIMEOUT_MS = 1_000
 
 
 class Watcher(Protocol):
@@ -51,6 +53,9 @@ class Watcher(Protocol):
     def cut_off(self, worker: WorkerId) -> None:
         """The connection is broken."""
 
+    def removed(self, worker: WorkerId) -> None:
+        """Its address is none of the deployment's any more. It may live, and be one of its workers again."""
+
 
 class _Connection:
     """To whoever listens at one address."""
@@ -58,7 +63,6 @@ class _Connection:
     def __init__(self, socket: zmq.asyncio.Socket) -> None:
         self.socket = socket
         self.worker: WorkerId | None = None  # as its last heartbeat said
-        self.epoch: Epoch | None = None
         self.tasks: list[asyncio.Task[None]] = []
 
     def send(self, message: ToWorker) -> None:
@@ -82,12 +86,13 @@ def _ignore(sent: asyncio.Future[object]) -> None:
 class RouterChannel:
     """Create it and use it on the event loop."""
 
-    def __init__(self, house: House, watcher: Watcher, place: str, keys: CurveKeys, heartbeat_s: float) -> None:
+    def __init__(self, house: House, watcher: Watcher, place: str, keys: CurveKeys, health: HealthConfig) -> None:
         """`place`: what only one living router can have, such as the run directory of its server."""
         self._house = house
         self._watcher = watcher
         self._keys = keys
-        self._heartbeat_s = heartbeat_s
+        self._heartbeat_s = health.heartbeat_s
+        self._silent_s = health.silent_s
         self._greeting = RouterHeartbeat(house.name, os.getpid(), host_id(), place)
         self._connections: dict[str, _Connection] = {}  # by address
         self._workers: dict[WorkerId, _Connection] = {}
@@ -129,8 +134,13 @@ class RouterChannel:
         socket.setsockopt(zmq.RECONNECT_IVL_MAX, 200)
         if not address.startswith("ipc:"):
             self._keys.connect(socket)
-            socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
-            socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, 10)
+            # A connection through which nothing comes is given up and made anew. TCP itself would keep it for a quarter of an
+            # hour, and after a long silence of the network wait minutes before it tries again.
+            silent_ms = int(self._silent_s * 1e3)
+            socket.setsockopt(zmq.HEARTBEAT_IVL, silent_ms // 2)
+            socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, silent_ms)
+            socket.setsockopt(zmq.HEARTBEAT_TTL, silent_ms)  # the worker's end, too
+            socket.setsockopt(zmq.CONNECT_TIMEOUT, _CONNECT_TIMEOUT_MS)
         socket.connect(address)
         connection = _Connection(socket)
         loop = asyncio.get_running_loop()
@@ -138,12 +148,11 @@ class RouterChannel:
         return connection
 
     def _drop(self, connection: _Connection) -> None:
-        """Its address is not one of the deployment's any more: whoever was there has left."""
+        """Its address is not one of the deployment's any more."""
         connection.close()
         if connection.worker is not None and self._workers.get(connection.worker) is connection:
             del self._workers[connection.worker]
-            if connection.epoch is not None:
-                self._watcher.left(connection.worker, connection.epoch)
+            self._watcher.removed(connection.worker)
 
     async def _listen(self, connection: _Connection) -> None:
         """Take in messages until cancelled."""
@@ -174,7 +183,7 @@ class RouterChannel:
         elif isinstance(message, Heartbeat):
             if house.fleet.is_over(message.epoch):
                 return
-            connection.worker, connection.epoch = message.worker, message.epoch
+            connection.worker = message.worker
             self._workers[message.worker] = connection
             if message.load.fault:
                 self._watcher.faulty(message)

@@ -39,6 +39,7 @@ _ERROR_RATE = 0.05
 _KNOWN_AFTER = 32  # samples
 _QUICK_MS = 20.0  # of steps of streams alone that take less ...
 _ONE_IN = 4  # ... one in so many is learned from
+_LEAST_MS = 1e-3  # no step takes less; a prediction below says nothing
 _OUTLIER = 3.0  # a step so many times longer than expected counts as so long: the machine did something else meanwhile
 
 
@@ -83,16 +84,16 @@ class StepModel:
             if self._passed_over:
                 return
         expected = self.step_ms(*shape)
-        ms = min(sample.ms, _OUTLIER * expected) if known else sample.ms
+        ms = min(sample.ms, _OUTLIER * expected) if known and expected > _LEAST_MS else sample.ms
         self.error += (_ERROR_RATE if known else 1 / (self.samples + 1)) * (abs(expected - ms) / ms - self.error)
         self.samples += 1
         (self._with_prompts if sample.prefill_tokens else self._without).add(_features(sample, ms))
-        self._drift += _DRIFT_RATE * (_bounded(ms / _linear(self._calibrated, shape), 10.0) - self._drift)
+        self._drift += _DRIFT_RATE * (_bounded(ms / max(_linear(self._calibrated, shape), _LEAST_MS), 10.0) - self._drift)
         if self.samples % _SOLVE_EVERY == 0 or self.samples in _FIRST_SOLVES:
             self._solve(_SWEEPS)
         if known:
             size = _size(*shape[::2])
-            ratio = _bounded(ms / _linear(self.coefficients, shape), 4.0)
+            ratio = _bounded(ms / max(_linear(self.coefficients, shape), _LEAST_MS), 4.0)
             self._factors[size] += _FACTOR_RATE * (ratio - self._factors[size])
 
     def _solve(self, sweeps: int) -> None:

@@ -60,7 +60,14 @@ class WorkerView:
         self.model: StepModel = former.model if former and known else StepModel(heartbeat.calibration, like)
         self.link: LinkModel = former.link if former and known else LinkModel()
         self.hop_ms: float = former.hop_ms if former and known else _FIRST_HOP_MS
+        self.resting = ""  # why it is given no new work by this router, though it is up
+        self.spoke = 0.0  # when it last produced something, on the router's clock, s
         self.load_ms = 0.0  # what the workers of a role are ordered by
+
+    @property
+    def available(self) -> bool:
+        """Whether it is given new work."""
+        return self.up and not self.resting and not self.heartbeat.draining
 
     @property
     def prefill_window(self) -> int:
@@ -238,7 +245,7 @@ class Charge:
 
 
 class Ranking:
-    """Workers that are up, of one role, least loaded first."""
+    """Workers that are given work, of one role, least loaded first."""
 
     def __init__(self) -> None:
         self._order: list[tuple[float, WorkerId]] = []
@@ -297,16 +304,21 @@ class Fleet:
         self.standby = frozenset(standby)
         self.on_room: Callable[[], None] = _nothing
         self.ranked = {role: Ranking() for role in Role}
-        self.version = 0  # grows when a worker comes up or goes down
+        self.version = 0  # grows when a worker comes up or goes down, rests or resumes
         self._workers: dict[WorkerId, WorkerView] = {}
         self._over: set[Epoch] = set()
         self._changed: asyncio.Future[None] | None = None
+        self.on_probation = False  # whether the next life of a worker rests until somebody says `resume`
 
     def __iter__(self) -> Iterator[WorkerView]:
         return iter(self._workers.values())
 
     def up(self) -> list[WorkerView]:
         return [worker for worker in self._workers.values() if worker.up]
+
+    def available(self) -> list[WorkerView]:
+        """Those that are given new work."""
+        return [worker for worker in self._workers.values() if worker.available]
 
     def get(self, worker: WorkerId) -> WorkerView | None:
         return self._workers.get(worker)
@@ -315,12 +327,18 @@ class Fleet:
         """Take in a heartbeat. Returns whether the worker is up only since now: new, restarted or back again."""
         known = self._workers.get(heartbeat.worker)
         if known is not None and known.epoch == heartbeat.epoch and known.up:
+            was = known.available
             known.beat(heartbeat, now)
             self.reorder(known)
+            if known.available != was:
+                self._wake()
             return False
-        if known is not None and known.epoch != heartbeat.epoch:
-            self.bury(known.epoch)
         worker = WorkerView(heartbeat, now, known, self._model_like(heartbeat))
+        if known is not None and known.epoch == heartbeat.epoch:
+            worker.resting = known.resting
+        elif known is not None:
+            self.bury(known.epoch)
+            worker.resting = "it was restarted and has not passed a canary yet" if self.on_probation else ""
         self._workers[heartbeat.worker] = worker
         self.reorder(worker)
         self._wake()
@@ -335,6 +353,29 @@ class Fleet:
         self.ranked[known.role].remove(worker)
         self._wake()
         return True
+
+    def spoke(self, worker: WorkerId, now: float) -> None:
+        """It has produced something."""
+        known = self._workers.get(worker)
+        if known is not None:
+            known.spoke = now
+
+    def rest(self, worker: WorkerId, why: str) -> None:
+        """Give it no new work. What it says still counts."""
+        known = self._workers.get(worker)
+        if known is not None:
+            known.resting = why
+            self.reorder(known)
+            self._wake()
+
+    def resume(self, worker: WorkerId) -> None:
+        """Give it work again."""
+        self.rest(worker, "")
+
+    def forget(self, worker: WorkerId) -> None:
+        """It is none of the deployment's any more. Should it be heard again it is a new one."""
+        self.lose(worker)
+        self._workers.pop(worker, None)
 
     def bury(self, epoch: Epoch) -> None:
         """This life of a worker is over; what is still on its way from it does not bring it back."""
@@ -378,12 +419,16 @@ class Fleet:
         self.on_room()
 
     def reorder(self, worker: WorkerView) -> None:
-        """The worker's load has changed."""
-        if worker.up and self._workers.get(worker.id) is worker:
+        """The worker's load has changed, or whether it is given work."""
+        if self._workers.get(worker.id) is not worker:
+            return
+        if worker.available:
             self.ranked[worker.role].put(worker)
+        else:
+            self.ranked[worker.role].remove(worker.id)
 
     async def wait_for_change(self, timeout: float) -> None:
-        """Until a worker comes up or goes down, or the time is over."""
+        """Until a worker comes up or goes down, rests or resumes, or the time is over."""
         if self._changed is None:
             self._changed = asyncio.get_running_loop().create_future()
         # Not wait_for: before Python 3.12 it loses a cancellation that comes together with the change.

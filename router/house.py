@@ -15,11 +15,11 @@ from random import Random
 from python_backends.core.block_hash import block_hashes
 from python_backends.core.config import Deployment
 from python_backends.core.errors import InvalidRequest
-from python_backends.core.messages import BlockEvents, Heartbeat, Lent, Located, Output, Outputs, PrefillDone
+from python_backends.core.messages import BlockEvents, Heartbeat, Lent, Located, Output, Outputs, PrefillDone, RequestFailed
 from python_backends.core.types import LeaseEnd, RequestId, Role, WorkerId
-from router.admission import Admission
+from router.admission import SHUTTING_DOWN, Admission
 from router.clock import Clock
-from router.fleet import Fleet, long_prompt
+from router.fleet import Fleet, WorkerView, long_prompt
 from router.journal import Journal
 from router.lifecycle import State
 from router.mailroom import Mailroom
@@ -27,6 +27,7 @@ from router.node_memory import NodeMemory
 from router.policy import Choice, Query, Room, choose, has_room
 from router.prefix_index import Match, PrefixIndex
 from router.prompt import Hasher, Prompt
+from router.retries import Quarantine
 from router.seams import Calls, Destination, Observer, Snapshot
 from router.tokenizer import Tokenizer
 from router.types import ClientRequest, Slo, Wish
@@ -72,6 +73,7 @@ class House:
         self.mailroom = Mailroom()
         self.node_memory = NodeMemory()
         self.journal = Journal()
+        self.quarantine = Quarantine(self.config.max_attempts, self.config.max_worker_deaths, self.clock.now)
         self.admission = Admission(self.config, self.clock, self._tokens_per_ms, long_prompt(deployment.engine.step_tokens))
         self.fleet.on_room = self.admission.room_changed
         self.output_tokens = float(self.config.default_max_tokens)  # expected of a request
@@ -100,10 +102,12 @@ class House:
     @property
     def trouble(self) -> str:
         """Why requests can't be served now; empty when they can."""
+        if self.admission.closed:
+            return SHUTTING_DOWN
         if self.fleet.ranked[Role.DECODE] or self.fleet.ranked[Role.AGGREGATED]:
             return ""
-        up = ", ".join(worker.id for worker in self.fleet.up()) or "none"
-        return f"no decode or aggregated worker is up (up: {up})"
+        up = [f"{worker.id}{_remark(worker)}" for worker in self.fleet.up()]
+        return f"no decode or aggregated worker is up (up: {', '.join(up) or 'none'})"
 
     def destination(self, worker: WorkerId) -> Destination | None:
         """Where a worker is, up or not; None when it was never heard of."""
@@ -285,6 +289,8 @@ class House:
     def hear_outputs(self, outputs: Outputs) -> None:
         if not self.fleet.is_current(outputs.worker, outputs.epoch):
             return
+        if not all(isinstance(output, RequestFailed) for output in outputs.outputs):
+            self.fleet.spoke(outputs.worker, self.clock.now())
         self.fleet.stepped(outputs.worker, outputs.steps)
         for output in self.mailroom.deliver(outputs.outputs):
             if isinstance(output, PrefillDone | Lent) and output.lease_id is not None:
@@ -294,13 +300,31 @@ class House:
         """Returns whether the worker's blocks must be asked for again."""
         return not self.index.apply(events)
 
-    def lose(self, worker: WorkerId, why: str) -> bool:
-        """A worker is dead, wedged or restarted. Returns whether it was up."""
+    def lose(self, worker: WorkerId, why: str, *, died: bool = True) -> bool:
+        """A worker is dead, wedged, or (not `died`) unloaded. Returns whether it was up."""
         was_up = self.fleet.lose(worker)
         self.lost_at = self.clock.now()
         self.index.forget(worker)
-        self._orphans.setdefault(worker, set()).update(self.mailroom.lose(worker, why))
+        self._orphans.setdefault(worker, set()).update(self.mailroom.lose(worker, why, died=died))
         return was_up
+
+    def rest(self, worker: WorkerId, why: str) -> None:
+        """A worker that is up does not work: it is given nothing new, and what it has goes on elsewhere."""
+        self.fleet.rest(worker, why)
+        self.lost_at = self.clock.now()
+        for request_id in self.mailroom.lose(worker, f"worker {worker} is not used: {why}", died=True):
+            self.calls.abort(worker, request_id)
+
+    def forget(self, worker: WorkerId) -> None:
+        """A worker that is lost has left the deployment: where servers come and go each has a name of its own, for once."""
+        self.fleet.forget(worker)
+        if not self._orphans.get(worker):  # else it may come back, and still compute
+            self._orphans.pop(worker, None)
+
+
+def _remark(worker: WorkerView) -> str:
+    why = worker.resting or ("it is drained" if worker.heartbeat.draining else "")
+    return f", which rests: {why}" if why else ""
 
 
 def _standby(deployment: Deployment) -> list[WorkerId]:

@@ -20,6 +20,7 @@ class Box:
     def __init__(self, request_id: RequestId, worker: WorkerId) -> None:
         self.request_id = request_id
         self.worker = worker
+        self.worker_died = False
         self._outputs: asyncio.Queue[Output] = asyncio.Queue()
 
     async def get(self) -> Output:
@@ -53,10 +54,11 @@ class Mailroom:
                 box.put(output)
         return unclaimed
 
-    def lose(self, worker: WorkerId, why: str) -> list[RequestId]:
-        """Tell everybody who waits for this worker. Returns what it had been asked for."""
+    def lose(self, worker: WorkerId, why: str, *, died: bool) -> list[RequestId]:
+        """Tell everybody who waits for this worker. Returns what it had been asked for. `died`: not by anybody's will."""
         lost = [box for box in self._boxes.values() if box.worker == worker]
         for box in lost:
+            box.worker_died = died
             box.put(RequestFailed(box.request_id, TritonCode.UNAVAILABLE, why, retryable=True))
         return [box.request_id for box in lost]
 

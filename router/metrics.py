@@ -1,9 +1,9 @@
 """Every metric in one table, and `Meter`, which counts in plain Python and hands on what has changed.
 
 Handing on is a call between processes per series (router/triton/metrics.py), so it happens a few times a second and not per
-request, and an idle router hands on nothing. Histograms are counters with a label `le`, which PromQL's histogram_quantile
-reads like any other: Triton 24.10 has no histograms for Python models, and where a newer one has them each observation would
-be a call of its own, while a counter takes a second's worth of them at once.
+request, and an idle router hands on nothing but canaries. Histograms are counters with a label `le`, which PromQL's
+histogram_quantile reads like any other: Triton 24.10 has no histograms for Python models, and where a newer one has them each
+observation would be a call of its own, while a counter takes a second's worth of them at once.
 
 Labels are workers, routes, outcomes and the like: all of them from the deployment file or an enum, so their number is bounded.
 """
@@ -94,7 +94,7 @@ FAMILIES: tuple[Family, ...] = (
     _histogram("baton_transfer_seconds", "Duration of a transfer of KV", _TRANSFER_SECONDS, "transport"),
     _counter("baton_handoffs_total", "Handoffs by verdict: verified, or why the KV was not used", "verdict"),
     _gauge("baton_kv_blocks", "KV blocks of the worker, by state; free + cached + held is the pool", *_WORKER, "state"),
-    _gauge("baton_kv_block_bytes", "Bytes of one KV block", *_WORKER),
+    _gauge("baton_kv_block_bytes", "Bytes of one KV block; 0: the worker has left the deployment", *_WORKER),
     _gauge("baton_leases", "Published KV waiting to be fetched or released", *_WORKER),
     _gauge("baton_prefix_index_blocks", "Blocks in the router's prefix index"),
     _gauge(
@@ -106,8 +106,15 @@ FAMILIES: tuple[Family, ...] = (
     _gauge("baton_store_used_bytes", "Bytes in the store tier, as the worker sees it", *_WORKER, "tier"),
     _gauge("baton_store_up", "1 when the worker reaches the store tier", *_WORKER, "tier"),
     # queues, batches, health
-    _gauge("baton_ready", "1 when requests can be served: a worker that decodes is up"),
+    _gauge("baton_ready", "1 when requests can be served: a worker that decodes is given work"),
     _gauge("baton_worker_up", "1 when the worker is up", *_WORKER),
+    _gauge(
+        "baton_worker_available", "1 when the worker is given new work: it is up, its circuit closed, not drained", *_WORKER
+    ),
+    _counter("baton_canaries_total", "Canaries to the worker, by verdict: passed, failed or busy", *_WORKER, "verdict"),
+    _counter(
+        "baton_handoff_canaries_total", "Canaries handed from worker to worker, by verdict", "prefill", "decode", "verdict"
+    ),
     _counter("baton_worker_starts_total", "Lives of the worker that this router has seen begin", *_WORKER),
     _gauge("baton_worker_requests", "Requests at the worker, by state; running is its batch", *_WORKER, "state"),
     _gauge("baton_worker_queued_tokens", "Prompt tokens the worker has yet to compute", *_WORKER),
@@ -226,6 +233,13 @@ class Meter:
     def warmed(self, verdict: str) -> None:
         self.count("baton_warm_ups_total", verdict=verdict.partition(" ")[0])
 
+    def probed(self, worker: WorkerView, verdict: str) -> None:
+        self.count("baton_canaries_total", worker=worker.id, role=worker.role.value, verdict=verdict)
+
+    def paired(self, prefill: WorkerId, decode: WorkerId, verdict: str) -> None:
+        word = verdict.partition(" ")[0]
+        self.count("baton_handoff_canaries_total", prefill=prefill, decode=decode, verdict=word)
+
     def tokens(self, count: int, gap_s: float) -> None:
         self._itl.observe(gap_s / count, count)
 
@@ -267,7 +281,7 @@ class Meter:
         self._set("baton_router_waiting_requests", snapshot.waiting)
         self._set("baton_router_queued_tokens", snapshot.queued_tokens)
         self._set("baton_prefix_index_blocks", snapshot.index_blocks)
-        self._set("baton_ready", any(worker.up and worker.role.value != "prefill" for worker in snapshot.workers))
+        self._set("baton_ready", any(worker.available and worker.role.value != "prefill" for worker in snapshot.workers))
         for state in LIVE:
             self._set("baton_live_requests", snapshot.states.get(state, 0), state=state.value)
         for worker in snapshot.workers:
@@ -275,7 +289,18 @@ class Meter:
             if self._models_due <= 0:
                 self._look_at_model(worker)
         self._models_due = _MODELS_EVERY if self._models_due <= 0 else self._models_due - 1
+        for gone in self._epochs.keys() - {worker.id for worker in snapshot.workers}:
+            self._forget(gone)
         self._hand_on()
+
+    def _forget(self, worker: WorkerId) -> None:
+        """It has left the deployment. Triton can't end a series; its last figures must not stand for ever, or what scales on
+        them would never shrink. baton_kv_block_bytes 0 tells it from a worker that is down.
+        """
+        del self._epochs[worker]
+        for name, labels in self._gauges:
+            if ("worker", worker) in labels:
+                self._set(name, 0, **dict(labels))
 
     def _look_at(self, worker: WorkerView) -> None:
         # One that is gone holds nothing, whatever it said last.
@@ -284,6 +309,7 @@ class Meter:
             self._epochs[worker.id] = worker.epoch
             self.count("baton_worker_starts_total", 1, **labels)
         self._set("baton_worker_up", worker.up, **labels)
+        self._set("baton_worker_available", worker.available, **labels)
         self._set("baton_worker_queued_tokens", load.queued_tokens, **labels)
         self._set("baton_leases", load.active_leases, **labels)
         self._set("baton_prefix_events", load.tells_blocks, **labels)

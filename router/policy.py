@@ -238,7 +238,7 @@ def _remote(query: Query, fleet: Fleet, decodes: Sequence[WorkerView], itls: Seq
 
 def _lender(query: Query, fleet: Fleet, fingerprint: str) -> WorkerView | None:
     """Who has the most of the prompt in its pool, and lends it."""
-    hits = [worker for worker in _hits(query, fleet.get) if worker.up and worker.id not in query.avoid]
+    hits = [worker for worker in _hits(query, fleet.get) if worker.available and worker.id not in query.avoid]
     able = [worker for worker in hits if worker.heartbeat.lends and worker.fingerprint == fingerprint]
     return max(able, key=lambda worker: (query.cached.get(worker.id), -worker.requests), default=None)
 

@@ -47,12 +47,14 @@ from router.lifecycle import Event, Held, Lifecycle, State
 from router.mailroom import Box
 from router.policy import Choice, Room
 from router.prompt import Prompt
+from router.retries import Poisoned, RetryBudget
 from router.seams import Reply
 from router.types import ClientRequest, Outcome, Piece, RouteDecision, Wish
 
 log = logging.getLogger(__name__)
 
-_RETRY_PAUSE_S = 0.05  # doubled with every attempt, when there is no other worker to try
+_RETRY_PAUSE_S = 0.05  # doubled with every attempt, when there is no other worker to try ...
+_DOUBLINGS = 5  # ... but not beyond 1.6 s
 
 
 class Run:
@@ -70,6 +72,8 @@ class Run:
         self._life = Lifecycle()
         self._attempts = 0
         self._avoid: set[WorkerId] = set()
+        self._budget = RetryBudget(house.quarantine)
+        self._worker_died = False  # in this attempt
         self._prompt_ids: list[int] = []
         self._output_ids: list[int] = [*request.output_ids]
         self._cumulative_logprob = 0.0
@@ -112,6 +116,7 @@ class Run:
         self._prompt_ids = await self._house.tokenize(self._request)
         self._sampling = self._check_tokens(self._request.sampling)
         self._entry.tokenized(self._prompt_ids)
+        self._house.quarantine.check(self._prompt_ids, self._request.salt)
         self._prompt = self._known_tokens()
         self._place.queue(len(self._prompt_ids), self._request.salt, self._request.priority, self._wish)
         self._text = Detokenizer(self._house.tokenizer, self._sampling.stop, self._sampling.min_tokens, self._prompt_ids)
@@ -119,7 +124,9 @@ class Run:
 
     async def route(self) -> RouteDecision:
         """Wait for a worker that has room, and go there. Raises QueueFull, Unavailable, InvalidRequest, DeadlineExceeded."""
+        await self._budget.turn()
         self._attempts += 1
+        self._worker_died = False
         self._lacks = None
         again = self._attempts > 1
         if again:
@@ -141,7 +148,7 @@ class Run:
         """If there is only the worker that failed just now: one that is being loaded or restarted needs a moment."""
         choice = self._choose()
         if choice is not None and not self._avoid.isdisjoint({choice.decision.prefill, choice.decision.decode}):
-            await asyncio.sleep(_RETRY_PAUSE_S * 2**self._attempts)
+            await asyncio.sleep(_RETRY_PAUSE_S * 2 ** min(self._attempts, _DOUBLINGS))
 
     async def _look_in_stores(self) -> Mapping[WorkerId, int]:
         """What the decode worker that would be taken finds in its stores, where a prompt is left to be computed."""
@@ -248,10 +255,13 @@ class Run:
                     self._take(output)
 
     def retry(self, error: BatonError) -> None:
-        """After a failed attempt: another one. Raises the error when the attempts are used up."""
+        """After a failed attempt: another one. Raises an error when the budget of attempts or of workers is used up."""
         self._entry.failed_attempt(str(error))
-        if self._attempts >= self._house.config.max_attempts:
-            raise error
+        try:
+            self._budget.failed(error, len(self._output_ids), died=self._worker_died)
+        except Poisoned:
+            self._house.quarantine.remember(self._prompt_ids, self._request.salt)
+            raise
         log.warning("request %s: attempt %d failed (%s); trying again", self._id, self._attempts, error)
         self._house.observer.retried()
         self._move(Event.WORKER_LOST)
@@ -285,6 +295,7 @@ class Run:
         if self._decode_charge is not None:
             self._decode_charge.grow(len(chunk.token_ids))
         self._output_ids += chunk.token_ids
+        self._budget.progress(len(self._output_ids))
         self._account.tokens(len(self._output_ids), chunk.report)
         gap_s = self._entry.tokens(len(chunk.token_ids))
         if gap_s:
@@ -353,6 +364,7 @@ class Run:
         if not isinstance(output, RequestFailed):
             return output
         self._avoid.add(box.worker)
+        self._worker_died = box.worker_died
         if output.code is TritonCode.INVALID_ARG:
             raise InvalidRequest(output.message)
         if not output.retryable:  # the one thing that another worker doesn't help against
@@ -382,6 +394,8 @@ class Run:
         """Advance the lifecycle and give back what the new state does not hold."""
         for held in self._life.on(event):
             self._give_back(held)
+        if self.ended:
+            self._budget.leave()
         self._entry.state = self.state
 
     def _give_back(self, held: Held) -> None:

@@ -50,6 +50,19 @@ class Reply(Protocol):
     def fail(self, error: BatonError) -> None: ...
 
 
+class Ending(Protocol):
+    """What whoever started the server says about its end, asked a few times a second. Triton does not tell its models."""
+
+    def draining(self) -> bool:
+        """Requests that run are to end, and no others to begin."""
+
+    def drained(self) -> None:
+        """Told when none runs any more."""
+
+    def stopping(self) -> bool:
+        """Nothing is waited for any more."""
+
+
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """The house at one moment. `workers` are its own views: read them at once and keep none."""
@@ -74,6 +87,12 @@ class Observer(Protocol):
 
     def warmed(self, verdict: str) -> None:
         """A first handoff between two workers was tried: what became of the KV (KVReport.digest), or why nothing did."""
+
+    def probed(self, worker: WorkerView, verdict: str) -> None:
+        """A canary to the worker has ended (router.canary.Verdict)."""
+
+    def paired(self, prefill: WorkerId, decode: WorkerId, verdict: str) -> None:
+        """A canary was handed from one to the other; verdict as in `warmed`."""
 
     def tokens(self, count: int, gap_s: float) -> None:
         """A running request has so many more tokens, so long after those before."""

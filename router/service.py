@@ -23,9 +23,11 @@ from python_backends.core.types import BlockHash, LeaseEnd, RequestId, WorkerId
 from router.admission import SHUTTING_DOWN
 from router.channel import RouterChannel
 from router.discovery import Discovery, Source
+from router.drain import Drains
+from router.health import Health
 from router.house import House
 from router.run import Run
-from router.seams import Destination, Observer, Reply
+from router.seams import Destination, Ending, Observer, Reply
 from router.serve import serve
 from router.supervisor import ModelControl, Supervisor
 from router.tokenizer import Tokenizer
@@ -63,14 +65,14 @@ class RouterService:
         submit: Submit,
         control: ModelControl | None,
         observer: Observer,
-        stopping: Callable[[], bool] = lambda: False,
+        ending: Ending | None = None,
     ) -> None:
-        """`stopping`: whether the server has been told to stop; asked a few times a second."""
+        """Without `ending` only `close` ends it."""
         self._deployment = deployment
         self._channels = channels
         self._submit = submit
         self._control = control
-        self._stopping = stopping
+        self._ending = ending
         self._tasks: dict[Run, asyncio.Task[None]] = {}
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="router", daemon=True)
@@ -169,7 +171,8 @@ class RouterService:
         health = self._deployment.health
         self._supervisor = Supervisor(self.house, health, self._control)
         channels = self._channels
-        self._channel = RouterChannel(self.house, self._supervisor, channels.place, channels.keys, health.heartbeat_s)
+        self._channel = RouterChannel(self.house, self._supervisor, channels.place, channels.keys, health)
+        self.drains = Drains(self.house, self._channel.send, self._supervisor, self._control)
         discovery = Discovery(channels.own, channels.sources, self._channel.connect)
         self._chores = [
             self._loop.create_task(chore)
@@ -178,6 +181,7 @@ class RouterService:
                 self._channel.beat(),
                 self._supervisor.watch(),
                 WarmUp(self.house).watch(),
+                Health(self.house, self._deployment, self._supervisor.take_out).watch(),
                 self._refresh(),
             )
         ]
@@ -198,13 +202,24 @@ class RouterService:
         self._channel.close()
 
     async def _refresh(self) -> None:
+        idle = False
         while True:
-            if self._stopping():  # Triton would wait for the requests that run, and stop the workers under them
-                self._end_requests()
+            if self._ending is not None:
+                idle = self._follow(self._ending, idle)
             states = Counter(run.state for run in self._tasks)
             self.house.observer.refresh(self.house.snapshot(states))
             self.house.node_memory.tidy(self.house.clock.now())
             await asyncio.sleep(self._deployment.health.heartbeat_s)
+
+    def _follow(self, ending: Ending, was_idle: bool) -> bool:
+        """Do what the server's end asks for. Returns whether nothing runs; twice in a row, all answers have left, too."""
+        if ending.stopping():  # Triton would wait for the requests that run, and stop the workers under them
+            self._end_requests()
+        elif ending.draining():
+            self.house.admission.close()
+            if was_idle and not self._tasks:
+                ending.drained()
+        return not self._tasks
 
     def _on_loop(self, coroutine: Coroutine[Any, Any, None]) -> Future[None]:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)

@@ -27,11 +27,18 @@ from router.seams import Destination
 log = logging.getLogger(__name__)
 
 _PATIENCE_S = 5.0  # with workers of other hosts
+_RECONNECT_S = 2.0  # within which the channel is back once the network is
 _BACKOFF_S = (0.2, 1.0, 3.0, 10.0)  # before the first, second ... try to restart; the last one repeats
 
 
 class ModelControl(Protocol):
     """The hold on models, of this server and of others."""
+
+    def reach(self, worker: Destination) -> None:
+        """Blocks shortly. Raises BatonError when the worker's server can't be reached now.
+
+        A restart that is sent off into a broken network arrives when it is whole again, and ends a worker that is well.
+        """
 
     def restart(self, worker: Destination) -> None:
         """Load the worker's model anew; blocks until it is up. Raises BatonError."""
@@ -71,18 +78,34 @@ class Supervisor:
         self.seen(heartbeat)
         self._take_out(heartbeat.worker, f"can't go on: {heartbeat.load.fault}")
 
+    def take_out(self, worker: WorkerId, why: str) -> None:
+        """The worker lives and does not work: kill it, so that it is restarted. No-op where nobody restarts it."""
+        if self._control is not None:
+            self._take_out(worker, why)
+
     def cut_off(self, worker: WorkerId) -> None:
-        """The connection to a worker of another host is broken. If only that, its next heartbeat brings it back."""
+        """The connection is broken. If only that, its next heartbeat brings it back; of this host the kernel tells more."""
         if self._house.lose(worker, f"the connection to worker {worker} is broken"):
             log.warning("the connection to worker %s is broken", worker)
-            self._begin_restart(worker, _PATIENCE_S)
+            if worker not in self._pidfds:
+                self._begin_restart(worker, None, _PATIENCE_S)
+
+    def removed(self, worker: WorkerId) -> None:
+        """Its address is none of the deployment's any more. It may live, and be one of its workers again."""
+        self._unwatch(worker)
+        self._house.lose(worker, f"worker {worker} was removed from the deployment", died=False)
+        self._house.forget(worker)
 
     def left(self, worker: WorkerId, epoch: Epoch) -> None:
         """The worker ended because it was told to."""
         self._left.add(epoch)
         self._house.fleet.bury(epoch)
         if self._house.fleet.is_current(worker, epoch):
-            self._house.lose(worker, f"worker {worker} was unloaded")
+            self._house.lose(worker, f"worker {worker} was unloaded", died=False)
+
+    def bring_back(self, worker: WorkerId) -> None:
+        """Somebody has unloaded the worker and can't load it: try again and again."""
+        self._begin_restart(worker, None)
 
     # --- the watch ---
 
@@ -107,38 +130,48 @@ class Supervisor:
         self._unwatch(worker)
         self._house.fleet.bury(epoch)
         if epoch in self._left:
-            self._left.discard(epoch)
             return
         log.warning("worker %s died", worker)
-        self._house.lose(worker, f"worker {worker} died")
-        self._begin_restart(worker)
+        if self._house.fleet.is_current(worker, epoch):
+            self._house.lose(worker, f"worker {worker} died")
+        self._begin_restart(worker, epoch)
 
     def _take_out(self, worker: WorkerId, why: str) -> None:
         if self._house.lose(worker, f"worker {worker} {why}"):
             log.warning("worker %s %s; taking it out", worker, why)
         watched = self._pidfds.get(worker)
         if watched is None:
-            self._begin_restart(worker, _PATIENCE_S)
+            self._begin_restart(worker, None, _PATIENCE_S)
         elif self._control is not None:
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(watched[1], signal.SIGKILL)  # its death is then noticed by _died
 
-    def _begin_restart(self, worker: WorkerId, patience_s: float = 0.0) -> None:
-        """`patience_s`: it may come back by itself, or another router may see to it, so first wait for about so long."""
+    def _begin_restart(self, worker: WorkerId, died: Epoch | None, patience_s: float = 0.0) -> None:
+        """`died`: the life that is over. `patience_s`: it may come back by itself, or another router may see to it, so first
+        wait for about so long.
+        """
         running = self._restarts.get(worker)
         if self._control is not None and (running is None or running.done()):
-            task = self._bring_back(worker, patience_s, self._control)
+            task = self._bring_back(worker, died, patience_s, self._control)
             self._restarts[worker] = asyncio.get_running_loop().create_task(task)
 
-    async def _bring_back(self, worker: WorkerId, patience_s: float, control: ModelControl) -> None:
+    async def _bring_back(self, worker: WorkerId, died: Epoch | None, patience_s: float, control: ModelControl) -> None:
         await asyncio.sleep(patience_s * (1 + random.random()))
         for attempt in range(1_000_000):
             await asyncio.sleep(_BACKOFF_S[min(attempt, len(_BACKOFF_S) - 1)])
             destination = self._house.destination(worker)
-            if destination is None or (patience_s and self._house.fleet.is_up(worker)):
+            if destination is None or self._house.fleet.is_up(worker):
                 return
+            if died in self._left:  # its goodbye was read after its death was seen: somebody unloads it on purpose
+                return
+            loop = asyncio.get_running_loop()
             try:
-                await asyncio.get_running_loop().run_in_executor(self._threads, control.restart, destination)
+                if patience_s:
+                    await loop.run_in_executor(self._threads, control.reach, destination)
+                    await asyncio.sleep(_RECONNECT_S)
+                    if self._house.fleet.is_up(worker):
+                        return
+                await loop.run_in_executor(self._threads, control.restart, destination)
             except BatonError as error:
                 log.error("worker %s could not be restarted: %s", worker, error)
             else:

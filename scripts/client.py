@@ -83,8 +83,10 @@ class Client:
     Nothing is sent before the first call. A context manager; closing it cancels what is still running.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, request_id: str = "") -> None:
+        """`request_id`: what the router's journal calls the requests of this client."""
         self.address = address
+        self._request_id = request_id
         self._channel = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
         self._stream_infer = self._channel.unary_stream(
@@ -121,6 +123,7 @@ class Client:
         if prompt is not None and not isinstance(prompt, str):
             given = {"messages": json.dumps([dict(message) for message in prompt])}
         request = encode_request({**given, **fields, **_ALWAYS}, timeout_s)
+        request.id = self._request_id
         return Stream(self, self._stream_infer(request, timeout=timeout_s + _GRACE_S, metadata=_WITH_CODES))
 
     def explain(self, error: grpc.RpcError) -> BatonError:

@@ -6,8 +6,9 @@ A process of its own between `TritonServer` and the server, so that nothing outl
 - server and companions are killed by the kernel if this process itself is.
 Companions are processes beside the server, such as the front end; one that ends by itself is started again.
 
-The parent says `stop` or `kill`, a message each; this process says `pid <n>` and, if the server ends by itself,
-`exit <code>`. It ends when it was told to stop and nothing is left. Only the standard library: it starts in milliseconds.
+The parent says `stop`, `stop SECONDS` (in which requests may end) or `kill`, a message each; this process says `pid <n>`
+and, if the server ends by itself, `exit <code>`. It ends when it was told to stop and nothing is left. Only the standard
+library: it starts in milliseconds.
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _KILL_TIMEOUT_S = 5.0  # only a process stuck in the kernel takes longer
 _POLL_S = 0.02
+_DRAIN_POLL_S = 0.05
 _RESTART_PAUSE_S = 0.5
 SEPARATOR = "+++"
-STOPPING = "stopping"  # as in python_backends/triton/home.py, which is not imported: this starts in milliseconds
+# as in python_backends/triton/home.py, which is not imported: this starts in milliseconds
+DRAINING, DRAINED, STOPPING = "draining", "drained", "stopping"
 
 
 def remove_traces(run_dir: Path, shm_prefix: str) -> None:
@@ -102,12 +105,25 @@ def _supervise(channel: socket.socket, server: Process, companions: list[Process
         for companion in companions:
             if companion.ended in ready:
                 companion.restart()
-    if _hear(channel) != "kill":
+    said = _hear(channel)
+    if said != "kill":
+        _drain(channel, server.ended, run_dir, float(said.partition(" ")[2] or 0))
         (run_dir / STOPPING).touch()
         for process in (server, *companions):
             process.process.send_signal(signal.SIGTERM)
         _await_end(channel, server.ended, grace_s)
     _kill_all(server.process)
+
+
+def _drain(channel: socket.socket, ended: int, run_dir: Path, seconds: float) -> None:
+    """Until the router has nothing to do, `seconds` have passed, the server has ended or the parent says another word."""
+    if not seconds:
+        return
+    (run_dir / DRAINING).touch()
+    deadline = time.monotonic() + seconds
+    while not (run_dir / DRAINED).exists() and time.monotonic() < deadline:
+        if _await([channel.fileno(), ended], _DRAIN_POLL_S):
+            return  # what the parent says is heard by whoever awaits the end
 
 
 def _await_end(channel: socket.socket, ended: int, grace_s: float) -> None:

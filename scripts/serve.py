@@ -42,8 +42,11 @@ def _loading(waiting: list[str]) -> str:
     return f"Loading {', '.join(waiting)}" if waiting else "Opening the ports"
 
 
-def serve(server: TritonServer, console: Console) -> None:
-    """Until KeyboardInterrupt, which a signal raises. Raises as start_with_progress, Unavailable if the server dies."""
+def serve(server: TritonServer, console: Console, grace_s: float = 0.0) -> None:
+    """Until KeyboardInterrupt, which a signal raises; then requests that run have `grace_s` to end.
+
+    Raises as start_with_progress, Unavailable if the server dies.
+    """
     try:
         start_with_progress(server, console)
         _print_endpoints(server, console)
@@ -56,7 +59,8 @@ def serve(server: TritonServer, console: Console) -> None:
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, lambda *_: server.kill())
         signal.signal(signal.SIGTERM, lambda *_: server.kill())
-        console.print("Stopping; Ctrl-C again to hurry", highlight=False)
+        console.print(f"Stopping; requests have {grace_s:g} s to end, Ctrl-C again to hurry", highlight=False)
+        server.stop(grace_s)
     finally:
         server.stop()
 
@@ -71,6 +75,7 @@ def _print_endpoints(server: TritonServer, console: Console) -> None:
     table.add_row("gRPC", f"{host}:{server.grpc_port}")
     table.add_row("metrics", f"{host}:{server.metrics_port}/metrics")
     table.add_row("models", ", ".join(server.models))
+    table.add_row("run directory", str(server.run_dir))
     console.print("[green]Ready.[/green] Ctrl-C stops it.")
     console.print(table, highlight=False, markup=False)
     if "router" not in server.models:
@@ -93,6 +98,13 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
         "--grpc-port", type=int, default=8001, metavar="PORT", help="0 chooses a free one; with cluster.listen its grpc_port"
     )
     parser.add_argument("--metrics-port", type=int, default=8002, metavar="PORT", help="0 chooses a free one")
+    parser.add_argument(
+        "--grace",
+        type=float,
+        default=20.0,
+        metavar="SECONDS",
+        help="when it is stopped, how long requests that run may go on; new ones are refused meanwhile",
+    )
     return parser.parse_args(arguments)
 
 
@@ -114,7 +126,7 @@ def main(arguments: list[str] | None = None) -> int:
             metrics_port=options.metrics_port,
             openai_port=options.openai_port,
         )
-        serve(server, console)
+        serve(server, console, options.grace)
     except BatonError as error:
         print_error(console, error)
         return 1

@@ -45,10 +45,9 @@ class Usage:
 
 def pool_problem(metrics: str) -> str:
     """What is held in a server that serves nobody, or an empty string. `metrics`: text of the metrics port."""
-    values = {key: float(value) for key, value in re.findall(r"^(baton\S+) (\S+)$", metrics, re.MULTILINE)}
     held = {
         key: v
-        for key, v in values.items()
+        for key, v in metric_values(metrics).items()
         if v and ('state="held"' in key or key.startswith(("baton_leases", "baton_router_")))
     }
     return ", ".join(f"{key} is {value:.0f}" for key, value in held.items())
@@ -121,10 +120,16 @@ def _usage(server: TritonServer) -> Usage:
     return Usage(sum(p.num_threads() for p in processes), private / 2**20, shm / 2**20)
 
 
-def _metrics(server: TritonServer) -> str:
+def metrics_text(server: TritonServer) -> str:
+    """What the metrics port says."""
     with urllib.request.urlopen(f"http://{server.host}:{server.metrics_port}/metrics", timeout=10) as response:
         text: str = response.read().decode()
     return text
+
+
+def metric_values(text: str) -> dict[str, float]:
+    """`name{labels}` -> value, of Baton's own metrics."""
+    return {key: float(value) for key, value in re.findall(r"^(baton\S+) (\S+)$", text, re.MULTILINE)}
 
 
 def soak(server: TritonServer, minutes: float, clients: int, console: Console) -> str:
@@ -145,7 +150,7 @@ def soak(server: TritonServer, minutes: float, clients: int, console: Console) -
         load.stop()
         time.sleep(_SETTLE_S)
         failed = [outcome for outcome in load.outcomes if outcome.startswith("failed")]
-        problems = [*failed, pool_problem(_metrics(server)), growth_problem(before or usage, _usage(server))]
+        problems = [*failed, pool_problem(metrics_text(server)), growth_problem(before or usage, _usage(server))]
     return "; ".join(filter(None, problems))
 
 

@@ -127,12 +127,15 @@ class TritonServer:
             self.stop()
             raise
 
-    def stop(self) -> None:
-        """End the server and every process of its models, within about 8 s; remove all it left. Idempotent."""
+    def stop(self, grace_s: float = 0.0) -> None:
+        """End the server and every process of its models, within about 8 s; remove all it left. Idempotent.
+
+        `grace_s`: before that, requests that run may end within so long; new ones are refused.
+        """
         if self._guardian is not None:
-            self._say("stop")
+            self._say(f"stop {grace_s}" if grace_s else "stop")
             try:
-                self._guardian.wait(_STOP_TIMEOUT_S)
+                self._guardian.wait(grace_s + _STOP_TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 self._guardian.kill()  # the kernel then kills the server
                 self._guardian.wait()
@@ -260,7 +263,8 @@ class TritonServer:
         """The metrics service is the last of Triton's."""
         probes = {self.http_port: "/v2/health/ready", self.metrics_port: "/metrics"}
         if self.deployment.has_front_end:
-            probes[self.openai_port] = "/health"
+            # Without workers of its own it may have to wait for others' far longer than for itself.
+            probes[self.openai_port] = "/health" if self.deployment.workers else "/health/live"
         return all(self._answers(port, path) for port, path in probes.items())
 
     def _answers(self, port: int, path: str) -> bool:

@@ -228,7 +228,16 @@ class RouterConfig(Section, frozen=True):
             "meanwhile; the first is never held back. 0: as fast as the server takes them."
         ),
     ] = 0
-    max_attempts: Annotated[Positive, Meta(description="Tries of one request when workers die under it.")] = 4
+    max_attempts: Annotated[
+        Positive, Meta(description="Tries of one request that fail in a row; tokens that come in between begin a new row.")
+    ] = 4
+    max_worker_deaths: Annotated[
+        Positive,
+        Meta(
+            description="Workers that may die in a row under one request before it is failed, and its prompt refused for five "
+            "minutes. The last of them computes no other suspect besides."
+        ),
+    ] = 3
 
 
 class HealthConfig(Section, frozen=True):
@@ -236,6 +245,16 @@ class HealthConfig(Section, frozen=True):
     silent_s: Annotated[
         PositiveSeconds, Meta(description="Seconds of silence after which a living worker process is taken out.")
     ] = 5.0
+    canary_s: Annotated[
+        NonNegativeFloat,
+        Meta(
+            description="Seconds between canaries: requests of the router's own to each worker. A worker that fails two in a "
+            "row is given no work until it passes one. 0: none."
+        ),
+    ] = 2.0
+    canary_timeout_s: Annotated[
+        PositiveSeconds, Meta(description="Seconds in which a canary must pass, unless the worker works for others meanwhile.")
+    ] = 3.0
     restart: Annotated[bool, Meta(description="Restart dead or wedged workers through Triton's model control.")] = True
 
 

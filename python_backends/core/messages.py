@@ -164,6 +164,7 @@ class Heartbeat(msgspec.Struct, frozen=True, tag=True):
     lends: bool = False  # whether it lends and borrows cached blocks
     node_place: str = ""  # where users of the node store meet (core/shared_memory.py); empty: it uses none
     warm_up: bool = False  # its first handoff with each other worker is slow: make one before clients do
+    draining: bool = False  # it takes no new work
 
 
 class Leaving(msgspec.Struct, frozen=True, tag=True):
@@ -216,7 +217,17 @@ class Lend(msgspec.Struct, frozen=True, tag=True):
     hashes: list[bytes]
 
 
-ToWorker = RouterHeartbeat | Abort | ReleaseLease | Resync | Locate | Lend
+class Drain(msgspec.Struct, frozen=True, tag=True):
+    """Tell routers to send nothing new; after `grace_s` hand back what is not finished."""
+
+    grace_s: float
+
+
+class Resume(msgspec.Struct, frozen=True, tag=True):
+    """Take work again."""
+
+
+ToWorker = RouterHeartbeat | Abort | ReleaseLease | Resync | Locate | Lend | Drain | Resume
 
 from_worker_decoder = msgspec.msgpack.Decoder(FromWorker)
 to_worker_decoder = msgspec.msgpack.Decoder(ToWorker)

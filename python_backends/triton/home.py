@@ -17,8 +17,9 @@ from python_backends.core.deployment_key import OPERATOR_HEADER, deployment_key,
 from python_backends.core.errors import ConfigError
 from python_backends.core.paths import repository_root, run_base
 
-STOPPING = "stopping"
-"""File in the run directory that scripts/guardian.py makes before it stops the server."""
+DRAINING, DRAINED, STOPPING = "draining", "drained", "stopping"
+"""Files in the run directory. scripts/guardian.py makes the first, the router the second when it has nothing more to do;
+then, or when the time for that is over, the guardian makes the third and stops the server."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,14 @@ class Home:
     def door_address(self) -> str:
         """Where the router of this server listens for front ends."""
         return f"ipc://{self.run_dir}/door"
+
+    def draining(self) -> bool:
+        """Whether requests that run are to end and no others are to begin, since the server will be stopped."""
+        return (self.run_dir / DRAINING).exists()
+
+    def drained(self) -> None:
+        """Say that no request runs any more."""
+        (self.run_dir / DRAINED).touch()
 
     @property
     def operator_headers(self) -> dict[str, str]:

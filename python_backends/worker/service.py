@@ -8,16 +8,17 @@ import secrets
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from python_backends.core.config import Deployment, WorkerConfig
 from python_backends.core.curve import CurveKeys
-from python_backends.core.errors import InvalidRequest, TritonCode
+from python_backends.core.errors import InvalidRequest, TritonCode, Unavailable
 from python_backends.core.host import host_id
 from python_backends.core.messages import (
     Abort,
     BlockEvents,
     DecodeWork,
+    Drain,
     Heartbeat,
     Leaving,
     Lend,
@@ -29,6 +30,7 @@ from python_backends.core.messages import (
     PrefillWork,
     ReleaseLease,
     RequestFailed,
+    Resume,
     Resync,
     StepSample,
     TokenChunk,
@@ -39,6 +41,7 @@ from python_backends.core.place import place_of
 from python_backends.core.types import BlockHash, Epoch, GenerateRequest, RequestId, Role
 from python_backends.engines.base import CacheChange, EngineFactory, Lender, StepReporter, StoreReader, create_engine
 from python_backends.worker.channel import ChannelFactory, WorkerChannel
+from python_backends.worker.drain import DrainState
 from python_backends.worker.registration import Registration
 
 log = logging.getLogger(__name__)
@@ -76,6 +79,7 @@ class Worker:
         self._registration = Registration(cluster, self._place.channel, key) if cluster.registry and cluster.listen else None
         self._reader = self._engine if isinstance(self._engine, StoreReader) else None
         self._sequence = 0
+        self._drain = DrainState()
         self._live: dict[str, dict[RequestId, float]] = {}  # requests and their deadlines, by router that is known now
         self._live_lock = threading.Lock()
         health = deployment.health
@@ -101,8 +105,13 @@ class Worker:
             log.warning("worker %s: no router has answered yet; going on without", self._config.name)
 
     def submit(self, sealed: bytes) -> int:
-        """Hand work to the engine; returns how many pieces. Raises InvalidRequest for work that no router meant for it now."""
+        """Hand work to the engine; returns how many pieces. Raises InvalidRequest for work that no router meant for it now.
+
+        Raises Unavailable when this worker has been drained.
+        """
         work = self._orders.take(sealed)
+        if self._drain.over:
+            raise Unavailable(f"worker {self._config.name} is drained")
         role = self._config.role
         for piece in work:
             if isinstance(piece, PrefillWork) is not (role is Role.PREFILL):
@@ -152,6 +161,8 @@ class Worker:
     # --- on the channel's thread ---
 
     def heartbeat(self) -> Heartbeat:
+        if self._drain.is_time_to_leave():
+            self._hand_back()
         self._forget_overdue()
         info = self._engine.info
         return Heartbeat(
@@ -174,6 +185,7 @@ class Worker:
             lends=isinstance(self._engine, Lender),
             node_place=self._reader.node_place if self._reader else "",
             warm_up=info.warm_up,
+            draining=self._drain.draining,
         )
 
     def told(self, message: ToWorker) -> None:
@@ -186,6 +198,10 @@ class Worker:
                 self._engine.release(lease_id, message.end)
         elif isinstance(message, Resync):
             self._engine.resync()
+        elif isinstance(message, Drain):
+            self._drain.begin(message.grace_s)
+        elif isinstance(message, Resume):
+            self._drain.end()
         elif isinstance(message, Locate):
             self._locate(message)
         elif isinstance(message, Lend) and isinstance(self._engine, Lender):
@@ -209,10 +225,23 @@ class Worker:
         if not orphans:
             return None
         log.warning("worker %s: aborting %d requests of router %s", self._config.name, len(orphans), router)
-        for request_id in orphans:
+        return self._give_up(orphans, f"worker {self._config.name} heard nothing from its router")
+
+    def _hand_back(self) -> None:
+        """Have the routers continue elsewhere what is not finished."""
+        with self._live_lock:
+            live = {router: list(requests) for router, requests in self._live.items() if requests}
+            for requests in self._live.values():
+                requests.clear()
+        for router, orphans in live.items():
+            log.info("worker %s: handing back %d requests of router %s", self._config.name, len(orphans), router)
+            self._channel.send(self._give_up(orphans, f"worker {self._config.name} is drained"), router)
+
+    def _give_up(self, request_ids: Collection[RequestId], why: str) -> Outputs:
+        """Abort them; returns what to tell their router."""
+        for request_id in request_ids:
             self._engine.abort(request_id)
-        why = f"worker {self._config.name} heard nothing from its router"
-        failed: list[Output] = [RequestFailed(id, TritonCode.UNAVAILABLE, why, retryable=True) for id in orphans]
+        failed: list[Output] = [RequestFailed(id, TritonCode.UNAVAILABLE, why, retryable=True) for id in request_ids]
         return Outputs(self._place.worker, self._epoch, failed)
 
     # --- which requests are whose ---

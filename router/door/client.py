@@ -46,6 +46,7 @@ _Value = TypeVar("_Value")
 _HIGH_WATER_MARK = 100_000
 _GREET_S = 0.5
 _ANSWER_S = 2.0  # for news and what is looked for
+_MOST_ROUTERS = 3
 _SILENT_S = 5.0  # a living router that says nothing for so long is given up
 
 
@@ -59,6 +60,7 @@ class Answer:
         self._news = asyncio.Event()
         self._ended = False
         self.ask = ask
+        self.lost = 0  # routers, in a row, that died before they had another token for it
         self.token_ids: list[int] = [*ask.request.output_ids]  # received so far
 
     def __enter__(self) -> Answer:
@@ -95,6 +97,7 @@ class Answer:
     # --- for the client ---
 
     def add(self, piece: Piece) -> None:
+        self.lost = 0
         self.token_ids += piece.token_ids
         self._pieces.append(piece)
         self._end(piece.finish_reason is not None)
@@ -244,7 +247,11 @@ class DoorClient:
 
     def _find_router(self, welcome: Welcome) -> None:
         self._router = welcome
-        for answer in self._asks.values():
+        for answer in list(self._asks.values()):
+            if answer.lost >= _MOST_ROUTERS:
+                del self._asks[answer.ask.ask_id]
+                answer.fail(EngineFailure(f"{answer.lost} routers died in a row while this request ran; it is not tried again"))
+                continue
             request = msgspec.structs.replace(answer.ask.request, output_ids=list(answer.token_ids))
             self._send(msgspec.structs.replace(answer.ask, request=request))
 
@@ -252,6 +259,8 @@ class DoorClient:
         if self._router is not None:
             log.warning("the router is gone; %d requests wait for another", len(self._asks))
             self._router = None
+            for answer in self._asks.values():
+                answer.lost += 1
             self._alone_since = time.monotonic()
 
     def _give_up_waiting(self) -> None:

@@ -25,6 +25,8 @@ from router.door.messages import (
     Find,
     Found,
     FromRouter,
+    Manage,
+    Managed,
     ToRouter,
     Watch,
     Welcome,
@@ -60,6 +62,7 @@ class Door:
         """Raises zmq.ZMQError when the address can't be bound."""
         self._service = service
         self._front_ends: dict[bytes, _FrontEnd] = {}
+        self._tasks: set[asyncio.Task[None]] = set()  # what managers asked for
         self._context = zmq.asyncio.Context()
         self._socket: zmq.asyncio.Socket = self._context.socket(zmq.ROUTER)
         self._socket.set_hwm(_HIGH_WATER_MARK)
@@ -118,11 +121,28 @@ class Door:
             self._send(front_end, news_of(self._service.house, message.after))
         elif isinstance(message, Find):
             self._send(front_end, Found(message.what, self._service.house.journal.find(message.what)))
+        elif isinstance(message, Manage):
+            task = asyncio.get_running_loop().create_task(self._manage(front_end, message))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
         else:
             if front_end.pidfd is None:
                 self._watch(front_end, message.pid)
             house = self._service.house
             self._send(front_end, Welcome(house.name, os.getpid(), house.trouble))
+
+    async def _manage(self, front_end: _FrontEnd, message: Manage) -> None:
+        drains, error = self._service.drains, ""
+        try:
+            if message.action == "drain":
+                await drains.drain(message.worker, message.grace_s)
+            elif message.action == "restart":
+                await drains.restart(message.worker, message.grace_s)
+            else:
+                drains.resume(message.worker)
+        except BatonError as failed:
+            error = str(failed)
+        self._send(front_end, Managed(message.number, error))
 
     def _drop(self, front_end: _FrontEnd, ask_id: AskId) -> None:
         run = front_end.runs.pop(ask_id, None)
@@ -151,6 +171,8 @@ class Door:
             front_end.pidfd = None
 
     def _close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
         for front_end in self._front_ends.values():
             self._unwatch(front_end)
             if front_end.flushing:

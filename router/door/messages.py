@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from python_backends.core.types import Role, WorkerId, WorkerLoad
@@ -49,7 +51,16 @@ class Find(msgspec.Struct, frozen=True, tag=True):
     what: str
 
 
-ToRouter = Hello | Ask | Drop | Watch | Find
+class Manage(msgspec.Struct, frozen=True, tag=True):
+    """Drain a worker, use it again, or restart it once it is drained. The answer is Managed, when that is done."""
+
+    number: int  # of the sender's choice
+    action: Literal["drain", "resume", "restart"]
+    worker: WorkerId
+    grace_s: float = 0.0
+
+
+ToRouter = Hello | Ask | Drop | Watch | Find | Manage
 
 # --- router -> front end ----------------------------------------------------------------------------------------------
 
@@ -87,6 +98,7 @@ class WorkerNews(msgspec.Struct, frozen=True):
     id: WorkerId
     role: Role
     up: bool
+    resting: str  # why it is given no new work, though it is up
     pid: int
     epoch: str  # a number that JavaScript could not hold
     silent_s: float  # since its last heartbeat
@@ -116,7 +128,12 @@ class Found(msgspec.Struct, frozen=True, tag=True):
     records: list[Record]
 
 
-FromRouter = Welcome | Answers | News | Found
+class Managed(msgspec.Struct, frozen=True, tag=True):
+    number: int
+    error: str  # empty: it is done
+
+
+FromRouter = Welcome | Answers | News | Found | Managed
 
 to_router_decoder = msgspec.msgpack.Decoder(ToRouter)
 from_router_decoder = msgspec.msgpack.Decoder(FromRouter)

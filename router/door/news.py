@@ -37,6 +37,7 @@ def _worker(view: WorkerView, now: float) -> WorkerNews:
         id=view.id,
         role=view.role,
         up=view.up,
+        resting=view.resting or ("drained" if view.heartbeat.draining else ""),
         pid=heartbeat.pid,
         epoch=str(view.epoch),
         silent_s=now - view.heard,

@@ -45,7 +45,7 @@ class RouterKeeper:
             if door.alone_s > _PATIENCE_S:
                 log.warning("the router is gone; restarting it")
                 await self._restart()
-                await asyncio.sleep(_BACKOFF_S if door.router is None else 0.0)
+                await _router_or_timeout(door, _BACKOFF_S)
 
     async def _restart(self) -> None:
         try:
@@ -55,3 +55,11 @@ class RouterKeeper:
                     answer.raise_for_status()
         except httpx2.HTTPError as error:
             log.error("the router could not be restarted: %s", error)
+
+
+async def _router_or_timeout(door: DoorClient, timeout_s: float) -> None:
+    """The router that was loaded is found a moment later."""
+    for _ in range(int(timeout_s / _LOOK_EVERY_S)):
+        if door.router is not None:
+            return
+        await asyncio.sleep(_LOOK_EVERY_S)

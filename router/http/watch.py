@@ -116,7 +116,7 @@ def _what_matters(news: News | None) -> object:
     """What must be told at once when it changes."""
     if news is None:
         return None
-    workers = [(w.id, w.up, w.epoch, w.requests, w.load) for w in news.workers]
+    workers = [(w.id, w.up, w.resting, w.epoch, w.requests, w.load) for w in news.workers]
     return news.router, news.trouble, news.sequence, news.requests, workers
 
 

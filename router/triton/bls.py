@@ -91,6 +91,11 @@ class TritonModelControl:
         self._own = own
         self._remote = remote
 
+    def reach(self, worker: Destination) -> None:
+        """See router.supervisor.ModelControl."""
+        if worker.worker not in self._own:
+            self._remote.reach(worker)
+
     def restart(self, worker: Destination) -> None:
         """Blocks until the model is up. Raises Unavailable.
 

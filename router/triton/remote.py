@@ -19,10 +19,14 @@ from router.seams import Destination
 HOW_TO_RESTART = "restarts need tritonserver --model-control-mode=explicit --load-model=* (scripts/serve does that)"
 
 _SUBMIT_TIMEOUT_S = 5.0
+_REACH_TIMEOUT_S = 2.0
 _RESTART_TIMEOUT_S = 300.0  # for one load: weights may be large
 _OPTIONS = (
     ("grpc.max_send_message_length", -1),
+    # What was lost on the way must not be waited for: TCP itself tries again after ever longer pauses, at last of minutes.
     ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.min_reconnect_backoff_ms", 2_000),  # also how long a connection may take to be made
     ("grpc.max_reconnect_backoff_ms", 1_000),
 )
 
@@ -50,6 +54,13 @@ class RemoteServers:
                 failed(f"worker {worker.worker} did not take the request: {_words(error)}")
 
         call.add_done_callback(done)
+
+    def reach(self, worker: Destination) -> None:
+        """Raises Unavailable when the server does not answer at once."""
+        try:
+            self._stub(worker.server).ServerLive(service_pb2.ServerLiveRequest(), timeout=_REACH_TIMEOUT_S)
+        except grpc.RpcError as error:
+            raise Unavailable(f"{worker.server}: {_words(error)}") from error
 
     def restart(self, worker: Destination) -> None:
         """Blocks until the model is up. Raises Unavailable."""

@@ -54,7 +54,7 @@ class RouterModel:
             TritonSubmitter(home.key, own, remote),
             TritonModelControl(home.triton_address, home.operator_headers, own, remote),
             meter,
-            home.stopping,
+            home,
         )
         self._tracer = _begin_tracing(home.deployment, self._service, meter)
         self._service.start()

@@ -46,6 +46,7 @@ from python_backends.engines.base import Engine
 from python_backends.worker.channel import ChannelListener
 from python_backends.worker.service import Worker
 from router.channel import RouterChannel
+from router.fleet import WorkerView
 from router.journal import Record
 from router.run import Run
 from router.seams import Destination, Snapshot
@@ -80,7 +81,7 @@ def _deployment(roles: Sequence[Role]) -> Deployment:
         engine=EngineConfig(block_size=4, max_batch=4, step_tokens=8, max_queue=5),
         transfer=TransferConfig(lease_s=_LEASE_S, timeout_s=0.5),
         router=RouterConfig(max_requests=_MAX_REQUESTS, worker_wait_s=10.0, default_deadline_s=_LONG_S),
-        health=HealthConfig(heartbeat_s=1.0, silent_s=_SILENT_S),
+        health=HealthConfig(heartbeat_s=1.0, silent_s=_SILENT_S, canary_s=0),
     )
 
 
@@ -116,6 +117,12 @@ class _Observer:
 
     def warmed(self, verdict: str) -> None:
         """No engine here asks for it."""
+
+    def probed(self, worker: WorkerView, verdict: str) -> None:
+        """There are no canaries here: they would fill the histories with themselves."""
+
+    def paired(self, prefill: WorkerId, decode: WorkerId, verdict: str) -> None:
+        """As above."""
 
     def tokens(self, count: int, gap_s: float) -> None:
         """Time is not real."""
@@ -494,7 +501,7 @@ class RouterWorld:
         service._loop = self.loop
         health = self._deployment.health
         service._supervisor = Supervisor(service.house, health, None)
-        service._channel = RouterChannel(service.house, service._supervisor, "place", _KEYS, health.heartbeat_s)
+        service._channel = RouterChannel(service.house, service._supervisor, "place", _KEYS, health)
         self._lines = {name: _Line(self, name, service.house.name) for name in self.nodes}
         service._channel._connections = cast(Any, self._lines)
         chores = (service._channel.beat(), service._supervisor.watch(), service._refresh())

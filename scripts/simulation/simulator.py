@@ -17,6 +17,7 @@ from python_backends.core.config import Deployment, EngineConfig, RouterConfig, 
 from python_backends.core.errors import BatonError
 from python_backends.core.messages import Work
 from python_backends.core.types import BlockHash, LeaseEnd, RequestId, Role, SamplingParams, WorkerId
+from router.fleet import WorkerView
 from router.house import House
 from router.journal import Record
 from router.run import Run
@@ -219,6 +220,12 @@ class Simulation:
 
     def warmed(self, verdict: str) -> None:
         """Simulated workers need no first handoff."""
+
+    def probed(self, worker: WorkerView, verdict: str) -> None:
+        """Simulated workers get no canaries."""
+
+    def paired(self, prefill: WorkerId, decode: WorkerId, verdict: str) -> None:
+        """As above."""
 
     def tokens(self, count: int, gap_s: float) -> None:
         """Gaps are counted where they happen: the workers tell of several steps at once."""

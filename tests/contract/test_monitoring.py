@@ -95,6 +95,10 @@ tests:
     input_series:
       - {series: 'baton_ready{instance="a"}', values: '1+0x40'}
       - {series: 'baton_worker_up{instance="a",worker="decode",role="decode"}', values: '1+0x9 0+0x30'}
+      - {series: 'baton_kv_block_bytes{instance="a",worker="decode",role="decode"}', values: '4096+0x40'}
+      - {series: 'baton_worker_up{instance="a",worker="gone",role="decode"}', values: '0+0x40'}
+      - {series: 'baton_prefix_events{instance="a",worker="gone",role="decode"}', values: '0+0x40'}
+      - {series: 'baton_kv_block_bytes{instance="a",worker="gone",role="decode"}', values: '0+0x40'}
       - {series: 'baton_prefix_events{instance="a",worker="decode",role="decode"}', values: '1+0x9 0+0x30'}
       - {series: 'baton_requests_total{instance="a",outcome="ok",route="remote"}', values: '0+95x40'}
       - {series: 'baton_requests_total{instance="a",outcome="failed",route="remote"}', values: '0+5x40'}

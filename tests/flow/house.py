@@ -13,6 +13,7 @@ import queue
 import secrets
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -101,6 +102,8 @@ def deployment(
     transfer_timeout_s: float = 2.0,
     silent_s: float = 10.0,
     store: StoreConfig | None = None,
+    canary_s: float = 0.0,
+    canary_timeout_s: float = 0.5,
 ) -> Deployment:
     """Workers are named prefill_0, prefill_1 ..., decode_0 ..., aggregated_0 ..."""
     roles = [(Role.PREFILL, prefill), (Role.DECODE, decode), (Role.AGGREGATED, aggregated)]
@@ -114,7 +117,7 @@ def deployment(
         ),
         store=store or StoreConfig(),
         router=router or RouterConfig(mode="always-remote", worker_wait_s=5.0, default_deadline_s=TIMEOUT_S),
-        health=HealthConfig(heartbeat_s=0.05, silent_s=silent_s),
+        health=HealthConfig(heartbeat_s=0.05, silent_s=silent_s, canary_s=canary_s, canary_timeout_s=canary_timeout_s),
     )
 
 
@@ -198,6 +201,8 @@ class Counts:
         self.ways: list[Way] = []
         self.outcomes: list[Outcome] = []
         self.warm_ups: list[str] = []
+        self.canaries: list[tuple[str, str]] = []  # worker, verdict
+        self.pairs: list[tuple[str, str, str]] = []  # prefill, decode, verdict
         self.retries = 0
 
     def refresh(self, snapshot: Snapshot) -> None:
@@ -211,6 +216,12 @@ class Counts:
 
     def warmed(self, verdict: str) -> None:
         self.warm_ups.append(verdict)
+
+    def probed(self, worker: WorkerView, verdict: str) -> None:
+        self.canaries.append((worker.id, verdict))
+
+    def paired(self, prefill: WorkerId, decode: WorkerId, verdict: str) -> None:
+        self.pairs.append((prefill, decode, verdict))
 
     def tokens(self, count: int, gap_s: float) -> None:
         """Only the journal keeps times."""
@@ -280,6 +291,12 @@ class OwnProcess:
         with suppress(ProcessLookupError):
             os.kill(self.process.pid, number)
 
+    def unload(self) -> None:
+        """Told to end, it says goodbye."""
+        if self.process.is_alive():
+            self.signal(signal.SIGTERM)
+            self.process.join(TIMEOUT_S)
+
     def close(self) -> None:
         self.signal(signal.SIGCONT)
         self.signal(signal.SIGKILL)
@@ -293,17 +310,20 @@ def _work(config: Deployment, worker: WorkerConfig, address: str, key: bytes, li
     """The life of a worker process."""
     service = Worker(config, worker, address, key)
     service.start()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     line.send_bytes(b"ready")
-    while True:
-        try:
+    try:
+        while True:
             sealed = line.recv_bytes()
-        except EOFError:
-            return
-        try:
-            service.submit(sealed)
-            line.send_bytes(b"")
-        except BatonError as error:
-            line.send_bytes(str(error).encode())
+            try:
+                service.submit(sealed)
+                line.send_bytes(b"")
+            except BatonError as error:
+                line.send_bytes(str(error).encode())
+    except EOFError:
+        return
+    except SystemExit:
+        service.close()
 
 
 class FlowHouse:
@@ -390,9 +410,13 @@ class FlowHouse:
     def _submit(self, worker: Destination, work: Work, failed: Callable[[str], None]) -> None:
         self.workers[worker.model].hand_over(worker, work, failed)
 
+    def reach(self, worker: Destination) -> None:
+        """See router.supervisor.ModelControl."""
+
     def restart(self, worker: Destination) -> None:
         """See router.supervisor.ModelControl."""
         name = worker.model
+        self.workers[name].unload()
         self.workers[name].close()
         made = self.workers[name] = OwnProcess(self.config, self.config.worker(name), self.address(name), self.key)
         try:

@@ -8,7 +8,7 @@ import time
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import psutil
@@ -22,6 +22,19 @@ TIMEOUT_S = 120.0
 _DTYPES = {spec.name: spec.dtype for spec in ROUTER_INPUTS}
 _NUMPY = {"STRING": np.object_, "INT32": np.int32, "FP32": np.float32, "BOOL": np.bool_, "UINT64": np.uint64}
 _WIRE = {"STRING": "BYTES"}
+
+
+class Server(Protocol):
+    """A running server, wherever it is."""
+
+    @property
+    def host(self) -> str: ...
+
+    @property
+    def grpc_port(self) -> int: ...
+
+    @property
+    def metrics_port(self) -> int: ...
 
 
 @dataclass
@@ -64,7 +77,7 @@ def tensors(fields: Mapping[str, Any]) -> list[triton.InferInput]:
 class Asking:
     """One gRPC stream, so any number of requests at once from one thread."""
 
-    def __init__(self, server: TritonServer, *, with_codes: bool = False) -> None:
+    def __init__(self, server: Server, *, with_codes: bool = False) -> None:
         """`with_codes`: errors carry their code, and the first one ends the stream, as Triton has it."""
         self._client = triton.InferenceServerClient(f"{server.host}:{server.grpc_port}")
         self._events: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
@@ -116,7 +129,7 @@ def _request_of(error: Any, answers: Mapping[str, Answer]) -> str:
     return (named or open_requests)[0]
 
 
-def metrics(server: TritonServer) -> dict[str, float]:
+def metrics(server: Server) -> dict[str, float]:
     """`name{labels}` -> value, of Baton's own metrics."""
     with urllib.request.urlopen(f"http://{server.host}:{server.metrics_port}/metrics", timeout=10) as response:
         text = response.read().decode()
@@ -128,7 +141,7 @@ def total(values: Mapping[str, float], name: str, **labels: str) -> float:
     return sum(v for key, v in values.items() if key.startswith(name + "{") and all(w in key for w in wanted))
 
 
-def wait_until_nothing_is_held(server: TritonServer, within_s: float) -> None:
+def wait_until_nothing_is_held(server: Server, within_s: float) -> None:
     """Pool counters of every worker: no block held, no lease, free + cached the whole pool."""
     end = time.monotonic() + within_s
     while True:

@@ -282,7 +282,8 @@ def test_every_family_is_exported_with_its_type_and_labels(served: TritonServer)
 def test_an_idle_server_changes_no_metric(served: TritonServer) -> None:
     before = metrics(served)
     time.sleep(1.5)
-    assert metrics(served) == before
+    changed = {key.partition("{")[0] for key, value in metrics(served).items() if before.get(key) != value}
+    assert changed <= {"baton_canaries_total", "baton_handoff_canaries_total"}
 
 
 def test_prometheus_can_answer_every_panel_and_rule(served: TritonServer, tmp_path: Path) -> None:

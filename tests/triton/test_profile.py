@@ -41,7 +41,8 @@ def test_a_running_server_is_profiled(fake_server: TritonServer, tmp_path: Path)
 
 def test_a_deployment_that_is_disaggregated_already_is_told(fake_server: TritonServer, tmp_path: Path) -> None:
     url = f"http://{fake_server.host}:{fake_server.http_port}"
-    done = _profile("--server", url, "--out", tmp_path, *LOAD[:6], "--duration", 2, "--warmup", 0.2, "--drain", 10)
+    remote = ("--fields", '{"route": "remote"}')
+    done = _profile("--server", url, "--out", tmp_path, *LOAD[:6], *remote, "--duration", 2, "--warmup", 0.2, "--drain", 10)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Not known: this deployment is disaggregated already." in done.stdout
     assert done.stdout.strip().splitlines()[-1] == f"Page: {tmp_path}/profile.html"

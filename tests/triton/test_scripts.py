@@ -127,7 +127,7 @@ def fake_deployment(tmp_path: Path) -> Path:
 def test_serve_prints_a_curl_line_that_works_and_stops_on_ctrl_c(fake_deployment: Path, tmp_path: Path) -> None:
     """Two servers at once, from another directory; one with streams in flight when it is stopped."""
     ports = FREE_PORTS
-    first, second = (_serving("--config", fake_deployment.name, *ports, cwd=tmp_path) for _ in range(2))
+    first, second = (_serving("--config", fake_deployment.name, *ports, "--grace", "1", cwd=tmp_path) for _ in range(2))
     (one, one_curl), (two, two_curl) = first, second
     assert '"text_output":"' in _pasted(one_curl)
     endless = one_curl.replace('"max_tokens": 32', '"max_tokens": 3000')

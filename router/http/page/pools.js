@@ -68,7 +68,8 @@ function update(card, worker, known) {
   else card.downSince ||= Date.now();
   card.element.classList.toggle("down", !worker.up);
   const silent = worker.silent_s > 1.5 ? `, silent for ${worker.silent_s.toFixed(0)} s` : "";
-  say(card.state, worker.up ? (known ? `up${silent}` : "unknown") : `down for ${Math.max(Math.round((Date.now() - card.downSince) / 1000), 1)} s`);
+  const rests = worker.resting ? `, rests: ${worker.resting}` : "";
+  say(card.state, worker.up ? (known ? `up${silent}${rests}` : "unknown") : `down for ${Math.max(Math.round((Date.now() - card.downSince) / 1000), 1)} s`);
   card.state.classList.toggle("unknown", worker.up && !known);
   say(card.batch, String(up ? load.running_requests : 0));
   say(card.queue, String(up ? load.queued_requests : 0));

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from python_backends.core.messages import StepSample
-from router.cost_model import LinkModel, StepModel, prefill_ms
+from router.cost_model import TERMS, LinkModel, StepModel, prefill_ms
 
 LAW = (8.0, 0.03, 2e-6, 0.05, 6e-5)  # about a GPU's
 CALIBRATION = [(64, 2048, 0, 0), (0, 0, 1, 64), (0, 0, 8, 512), (256, 32_768, 0, 0), (0, 0, 8, 4096), (256, 294_912, 0, 0)]
@@ -210,3 +210,13 @@ def test_transfers_of_nothing_teach_only_the_overhead() -> None:
         link.learn(0, transfer_ms=0.0, total_ms=9.0)
     assert link.bytes_per_ms == rate
     assert link.transfer_ms(0) == pytest.approx(9, rel=0.02)
+
+
+def test_a_model_that_predicts_nothing_at_all_still_learns() -> None:
+    model = StepModel([StepSample(64, 2048.0, 0, 0, ms=1.0)])
+    for _ in range(40):
+        model.learn(StepSample(64, 2048.0, 0, 0, ms=1.0))
+    model.coefficients = [0.0] * len(TERMS)
+    for _ in range(40):
+        model.learn(StepSample(64, 2048.0, 0, 0, ms=8.0))
+    assert model.step_ms(64, 2048.0, 0, 0) > 0

@@ -53,7 +53,7 @@ def test_a_lost_worker_is_told_to_all_who_wait_for_it() -> None:
     mailroom = Mailroom()
     with mailroom.box(R1, D0) as first, mailroom.box(R2, D1) as second:
         mailroom.deliver([chunk(R1)])
-        mailroom.lose(D0, "d0 died")
+        mailroom.lose(D0, "d0 died", died=True)
         assert contents(first) == [chunk(R1), RequestFailed(R1, TritonCode.UNAVAILABLE, "d0 died", retryable=True)]
         assert contents(second) == []
 

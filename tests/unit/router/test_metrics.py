@@ -163,11 +163,11 @@ def test_a_worker_that_is_gone_holds_nothing() -> None:
     load = WorkerLoad(running_requests=3, held_blocks=7, free_blocks=1, total_blocks=8, active_leases=2)
     beat = msgspec.structs.replace(heartbeat(), load=load)
     held = 'baton_kv_blocks{worker="decode",role="decode",state="held"}'
-    worker = WorkerView(beat, heard=0.0)
-    _refresh(meter, Snapshot({}, 0, 0, 0, 0, [worker]))
+    _refresh(meter, Snapshot({}, 0, 0, 0, 0, [WorkerView(beat, 0.0)]))
     assert port.values[held] == 7
-    worker.up = False
-    _refresh(meter, Snapshot({}, 0, 0, 0, 0, [worker]))
+    gone = WorkerView(beat, 0.0)
+    gone.up = False
+    _refresh(meter, Snapshot({}, 0, 0, 0, 0, [gone]))
     assert port.values[held] == port.values['baton_leases{worker="decode",role="decode"}'] == 0
 
 
@@ -196,3 +196,18 @@ def test_only_what_the_table_knows_is_counted_with_the_labels_it_says() -> None:
     for key in port.values:
         name, _, rest = key.partition("{")
         assert set(re.findall(r"(\w+)=", rest)) - {"le"} == labels[name], key
+
+
+def test_of_a_worker_that_left_nothing_stands() -> None:
+    """Its last queue would keep an autoscaler from shrinking for ever."""
+    meter, port = _metered()
+    stays, leaves = (WorkerView(heartbeat(name), 0.0) for name in ("decode", "decode_1"))
+    _refresh(meter, Snapshot({}, 0, 0, 0, 0, [stays, leaves]))
+    assert port.values[f'baton_worker_up{{worker="decode_1",role="{leaves.role.value}"}}'] == 1
+    _refresh(meter, Snapshot({}, 0, 0, 0, 0, [stays]))
+    left = {key: value for key, value in port.values.items() if 'worker="decode_1"' in key and "_total" not in key}
+    assert len(left) > 5
+    assert not any(left.values())
+    assert port.values[f'baton_worker_up{{worker="decode",role="{stays.role.value}"}}'] == 1
+    _refresh(meter, Snapshot({}, 0, 0, 0, 0, [stays, leaves]))
+    assert port.values[f'baton_worker_up{{worker="decode_1",role="{leaves.role.value}"}}'] == 1

@@ -1,7 +1,7 @@
 """How fast the CPU engine computes, against what the machine can do and against plain PyTorch and transformers.
 
-    python -m scripts.bench_engine --threads 2 --against torch
-    python -m scripts.bench_engine --weights int8 --quality
+    scripts/bench engine --threads 2 --against torch
+    scripts/bench engine --weights int8 --quality
 
 Measures, without scheduler and server: prefill in chunks as the engine does it, and decode steps by batch and context,
 greedy draw included. Every repetition runs all contenders one after the other, in turns from either end; the table shows

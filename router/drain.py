@@ -1,0 +1,103 @@
+"""Workers that are to be stopped without anybody noticing: drained, restarted one after the other, or used again.
+
+A drained worker says so in its heartbeats, so every router stops giving it work. What it has it finishes within the grace
+period; after that it hands the rest back, and routers have it continued elsewhere, exactly.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+
+from python_backends.core.errors import BatonError, Unavailable
+from python_backends.core.messages import Drain, Resume, ToWorker
+from python_backends.core.types import Role, WorkerId
+from router.fleet import WorkerView
+from router.house import House
+from router.supervisor import ModelControl, Supervisor
+
+log = logging.getLogger(__name__)
+
+_LOOK_EVERY_S = 0.05
+_PATIENCE_S = 10.0  # beyond the grace period
+_BACK_S = 60.0  # from loaded to used
+
+
+class Drains:
+    """Belongs to the router's event loop. All of it raises Unavailable, which says what did not happen."""
+
+    def __init__(
+        self,
+        house: House,
+        say: Callable[[WorkerId, ToWorker], None],
+        supervisor: Supervisor,
+        control: ModelControl | None,
+    ) -> None:
+        """`say`: a message to a worker by its channel. `supervisor`: it must not take a restart for a death."""
+        self._house = house
+        self._say = say
+        self._supervisor = supervisor
+        self._control = control
+
+    async def drain(self, worker: WorkerId, grace_s: float) -> None:
+        """Return when the worker does nothing any more. Where nobody else can do its work, nothing is waited for."""
+        view = self._up(worker)
+        grace_s = grace_s if self._replaceable(view) else 0.0
+        log.info("worker %s is drained, within %.1f s", worker, grace_s)
+        self._say(worker, Drain(grace_s))
+        await self._until(lambda: self._is_idle(view), grace_s + _PATIENCE_S, f"worker {worker} is still at work")
+
+    def resume(self, worker: WorkerId) -> None:
+        """Use a drained worker again."""
+        self._up(worker)
+        self._say(worker, Resume())
+
+    async def restart(self, worker: WorkerId, grace_s: float) -> None:
+        """Drain the worker, load its model anew, and return when it is given work again."""
+        epoch = self._up(worker).epoch
+        destination = self._house.destination(worker)
+        if self._control is None or destination is None:
+            raise Unavailable("nothing here can restart models: see ModelControl")
+        await self.drain(worker, grace_s)
+        self._supervisor.left(worker, epoch)
+        try:
+            await asyncio.get_running_loop().run_in_executor(None, self._control.restart, destination)
+        except BatonError:
+            self._supervisor.bring_back(worker)
+            raise
+
+        def is_back() -> bool:
+            now = self._house.fleet.get(worker)
+            return now is not None and now.available and now.epoch != epoch
+
+        await self._until(is_back, _BACK_S, f"worker {worker} was restarted and is not used yet")
+        log.info("worker %s was restarted as asked", worker)
+
+    def _up(self, worker: WorkerId) -> WorkerView:
+        view = self._house.fleet.get(worker)
+        if view is None or not view.up:
+            known = ", ".join(sorted(other.id for other in self._house.fleet.up())) or "none"
+            raise Unavailable(f"no worker {worker} is up; those that are: {known}")
+        return view
+
+    def _replaceable(self, view: WorkerView) -> bool:
+        """Whether another worker can take its work now: prefill can be done by anybody who decodes."""
+        others = [other for other in self._house.fleet.available() if other.id != view.id]
+        return any(other.role is not Role.PREFILL or view.role is Role.PREFILL for other in others)
+
+    def _is_idle(self, view: WorkerView) -> bool:
+        now = self._house.fleet.get(view.id)
+        if now is None or not now.up or now.epoch != view.epoch:
+            return True  # it is gone altogether
+        load = now.heartbeat.load
+        at_work = load.queued_requests or load.running_requests or load.active_leases
+        return now.heartbeat.draining and not now.requests and not at_work
+
+    async def _until(self, condition: Callable[[], bool], within_s: float, trouble: str) -> None:
+        end = time.monotonic() + within_s
+        while not condition():
+            if time.monotonic() > end:
+                raise Unavailable(f"{trouble} after {within_s:.0f} s")
+            await asyncio.sleep(_LOOK_EVERY_S)

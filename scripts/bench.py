@@ -1,0 +1,31 @@
+"""Benchmarks. Each part has a --help of its own; results and how to read them: docs/benchmarks.md
+
+    scripts/bench served     what a deployment is like to use: serving, prefix cache, handoff, scale, start, memory
+    scripts/bench engine     how fast the CPU engine computes, against the machine's limits, PyTorch and transformers
+
+The mixed load, on two deployments or on a rival's server in turn: scripts/compare --scenario mixed
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+_PARTS = ("served", "engine")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help"):
+        print(__doc__.strip())
+        return 0 if given else 2
+    if given[0] not in _PARTS:
+        print(f"error: {given[0]!r} is no benchmark; there are {', '.join(_PARTS)}", file=sys.stderr)
+        return 2
+    code: int = importlib.import_module(f"scripts.benchmarks.{given[0]}").main(given[1:])
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

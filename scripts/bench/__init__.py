@@ -1,1 +1,0 @@
-"""Benchmarks. Each module is a command: `.venv/bin/python -m scripts.bench.NAME --help`."""

@@ -1,0 +1,271 @@
+"""What is injected: kinds that hit one process at a moment (Strike), and deployments in which something is always wrong.
+
+A strike waits until a request is in the wanted state at a worker of the wanted role, hits that very worker, and says when
+what was hit serves again.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from python_backends.core.deployment_key import OPERATOR_HEADER, deployment_key, operator_secret
+from python_backends.core.errors import BatonError, Unavailable
+from python_backends.core.types import Role
+from router.door.messages import News, WorkerNews
+from router.lifecycle import State
+from scripts.client import Client
+from scripts.injection.load import OpenAIWay, TritonWay
+from scripts.injection.watch import find_victim, wait_for
+from scripts.router_door import RouterDoor
+from scripts.tritonserver import TritonServer
+
+VICTIM_S = 30.0
+BACK_S = 60.0
+SILENT_S = 1.5  # health.silent_s of the deployments here: a worker that is stopped for longer is replaced
+_PAUSE_S = 0.7  # a worker that is stopped for so long is only late
+_BURST = 16
+_BURST_ID = "burst"
+_LOAD_S = 60.0
+_RED_S = 10.0  # as promised
+
+ROLES = ("prefill", "decode", "aggregated", "router")
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """A server under load, and what is known about it."""
+
+    server: TritonServer
+    door: RouterDoor
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """An injection that was made. Instants are monotonic seconds."""
+
+    at: float
+    clients: list[str]  # whose requests were at what was hit
+    back: float  # when that served again
+
+
+@dataclass(frozen=True, slots=True)
+class Strike:
+    """`strike` raises Unavailable when there is nothing to hit, or when what was hit does not come back."""
+
+    what: str
+    where: str
+    when: str
+    strike: Callable[[Scene], Hit]
+    only: type[TritonWay | OpenAIWay] | None = None  # clients that can survive it
+
+
+def _victim(scene: Scene, role: Role, state: State) -> tuple[WorkerNews, list[str]]:
+    what = f"a request {state.value} at a {role.value} worker"
+    return wait_for(scene.door, lambda news: find_victim(news, role, state), VICTIM_S, what)
+
+
+def _back(scene: Scene, worker: WorkerNews, *, new_life: bool) -> float:
+    def is_back(news: News) -> bool | None:
+        return (
+            any(
+                w.id == worker.id and w.up and not w.resting and (not new_life or w.epoch != worker.epoch) for w in news.workers
+            )
+            or None
+        )
+
+    wait_for(scene.door, is_back, BACK_S, f"{worker.id} is back")
+    return time.monotonic()
+
+
+def _signal_worker(number: int, role: Role, state: State) -> Callable[[Scene], Hit]:
+    """The worker's process is dead, or stands still until it is replaced."""
+
+    def strike(scene: Scene) -> Hit:
+        worker, clients = _victim(scene, role, state)
+        at = time.monotonic()
+        os.kill(worker.pid, number)
+        return Hit(at, clients, _back(scene, worker, new_life=True))
+
+    return strike
+
+
+def _pause_worker(role: Role, state: State) -> Callable[[Scene], Hit]:
+    """It stands still for a moment that nobody takes for death."""
+
+    def strike(scene: Scene) -> Hit:
+        worker, clients = _victim(scene, role, state)
+        at = time.monotonic()
+        os.kill(worker.pid, signal.SIGSTOP)
+        time.sleep(_PAUSE_S)
+        os.kill(worker.pid, signal.SIGCONT)
+        return Hit(at, clients, _back(scene, worker, new_life=False))
+
+    return strike
+
+
+def _reload_worker(role: Role, state: State) -> Callable[[Scene], Hit]:
+    """Somebody has Triton unload and load the model."""
+
+    def strike(scene: Scene) -> Hit:
+        worker, clients = _victim(scene, role, state)
+        key = deployment_key(scene.server.deployment.security.key_file, scene.server.run_dir)
+        headers = {OPERATOR_HEADER: operator_secret(key)}
+        at = time.monotonic()
+        for action in ("unload", "load"):
+            url = f"http://{scene.server.host}:{scene.server.http_port}/v2/repository/models/{worker.id}/{action}"
+            with urllib.request.urlopen(urllib.request.Request(url, b"{}", headers), timeout=_LOAD_S) as response:
+                response.read()
+        return Hit(at, clients, _back(scene, worker, new_life=True))
+
+    return strike
+
+
+def _drain_and_restart(role: Role, state: State) -> Callable[[Scene], Hit]:
+    """As scripts/rolling-restart does with each worker."""
+
+    def strike(scene: Scene) -> Hit:
+        worker, clients = _victim(scene, role, state)
+        at = time.monotonic()
+        scene.door.manage("restart", worker.id, 10.0, BACK_S)
+        return Hit(at, clients, _back(scene, worker, new_life=True))
+
+    return strike
+
+
+def _kill_router(state: State) -> Callable[[Scene], Hit]:
+    def strike(scene: Scene) -> Hit:
+        pid = scene.door.router_pid()
+        if pid is None:
+            raise Unavailable("the router does not answer")
+        news = wait_for(
+            scene.door,
+            lambda news: news if any(record.state is state for record in news.live) else None,
+            VICTIM_S,
+            f"a request {state.value}",
+        )
+        at = time.monotonic()
+        os.kill(pid, signal.SIGKILL)
+        wait_for(
+            scene.door,
+            lambda later: (later.router != news.router and not later.trouble) or None,
+            BACK_S,
+            "another router is there",
+        )
+        return Hit(at, [record.client_id for record in news.live], time.monotonic())
+
+    return strike
+
+
+def _stop_all_that_decode(scene: Scene) -> Hit:
+    """Nobody can serve: readiness must say so in time, and come back by itself."""
+    news = wait_for(scene.door, lambda news: news if not news.trouble else None, VICTIM_S, "a server that is ready")
+    at = time.monotonic()
+    for worker in news.workers:
+        if worker.role is not Role.PREFILL:
+            os.kill(worker.pid, signal.SIGSTOP)
+    wait_for(scene.door, lambda news: news.trouble or None, _RED_S, "readiness is red")
+    wait_for(scene.door, lambda news: not news.trouble or None, BACK_S, "readiness is green again")
+    return Hit(at, [record.client_id for record in news.live], time.monotonic())
+
+
+def _cancel_burst(scene: Scene) -> Hit:
+    """Many requests are begun at once and cancelled one by one, in whatever state they are."""
+    at = time.monotonic()
+    with Client(f"{scene.server.host}:{scene.server.grpc_port}", _BURST_ID) as client:
+        threads = [threading.Thread(target=_cancel_after, args=(client, 0.02 * number)) for number in range(_BURST)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(BACK_S)
+    wait_for(
+        scene.door,
+        lambda news: not any(record.client_id == _BURST_ID for record in news.live) or None,
+        BACK_S,
+        "nothing of the cancelled requests is left",
+    )
+    return Hit(at, [], time.monotonic())
+
+
+def _cancel_after(client: Client, seconds: float) -> None:
+    prompt = f"{seconds} " + "a prompt that takes a while " * 60
+    with client.stream(prompt, max_tokens=500, timeout_s=BACK_S) as stream:
+        timer = threading.Timer(seconds, stream.close)
+        timer.start()
+        try:
+            for _ in stream:
+                pass
+        except BatonError:  # cancelled, most of the time
+            return
+
+
+def _of_workers(what: str, make: Callable[[Role, State], Callable[[Scene], Hit]]) -> list[Strike]:
+    """At every role, in every state in which a worker of it has something to do."""
+    places = [
+        (Role.PREFILL, State.PREFILLING),
+        (Role.PREFILL, State.HANDING_OFF),
+        (Role.DECODE, State.HANDING_OFF),
+        (Role.DECODE, State.DECODING),
+        (Role.AGGREGATED, State.DECODING),
+    ]
+    return [Strike(what, role.value, state.value, make(role, state)) for role, state in places]
+
+
+STRIKES = [
+    *_of_workers("kill -9", lambda role, state: _signal_worker(signal.SIGKILL, role, state)),
+    *_of_workers("SIGSTOP", lambda role, state: _signal_worker(signal.SIGSTOP, role, state)),
+    *_of_workers("SIGSTOP, SIGCONT", _pause_worker),
+    *_of_workers("unload, load", _reload_worker),
+    *_of_workers("drain, restart", _drain_and_restart),
+    *[
+        Strike("kill -9", "router", state.value, _kill_router(state), OpenAIWay)
+        for state in (State.PREFILLING, State.HANDING_OFF, State.DECODING)
+    ],
+    Strike("SIGSTOP", "all that decode", "", _stop_all_that_decode),
+    Strike("cancel burst", "clients", "", _cancel_burst),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """A deployment in which something is wrong all the time. `counted`: metrics that say how often, by the labels' text."""
+
+    what: str
+    where: str
+    settings: dict[str, object]
+    counted: tuple[str, ...]
+
+
+def _faulty(fault: str, share: float, *verdicts: str) -> Condition:
+    counted = tuple(f'baton_handoffs_total{{verdict="{verdict}"}}' for verdict in verdicts)
+    return Condition(f"{fault} {share:.0%} of transfers", "transport", {"transfer": {"faults": {fault: share}}}, counted)
+
+
+CONDITIONS = [
+    _faulty("corrupt", 0.4, "digest_mismatch"),
+    _faulty("truncate", 0.4, "digest_mismatch"),
+    _faulty("drop", 0.4, "transfer_failed"),
+    Condition(
+        "hang 30% of transfers",
+        "transport",
+        {"transfer": {"faults": {"hang": 0.3}, "timeout_s": 0.3}},
+        ('baton_handoffs_total{verdict="transfer_timeout"}',),
+    ),
+    Condition(
+        "leases that expire",
+        "prefill",
+        {"transfer": {"lease_s": 0.001}},
+        ('baton_handoffs_total{verdict="expired"}',),
+    ),
+    Condition(
+        "KV pool full",
+        "workers",
+        {"engine": {"kv_pool_mib": 1}},
+        ("baton_requests_total",),
+    ),
+]

@@ -1,0 +1,95 @@
+"""A script's way to the router of a server on this machine: its door, a socket that only the server's own user can reach."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Literal
+
+import zmq
+
+from python_backends.core.errors import InvalidRequest, Unavailable
+from python_backends.core.paths import run_base
+from router.door.messages import (
+    FromRouter,
+    Hello,
+    Manage,
+    Managed,
+    News,
+    ToRouter,
+    Watch,
+    Welcome,
+    encode,
+    from_router_decoder,
+)
+
+_ANSWER_S = 0.5
+_NEWEST = 1 << 62  # a sequence that nothing has come after
+
+
+class RouterDoor:
+    """Asks one thing at a time; for one thread. A context manager."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._address = f"ipc://{run_dir}/door"
+        self._context = zmq.Context()
+        self._socket: zmq.Socket[bytes] | None = None
+        self._managed = 0
+
+    def __enter__(self) -> RouterDoor:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._context.destroy(linger=0)
+
+    def news(self) -> News | None:
+        """How things stand; None when no router answers."""
+        answer = self._ask(Watch(_NEWEST), _ANSWER_S)
+        return answer if isinstance(answer, News) else None
+
+    def router_pid(self) -> int | None:
+        """None when no router answers."""
+        answer = self._ask(Hello(os.getpid()), _ANSWER_S)
+        return answer.pid if isinstance(answer, Welcome) else None
+
+    def manage(self, action: Literal["drain", "resume", "restart"], worker: str, grace_s: float, timeout_s: float) -> None:
+        """Returns when it is done. Raises Unavailable, in the router's words or because it does not answer."""
+        self._managed += 1
+        answer = self._ask(Manage(self._managed, action, worker, grace_s), timeout_s)  # type: ignore[arg-type]
+        if not isinstance(answer, Managed):
+            raise Unavailable(f"the router did not say within {timeout_s:.0f} s what became of {action} {worker}")
+        if answer.error:
+            raise Unavailable(answer.error)
+
+    def _ask(self, message: ToRouter, timeout_s: float) -> FromRouter | None:
+        if self._socket is None:
+            self._socket = self._context.socket(zmq.DEALER)
+            self._socket.setsockopt(zmq.LINGER, 0)
+            self._socket.connect(self._address)
+        self._socket.setsockopt(zmq.RCVTIMEO, int(timeout_s * 1e3))
+        with suppress(zmq.Again):
+            self._socket.send(encode(message), zmq.NOBLOCK)
+            answer: FromRouter = from_router_decoder.decode(self._socket.recv())
+            return answer
+        self._socket.close()  # whatever still comes is the answer to an old question
+        self._socket = None
+        return None
+
+
+def find_server(given: Path | None) -> Path:
+    """The run directory of the server: `given`, else of the only one that runs. Raises InvalidRequest, Unavailable."""
+    if given is not None:
+        if not (given / "door").exists():
+            raise InvalidRequest(f"--run-dir {given}: there is no router's door in it; scripts/serve prints the directory")
+        return given
+    found = [path.parent for path in run_base().glob("*/door")]
+    if not found:
+        raise Unavailable("no server of yours runs on this machine; start one with `make serve`")
+    if len(found) > 1:
+        raise InvalidRequest(f"several servers run: give one of them with --run-dir: {' '.join(map(str, sorted(found)))}")
+    return found[0]

@@ -1,0 +1,174 @@
+"""Drained workers take nothing new and lose nothing; all workers are restarted one by one under load, and nobody notices."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from python_backends.core.config import RouterConfig
+from python_backends.core.errors import Unavailable
+from python_backends.core.types import SamplingParams, WorkerId
+from python_backends.worker.drain import DrainState
+from router.lifecycle import State
+from router.seams import Destination
+from tests.flow.house import TIMEOUT_S, Answer, FlowHouse, deployment, eventually, fake_engine, prompt, reference
+
+SAMPLING = SamplingParams(seed=4, max_tokens=60)
+ROUTER = RouterConfig(mode="always-remote", worker_wait_s=15)
+
+
+def _wait(house: FlowHouse, coroutine: Coroutine[Any, Any, None]) -> None:
+    asyncio.run_coroutine_threadsafe(coroutine, house.service._loop).result(TIMEOUT_S)
+
+
+def _drain(house: FlowHouse, worker: str, grace_s: float) -> None:
+    _wait(house, house.service.drains.drain(WorkerId(worker), grace_s))
+
+
+def _begin(house: FlowHouse, count: int, sampling: SamplingParams = SAMPLING) -> list[Answer]:
+    return [house.begin(prompt(50, i), sampling) for i in range(count)]
+
+
+def _assert_whole(answers: list[Answer], sampling: SamplingParams = SAMPLING) -> None:
+    for i, answer in enumerate(answers):
+        assert answer.wait().error is None, repr(answer.error)
+        assert answer.ids == reference(prompt(50, i), sampling)
+        assert answer.late == 0
+
+
+@pytest.mark.parametrize("worker", ["prefill_0", "decode_0"])
+def test_it_finishes_what_it_has_and_takes_nothing_new(worker: str) -> None:
+    config = deployment(2, 2, router=ROUTER, engine=fake_engine(prefill_us_per_token=300, step_us=5000))
+    with FlowHouse(config) as house:
+        answers = _begin(house, 6)
+        assert eventually(lambda: any(answer.state is State.DECODING for answer in answers), 5)
+        _drain(house, worker, 10.0)
+        _assert_whole(answers)
+        assert house.counts.retries == 0
+        more = _begin(house, 6)
+        _assert_whole(more)
+        assert worker not in {name for answer in more for name in (answer.proof.prefill_worker, answer.proof.decode_worker)}
+        house.on_loop(lambda: house.service.drains.resume(WorkerId(worker)))
+        view = house.service.house.fleet.get(WorkerId(worker))
+        assert view is not None
+        assert eventually(lambda: view.available, 5)
+        again = _begin(house, 6)
+        _assert_whole(again)
+        assert worker in {name for answer in again for name in (answer.proof.prefill_worker, answer.proof.decode_worker)}
+        house.assert_nothing_held()
+
+
+def test_what_is_not_finished_in_time_goes_on_elsewhere() -> None:
+    long = SamplingParams(seed=4, max_tokens=400)
+    with FlowHouse(deployment(1, 2, router=ROUTER, engine=fake_engine(step_us=5000))) as house:
+        answers = _begin(house, 4, long)
+        assert eventually(lambda: all(len(answer.ids) > 5 for answer in answers), 5)
+        began = time.monotonic()
+        _drain(house, "decode_0", 0.2)
+        assert time.monotonic() - began < 1.5, "the streams take more than 2 s"
+        _assert_whole(answers, long)
+        assert {answer.proof.decode_worker for answer in answers} == {"decode_1"}
+        assert house.counts.retries > 0
+        house.assert_nothing_held()
+
+
+def test_the_only_one_of_its_kind_is_not_waited_for() -> None:
+    """Its requests wait for whoever comes: the worker itself here, told to go on."""
+    long = SamplingParams(seed=4, max_tokens=100)
+    with FlowHouse(deployment(1, 1, router=ROUTER, engine=fake_engine(step_us=5000))) as house:
+        answers = _begin(house, 2, long)
+        assert eventually(lambda: all(len(answer.ids) > 5 for answer in answers), 5)
+        _drain(house, "decode_0", 15.0)
+        assert "decode_0, which rests: it is drained" in house.service.house.trouble
+        assert not any(answer.ended.is_set() for answer in answers)
+        house.on_loop(lambda: house.service.drains.resume(WorkerId("decode_0")))
+        _assert_whole(answers, long)
+        assert house.service.house.trouble == ""
+
+
+def test_unknown_and_unrestartable_workers_are_named() -> None:
+    with FlowHouse(deployment()) as house:
+        with pytest.raises(Unavailable, match="no worker nobody is up; those that are: decode_0, prefill_0"):
+            _drain(house, "nobody", 1.0)
+        with pytest.raises(Unavailable, match="restart"):
+            _wait(house, house.service.drains.restart(WorkerId("decode_0"), 1.0))
+        assert house.service.house.trouble == ""
+
+
+@contextmanager
+def _under_load(house: FlowHouse) -> Iterator[list[tuple[list[int], Answer]]]:
+    asked: list[tuple[list[int], Answer]] = []
+    ended = threading.Event()
+
+    def send() -> None:
+        number = 0
+        while not ended.wait(0.03):
+            ids = prompt(40 + number % 60, number)
+            asked.append((ids, house.begin(ids, SAMPLING)))
+            number += 1
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    try:
+        yield asked
+    finally:
+        ended.set()
+        thread.join(5)
+
+
+def test_all_are_restarted_one_by_one_under_load() -> None:
+    engine = fake_engine(prefill_us_per_token=100, step_us=3000)
+    config = deployment(2, 2, router=ROUTER, engine=engine, canary_s=0.1, canary_timeout_s=5.0)
+    with FlowHouse(config, processes=True, restart=True) as house:
+        before = {name: house.epoch(name) for name in house.workers}
+        with _under_load(house) as asked:
+            for name in before:
+                _wait(house, house.service.drains.restart(WorkerId(name), 5.0))
+        for ids, answer in asked:
+            assert answer.wait().error is None, repr(answer.error)
+            assert answer.ids == reference(ids, SAMPLING)
+        assert all(house.epoch(name) != epoch for name, epoch in before.items())
+        assert len(asked) > 20
+        assert house.counts.retries == 0
+        house.assert_nothing_held()
+
+
+def test_a_restart_that_does_not_work_is_told_and_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    with FlowHouse(deployment(1, 1, router=ROUTER), processes=True, restart=True) as house:
+        before = house.epoch("decode_0")
+        restart = house.restart
+
+        def once(worker: Destination) -> None:
+            monkeypatch.setattr(house, "restart", restart)
+            raise Unavailable("the server does not load it")
+
+        monkeypatch.setattr(house, "restart", once)
+        with pytest.raises(Unavailable, match="does not load it"):
+            _wait(house, house.service.drains.restart(WorkerId("decode_0"), 1.0))
+        assert eventually(lambda: house.is_up("decode_0", other_than=before), TIMEOUT_S)
+        assert house.ask(prompt(50, 0), SAMPLING).ids == reference(prompt(50, 0), SAMPLING)
+
+
+def test_the_state_of_a_drain() -> None:
+    now = 0.0
+    state = DrainState(now=lambda: now)
+
+    def look() -> tuple[bool, bool, bool]:
+        return state.draining, state.over, state.is_time_to_leave()
+
+    assert look() == (False, False, False)
+    state.begin(2.0)
+    assert look() == (True, False, False)
+    now = 2.0
+    assert look() == (True, True, True)
+    assert look() == (True, True, False)
+    state.end()
+    assert look() == (False, False, False)
+    state.begin(0.0)
+    assert look() == (True, True, True)

@@ -1,0 +1,169 @@
+"""Workers that answer and don't work: they are out within seconds, their requests go on elsewhere, and they are in again."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from python_backends.core.config import RouterConfig
+from python_backends.core.types import SamplingParams, WorkerId
+from router.health import Breaker, Circuit
+from router.lifecycle import State
+from tests.flow.house import Answer, FlowHouse, deployment, eventually, fake_engine, prompt, reference
+
+SAMPLING = SamplingParams(seed=3, max_tokens=40)
+ROUTER = RouterConfig(mode="always-remote", worker_wait_s=8)
+
+
+def _deployment(prefill: int = 2, decode: int = 2) -> Any:
+    return deployment(prefill, decode, router=ROUTER, engine=fake_engine(step_us=3000), canary_s=0.1)
+
+
+@contextmanager
+def _wedged(house: FlowHouse, name: str) -> Iterator[None]:
+    """The engine's thread is stuck in a step, as in a driver that does not return; heartbeats go on."""
+    go_on = threading.Event()
+    runner = house.workers[name].worker._engine._runner
+    step = runner.step
+
+    def stuck(batch: Any) -> Any:
+        go_on.wait(30)
+        return step(batch)
+
+    runner.step = stuck
+    try:
+        yield
+    finally:
+        runner.step = step
+        go_on.set()
+
+
+def _available(house: FlowHouse, name: str) -> Callable[[], bool]:
+    def look() -> bool:
+        view = house.service.house.fleet.get(WorkerId(name))
+        return view is not None and view.available
+
+    return look
+
+
+def _asked(house: FlowHouse, count: int) -> list[Answer]:
+    return [house.begin(prompt(60, i), SAMPLING) for i in range(count)]
+
+
+def _assert_whole(answers: list[Answer]) -> None:
+    for i, answer in enumerate(answers):
+        assert answer.wait().error is None, repr(answer.error)
+        assert answer.ids == reference(prompt(60, i), SAMPLING)
+
+
+@pytest.mark.parametrize("name", ["prefill_0", "decode_0"])
+def test_a_wedged_worker_is_out_and_in_again(name: str) -> None:
+    with FlowHouse(_deployment()) as house:
+        state = State.PREFILLING if name == "prefill_0" else State.DECODING
+        answers = _asked(house, 6)
+        assert eventually(lambda: any(answer.state is state for answer in answers), 5)
+        with _wedged(house, name):
+            answers += [house.begin(prompt(60, i), SAMPLING) for i in range(6, 10)]
+            assert eventually(lambda: not _available(house, name)(), 5)
+            _assert_whole(answers)
+            assert house.is_up(name), "its heartbeats go on"
+            assert (name, "failed") in house.counts.canaries
+        assert eventually(_available(house, name), 5)
+        assert house.ask(prompt(60, 0), SAMPLING).ids == answers[0].ids
+        assert eventually(lambda: not house.held(0.0), 3), house.held(0.0)
+
+
+def test_readiness_follows() -> None:
+    with FlowHouse(_deployment(1, 1)) as house:
+        assert house.service.house.trouble == ""
+        with _wedged(house, "decode_0"):
+            assert eventually(lambda: house.service.house.trouble, 5)
+            assert "decode_0, which rests: it fails canaries" in house.service.house.trouble
+            waiting = house.begin(prompt(60, 0), SAMPLING)
+        assert eventually(lambda: not house.service.house.trouble, 5)
+        _assert_whole([waiting])
+
+
+def test_under_load_nobody_is_out() -> None:
+    """A canary that comes late behind a long prompt is no sign of anything while tokens come out."""
+    config = deployment(
+        1, 1, router=ROUTER, engine=fake_engine(prefill_us_per_token=500, step_us=20_000, kv_pool_mib=32), canary_s=0.1
+    )
+    with FlowHouse(config) as house:
+        answers = [house.begin(prompt(60, i), SAMPLING) for i in range(12)]
+        _assert_whole(answers)
+        assert house.counts.retries == 0
+        assert "failed" not in {verdict for _, verdict in house.counts.canaries}
+
+
+def test_steps_that_take_longer_than_a_canary_may_are_learned() -> None:
+    """At first the worker is taken for wedged; its late answers say otherwise."""
+    config = deployment(0, 1, router=ROUTER, engine=fake_engine(prefill_us_per_token=7000), canary_s=0.05)
+    with FlowHouse(config) as house:
+        for i in range(3):
+            answer = house.begin(prompt(256, 10 + i), SAMPLING)  # 1.8 s a step, 0.5 s for a canary
+            assert answer.wait().ids == reference(prompt(256, 10 + i), SAMPLING)
+            assert eventually(_available(house, "decode_0"), 5)
+        assert answer.proof.attempts == 1
+
+
+def test_pairs_are_tried_and_told() -> None:
+    with FlowHouse(_deployment(2, 2)) as house:
+        pairs = {(p, d) for p in ("prefill_0", "prefill_1") for d in ("decode_0", "decode_1")}
+        assert eventually(lambda: {(p, d) for p, d, _ in house.counts.pairs} == pairs, 5)
+        assert {verdict for _, _, verdict in house.counts.pairs} == {"verified"}
+        cached = sum(view.heartbeat.load.cached_blocks for view in house.service.house.fleet)
+        assert cached == 0, "canaries leave nothing in prefix caches"
+
+
+def test_kv_that_does_not_move_is_told_and_takes_nobody_out() -> None:
+    config = deployment(1, 1, router=ROUTER, faults={"corrupt": 1.0}, canary_s=0.05)
+    with FlowHouse(config) as house:
+        assert eventually(lambda: len(house.counts.pairs) >= 3, 5)
+        assert {verdict for _, _, verdict in house.counts.pairs} == {"digest_mismatch"}
+        assert _available(house, "decode_0")()
+        _assert_whole(_asked(house, 2))
+
+
+def test_the_next_life_is_used_after_a_canary() -> None:
+    with FlowHouse(_deployment(), processes=True, restart=True) as house:
+        before = house.epoch("decode_0")
+        house.kill("decode_0")
+        assert eventually(lambda: house.is_up("decode_0", other_than=before), 15)
+        assert eventually(_available(house, "decode_0"), 5)
+        _assert_whole(_asked(house, 6))
+
+
+def test_one_that_stays_wedged_is_replaced() -> None:
+    """With somebody to restart it. Here the process is stopped only so long that its silence is not noticed."""
+    config = deployment(1, 2, router=ROUTER, engine=fake_engine(step_us=3000), canary_s=0.1, silent_s=30.0)
+    with FlowHouse(config, processes=True, restart=True) as house:
+        before = house.epoch("decode_0")
+        answers = _asked(house, 6)
+        assert eventually(lambda: any(answer.state is State.DECODING for answer in answers), 5)
+        house.signal("decode_0", signal.SIGSTOP)
+        _assert_whole(answers)
+        assert eventually(lambda: house.is_up("decode_0", other_than=before), 15)
+        assert eventually(_available(house, "decode_0"), 5)
+
+
+def test_the_circuit() -> None:
+    breaker = Breaker()
+    assert not breaker.failed()
+    assert not breaker.passed(), "it was never open"
+    assert [breaker.failed(), breaker.failed(), breaker.failed()] == [False, True, False]
+    seen = []
+    while not breaker.hopeless:
+        breaker.probe()
+        seen.append(breaker.circuit)
+        assert not breaker.failed()
+        seen.append(breaker.circuit)
+    assert seen == [Circuit.HALF_OPEN, Circuit.OPEN] * 7
+    breaker.probe()
+    assert breaker.passed()
+    assert (breaker.circuit, breaker.failures, breaker.hopeless) == (Circuit.CLOSED, 0, False)

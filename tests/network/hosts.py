@@ -1,0 +1,197 @@
+"""Hosts made of network and host-name namespaces, on a network of their own whose links can be cut, slowed or made lossy.
+
+Every host has its own address, ports, host name and /etc/hosts, so processes on it find, listen and connect as they would on a
+machine or in a pod. Links are veth pairs to a bridge. Packets are dropped by netfilter and held back by tc's token bucket,
+which kernels without netem have, too. What a network makes is gone after `close`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.tools import require_program
+
+_TIMEOUT_S = 30.0
+_STOP_S = 25.0
+
+
+def require_namespaces() -> None:
+    """Skip where they can't be made; in CI that is a failure."""
+    for program, package in (("ip", "iproute2"), ("tc", "iproute2"), ("iptables-legacy", "iptables")):
+        require_program(program, package)
+    name = f"baton-try-{os.getpid()}"
+    made = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+    if made.returncode:
+        message = f"no network namespaces here: {made.stderr.strip()}; run as root on Linux"
+        if os.environ.get("CI"):
+            pytest.fail(message)
+        pytest.skip(message)
+    _run("ip", "netns", "del", name)
+
+
+def _run(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+    assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
+    return done.stdout
+
+
+@dataclass(frozen=True)
+class Host:
+    """One machine, as the others see it."""
+
+    name: str
+    address: str
+    namespace: str
+
+    def inside(self, *command: str) -> list[str]:
+        """The command that runs `command` there, with this host's name and names of others."""
+        named = ("unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', self.name)
+        return ["ip", "netns", "exec", self.namespace, *named, *command]
+
+    def start(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> Process:
+        with log.open("ab") as output:
+            process = subprocess.Popen(
+                self.inside(*command), env={**os.environ, **environment}, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+            )
+        return Process(process, log)
+
+
+@dataclass
+class Process:
+    """One that runs on a host: `ip`, `unshare` and `sh` have become it."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def stop(self) -> None:
+        """As Kubernetes does it: SIGTERM, and SIGKILL for what is still there after the grace period. Idempotent."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        self.wait()
+
+    def wait(self) -> None:
+        try:
+            self.process.wait(_STOP_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+class Network:
+    """A bridge in a namespace of its own, hosts around it, and this process with them at the first address."""
+
+    def __init__(self) -> None:
+        self._id = f"baton{os.getpid() % 100_000}"
+        self._prefix = f"10.{200 + os.getpid() % 50}.{os.getpid() // 50 % 250}"
+        self._switch = f"{self._id}-sw"
+        self._hosts: dict[str, Host] = {}
+        self._names: dict[str, list[Host]] = {}
+        _run("ip", "netns", "add", self._switch)
+        _run("ip", "-n", self._switch, "link", "add", "br0", "type", "bridge")
+        _run("ip", "-n", self._switch, "link", "set", "br0", "up")
+        self._attach(self._id, None, f"{self._prefix}.1")
+
+    def add(self, name: str) -> Host:
+        host = Host(name, f"{self._prefix}.{len(self._hosts) + 2}", f"{self._id}-{name}")
+        self._hosts[name] = host
+        _run("ip", "netns", "add", host.namespace)
+        (Path("/etc/netns") / host.namespace).mkdir(parents=True)
+        self._attach("eth0", host, host.address)
+        _run("ip", "-n", host.namespace, "link", "set", "lo", "up")
+        self._tell_names()
+        return host
+
+    def name(self, name: str, hosts: Sequence[Host]) -> None:
+        """Let a DNS name mean these hosts, from now on and everywhere."""
+        self._names[name] = list(hosts)
+        self._tell_names()
+
+    def close(self) -> None:
+        for host in self._hosts.values():
+            subprocess.run(["ip", "netns", "del", host.namespace], timeout=_TIMEOUT_S, check=False)
+            shutil.rmtree(Path("/etc/netns") / host.namespace, ignore_errors=True)
+        subprocess.run(["ip", "netns", "del", self._switch], timeout=_TIMEOUT_S, check=False)
+
+    # --- trouble ---
+
+    def cut(self, one: Host, other: Host) -> None:
+        """Nothing gets through between them any more, and nobody is told."""
+        self.cut_one_way(one, other)
+        self.cut_one_way(other, one)
+
+    def cut_one_way(self, sender: Host, receiver: Host) -> None:
+        """What `sender` sends does not arrive; what it is sent does."""
+        self._filter(receiver, "-A", "INPUT", "-s", sender.address, "-j", "DROP")
+
+    def lose(self, host: Host, share: float) -> None:
+        """This share of the packets that are for the host."""
+        self._filter(host, "-A", "INPUT", "-m", "statistic", "--mode", "random", "--probability", str(share), "-j", "DROP")
+
+    def slow(self, host: Host, rate: str) -> None:
+        """Both ways of its link, such as 40mbit."""
+        if self._is_slow(host):
+            return
+        for namespace, device in self._ends(host):
+            bucket = ("rate", rate, "burst", "64kb", "latency", "200ms")
+            _run("tc", "-n", namespace, "qdisc", "add", "dev", device, "root", "tbf", *bucket)
+
+    def heal(self) -> None:
+        """All links are as new."""
+        for host in self._hosts.values():
+            self._filter(host, "-F")
+            if self._is_slow(host):
+                for namespace, device in self._ends(host):
+                    _run("tc", "-n", namespace, "qdisc", "del", "dev", device, "root")
+
+    # --- inside ---
+
+    def _filter(self, host: Host, *rule: str) -> None:
+        _run("ip", "netns", "exec", host.namespace, "iptables-legacy", "-w", *rule)
+
+    def _ends(self, host: Host) -> list[tuple[str, str]]:
+        """Namespace and device of both ends of its link."""
+        return [(host.namespace, "eth0"), (self._switch, self._port(host.address))]
+
+    def _is_slow(self, host: Host) -> bool:
+        return "tbf" in _run("tc", "-n", host.namespace, "qdisc", "show", "dev", "eth0")
+
+    def _port(self, address: str) -> str:
+        """The bridge's end of the link to an address."""
+        return f"p{address.rpartition('.')[2]}"
+
+    def _attach(self, device: str, host: Host | None, address: str) -> None:
+        """A link from the bridge to a host, or to this process's own namespace."""
+        port = self._port(address)
+        _run("ip", "-n", self._switch, "link", "add", port, "type", "veth", "peer", "name", "peer")
+        target = str(os.getpid()) if host is None else host.namespace
+        _run("ip", "-n", self._switch, "link", "set", "peer", "name", device, "netns", target)
+        _run("ip", "-n", self._switch, "link", "set", port, "master", "br0", "up")
+        where = ("-n", host.namespace) if host else ()
+        _run("ip", *where, "address", "add", f"{address}/24", "dev", device)
+        _run("ip", *where, "link", "set", device, "up")
+
+    def _tell_names(self) -> None:
+        """Written in place: each host has its file mounted at /etc/hosts."""
+        lines = [f"{host.address} {name}" for name, hosts in self._names.items() for host in hosts]
+        for host in self._hosts.values():
+            own = f"127.0.0.1 localhost\n{host.address} {host.name}\n"
+            (Path("/etc/netns") / host.namespace / "hosts").write_text(own + "\n".join(lines) + "\n")
+
+
+def python_environment() -> dict[str, str]:
+    """What scripts/launch needs to run in this Python."""
+    return {"BATON_PYTHON": sys.executable, "TERM": "dumb"}
+
+
+def last_lines(log: Path) -> str:
+    return re.sub(r"\s+\n", "\n", log.read_text(errors="replace"))[-3000:]

@@ -1,0 +1,109 @@
+"""Pods of the Kubernetes manifests as local processes: the commands, arguments, ports and probes that are written there."""
+
+from __future__ import annotations
+
+import http.client
+import time
+from collections.abc import Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from python_backends.core.paths import repository_root
+from tests.manifests import KUBERNETES, Document, container
+from tests.network.hosts import Host, Network, Process, last_lines, python_environment
+
+ROOT = repository_root()
+_DEMO = KUBERNETES / "overlays" / "cpu-demo" / "deployment"
+_IMAGE_ROOT, _CONFIG_ROOT = "/opt/baton", "/etc/baton/deployment"
+
+
+@dataclass
+class Pod:
+    """One of a Deployment, on a host of its own."""
+
+    machine: Host
+    spec: dict[str, Any]  # its container
+    directory: Path
+    process: Process | None = None
+
+    def start(self) -> None:
+        command = [*self.spec["command"], *self.spec["args"]]
+        local = [word.replace(_IMAGE_ROOT, str(ROOT)).replace(_CONFIG_ROOT, str(self.directory)) for word in command]
+        environment = {each["name"]: each["value"] for each in self.spec.get("env", [])}
+        log = self.directory / f"{self.machine.name}.log"
+        self.process = self.machine.start(local, python_environment() | environment, log)
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.process.stop()
+
+    def probe(self, kind: str) -> bool:
+        """Ask once, as the kubelet does: 200 to 399 is a success."""
+        probe = self.spec[kind]
+        port = self.port(probe["httpGet"]["port"])
+        connection = http.client.HTTPConnection(self.machine.address, port, timeout=probe.get("timeoutSeconds", 1))
+        with closing(connection), suppress(OSError, http.client.HTTPException):
+            connection.request("GET", probe["httpGet"]["path"])
+            return 200 <= connection.getresponse().status < 400
+        return False
+
+    def await_probe(self, kind: str, within_s: float) -> None:
+        """Until it succeeds. Kubernetes asks less often."""
+        end = time.monotonic() + within_s
+        while not self.probe(kind):
+            assert self.process is not None
+            assert self.process.process.poll() is None, f"{self.machine.name} ended: {last_lines(self.process.log)}"
+            assert time.monotonic() < end, f"{self.machine.name}: no {kind} in {within_s} s: {last_lines(self.process.log)}"
+            time.sleep(0.1)
+
+    def port(self, name: str) -> int:
+        (found,) = [port["containerPort"] for port in self.spec["ports"] if port["name"] == name]
+        assert isinstance(found, int)
+        return found
+
+    # What clients of tests/triton/asking.py need to know.
+
+    @property
+    def host(self) -> str:
+        return self.machine.address
+
+    @property
+    def grpc_port(self) -> int:
+        return self.port("grpc")
+
+    @property
+    def metrics_port(self) -> int:
+        return self.port("metrics")
+
+
+def write_deployment(directory: Path, changes: dict[str, Any]) -> None:
+    """The overlay's deployment files, with engine fake, the demo model from the cache, a key from a file, and `changes`."""
+    (directory / "key").write_bytes(bytes(range(32)))
+    for file in _DEMO.glob("*.yaml"):
+        deployment = yaml.safe_load(file.read_text())
+        deployment["model"] = {"path": "smollm2-135m-instruct"}
+        deployment["security"] = {"key_file": str(directory / "key")}
+        for worker in deployment["workers"]:
+            worker["engine"] = "fake"
+        for section, keys in changes.items():
+            deployment[section] = {**deployment.get(section, {}), **keys}
+        (directory / file.name).write_text(yaml.safe_dump(deployment))
+
+
+def make_pods(network: Network, deployment: Document, count: int, directory: Path) -> list[Pod]:
+    """Its pods, not started, under the name of the Service that is called like the Deployment."""
+    name = deployment["metadata"]["name"]
+    pods = [Pod(network.add(f"{name}-{number}"), container(deployment), directory) for number in range(count)]
+    network.name(name, [pod.machine for pod in pods])
+    return pods
+
+
+def start_all(pods: Sequence[Pod], within_s: float) -> None:
+    for pod in pods:
+        pod.start()
+    for pod in pods:
+        pod.await_probe("startupProbe", within_s)

@@ -1,0 +1,257 @@
+"""The pods of the Kubernetes manifests, each on a host of its own: ready by their probes, and then in trouble.
+
+Under broken, lossy and slow networks: no wrong text, no hang, errors only where nobody could serve.
+
+With BATON_LONG=1 also long partitions and random trouble, which takes minutes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import count
+from typing import Any
+
+import pytest
+
+from tests.network.conftest import Cluster
+from tests.network.hosts import Host
+from tests.network.pods import Pod
+from tests.triton.asking import Answer, Asking, metrics, total, wait_until_nothing_is_held
+
+pytestmark = pytest.mark.triton
+
+LONG = bool(os.environ.get("BATON_LONG"))
+_PROMPTS = [" ".join(str(number) for number in range(i, 40 + i)) for i in range(6)]
+_FIELDS: dict[str, Any] = {"max_tokens": 60, "seed": 3, "temperature": 0.8, "stream": True, "return_output_ids": True}
+_ids = count()
+
+
+@pytest.fixture(scope="module")
+def expected(cluster: Cluster) -> list[list[int]]:
+    """What every prompt is answered with on a sound network."""
+    client = Asking(cluster.router)
+    try:
+        return [client.ask(text_input=prompt, **_FIELDS).ids for prompt in _PROMPTS]
+    finally:
+        client.close()
+
+
+@pytest.fixture(autouse=True)
+def healed(cluster: Cluster) -> Iterator[None]:
+    """Afterwards the network is sound, all workers are back and nothing is held."""
+    _await_workers(cluster, 4)
+    yield
+    cluster.network.heal()
+    _await_workers(cluster, 4)
+    wait_until_nothing_is_held(cluster.router, within_s=5)
+
+
+def _await_workers(cluster: Cluster, up: int, within_s: float = 40) -> None:
+    _wait_for(lambda: total(metrics(cluster.router), "baton_worker_up") == up, within_s)
+
+
+def _wait_for(condition: Callable[[], bool], within_s: float) -> None:
+    end = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < end, f"not within {within_s} s"
+        time.sleep(0.05)
+
+
+def _send(asking: Asking, route: str = "") -> list[str]:
+    """One request per prompt, none of which finds its prefix cached."""
+    names = []
+    for prompt in _PROMPTS:
+        names.append(f"n{next(_ids)}")
+        more = {"route": route} if route else {}
+        asking.send(names[-1], text_input=prompt, cache_salt=names[-1], **_FIELDS, **more)
+    return names
+
+
+def _check(answers: list[Answer], expected: list[list[int]]) -> None:
+    assert [answer.ids for answer in answers] == expected * (len(answers) // len(expected))
+
+
+@contextmanager
+def _timed(within_s: float) -> Iterator[None]:
+    began = time.monotonic()
+    yield
+    took = time.monotonic() - began
+    assert took < within_s, f"{took:.1f} s"
+
+
+def _under(asking: Asking, expected: list[list[int]], trouble: Callable[[], None], route: str = "") -> None:
+    """Some requests are under way when trouble begins, others come after."""
+    before = _send(asking, route)
+    for _ in range(12):
+        asking.next_response()
+    trouble()
+    after = _send(asking, route)
+    with _timed(30):
+        _check(asking.collect(*before, *after), expected)
+
+
+def _pairs(cluster: Cluster) -> dict[str, tuple[Host, Host]]:
+    router, prefill, decode = (pod.machine for pod in (cluster.router, cluster.prefill[0], cluster.decode[0]))
+    return {"router-prefill": (router, prefill), "router-decode": (router, decode), "prefill-decode": (prefill, decode)}
+
+
+# --- what the manifests start ---
+
+
+def test_probes_succeed(cluster: Cluster) -> None:
+    for pod in cluster.pods:
+        pod.await_probe("readinessProbe", 20)
+        assert pod.probe("livenessProbe")
+        hook = pod.spec.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", ["true"])
+        assert shutil.which(hook[0])
+
+
+def test_a_request_goes_through_both_pools(cluster: Cluster, asking: Asking) -> None:
+    """Pools are found by the names of their Services; prefill and decode are other hosts."""
+    answer = asking.ask(text_input="one two three " * 30, max_tokens=8, seed=1, route="remote", return_proof=True)
+    proof = json.loads(answer.last("proof"))
+    assert proof["prefill_worker"] in {f"prefill@{pod.host}:8001" for pod in cluster.prefill}
+    assert proof["decode_worker"] in {f"decode@{pod.host}:8001" for pod in cluster.decode}
+    assert proof["kv_tokens_received"] > 50
+    assert proof["kv_tokens_recomputed"] == 0
+
+
+def test_the_openai_api_answers_where_the_service_points(cluster: Cluster) -> None:
+    url = f"http://{cluster.router.host}:{cluster.router.port('openai')}"
+    body = {"model": "smollm2-135m-instruct", "prompt": "Hello", "max_tokens": 4}
+    request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode())
+    with urllib.request.urlopen(request, timeout=30) as response:
+        assert json.load(response)["usage"]["completion_tokens"] == 4
+
+
+def test_prometheus_finds_what_scaling_needs(cluster: Cluster) -> None:
+    """At the port that the annotations name, and passed on by the front end."""
+    seen = metrics(cluster.router)
+    assert total(seen, "baton_worker_up") == 4
+    for role, pods in (("prefill", cluster.prefill), ("decode", cluster.decode)):
+        for pod in pods:
+            assert f'baton_worker_queued_tokens{{role="{role}",worker="{role}@{pod.host}:8001"}}' in seen
+    assert "baton_router_requests" in seen
+    assert "baton_router_queued_tokens" in seen
+    url = f"http://{cluster.router.host}:{cluster.router.port('openai')}/metrics"
+    with urllib.request.urlopen(url, timeout=10) as response:
+        assert b"baton_worker_queued_tokens{" in response.read()
+
+
+# --- trouble ---
+
+
+@pytest.mark.parametrize("pair", ["router-prefill", "router-decode", "prefill-decode"])
+def test_a_pair_is_cut(pair: str, cluster: Cluster, asking: Asking, expected: list[list[int]]) -> None:
+    one, other = _pairs(cluster)[pair]
+    _under(asking, expected, lambda: cluster.network.cut(one, other), route="remote")
+    _await_workers(cluster, 4 if pair == "prefill-decode" else 3, within_s=5)
+
+
+@pytest.mark.parametrize("way", ["to the worker", "from the worker"])
+def test_a_link_is_cut_one_way(way: str, cluster: Cluster, asking: Asking, expected: list[list[int]]) -> None:
+    router, worker = cluster.router.machine, cluster.decode[0].machine
+    ends = (router, worker) if way == "to the worker" else (worker, router)
+    _under(asking, expected, lambda: cluster.network.cut_one_way(*ends))
+    _await_workers(cluster, 3, within_s=10)
+
+
+def test_packets_are_lost(cluster: Cluster, asking: Asking, expected: list[list[int]]) -> None:
+    def trouble() -> None:
+        for pod in cluster.pods:
+            cluster.network.lose(pod.machine, 0.01)
+
+    _under(asking, expected, trouble, route="remote")
+
+
+def test_a_slow_link(cluster: Cluster, asking: Asking, expected: list[list[int]]) -> None:
+    """All that the router sends and is sent goes through 40 Mbit/s."""
+    _under(asking, expected, lambda: cluster.network.slow(cluster.router.machine, "40mbit"), route="remote")
+
+
+def test_all_workers_are_cut_off_and_come_back_at_once(cluster: Cluster, asking: Asking, expected: list[list[int]]) -> None:
+    """Nobody can serve: an error, in time. Then everybody connects again at the same moment."""
+    for pod in (*cluster.prefill, *cluster.decode):
+        cluster.network.cut(cluster.router.machine, pod.machine)
+    _await_workers(cluster, 0)
+    _wait_for(lambda: not cluster.router.probe("readinessProbe"), 5)
+    assert cluster.router.probe("livenessProbe")
+    with _timed(15):
+        (answer,) = asking.collect(_send(asking)[0])
+    assert "no decode or aggregated worker is up" in str(answer.error)
+    waiting = _send(asking)
+    cluster.network.heal()
+    with _timed(20):
+        _check(asking.collect(*waiting), expected)
+    cluster.router.await_probe("readinessProbe", 5)
+
+
+def _replace(cluster: Cluster, pods: list[Pod], asking: Asking, expected: list[list[int]]) -> None:
+    """The first of a Service's pods ends under load, is gone from the name and from the figures, and comes back."""
+    pod, service = pods[0], pods[0].machine.name.rpartition("-")[0]
+
+    def known() -> bool:
+        return (
+            total(metrics(cluster.router), "baton_kv_block_bytes", worker=f"{service.removeprefix('baton-')}@{pod.host}:8001")
+            > 0
+        )
+
+    _under(asking, expected, pod.stop)
+    cluster.network.name(service, [other.machine for other in pods[1:]])
+    _wait_for(lambda: not known(), 10)
+    pod.start()
+    _check(asking.collect(*_send(asking)), expected)
+    pod.await_probe("startupProbe", 60)
+    cluster.network.name(service, [each.machine for each in pods])
+    _await_workers(cluster, 4)
+
+
+def test_rolling_update_under_load(cluster: Cluster, asking: Asking, expected: list[list[int]]) -> None:
+    for pods in [cluster.decode, *([cluster.prefill] if LONG else [])]:
+        _replace(cluster, pods, asking, expected)
+
+
+@pytest.mark.skipif(not LONG, reason="BATON_LONG=1 runs it: minutes")
+def test_long_partitions_leave_no_scars(cluster: Cluster, asking: Asking, expected: list[list[int]]) -> None:
+    """Whoever was only cut off is not restarted when the network is whole again, and is back within seconds."""
+    lives = total(metrics(cluster.router), "baton_worker_starts_total")
+    for seconds in (6, 12, 30, 60):
+        for pod in (cluster.prefill[0], cluster.decode[0]):
+            cluster.network.cut(cluster.router.machine, pod.machine)
+        _await_workers(cluster, 2)
+        time.sleep(seconds)
+        cluster.network.heal()
+        _await_workers(cluster, 4, within_s=5)
+        _check(asking.collect(*_send(asking, "remote")), expected)
+    assert total(metrics(cluster.router), "baton_worker_starts_total") == lives
+
+
+@pytest.mark.skipif(not LONG, reason="BATON_LONG=1 runs it: minutes")
+def test_random_trouble(cluster: Cluster, asking: Asking, expected: list[list[int]]) -> None:
+    """Two kinds at once, at random, but never so that nobody could serve: one decode worker is spared."""
+    dice = random.Random(7)
+    for _ in range(12):
+
+        def trouble() -> None:
+            for _ in range(2):
+                one, other = dice.sample([pod.machine for pod in cluster.pods[:-1]], 2)
+                kind = dice.choice(["cut", "one way", "loss", "slow"])
+                if kind == "cut":
+                    cluster.network.cut(one, other)
+                elif kind == "one way":
+                    cluster.network.cut_one_way(one, other)
+                elif kind == "loss":
+                    cluster.network.lose(one, 0.05)
+                else:
+                    cluster.network.slow(one, "20mbit")
+
+        _under(asking, expected, trouble, route=dice.choice(["", "remote", "local"]))
+        cluster.network.heal()
+        _await_workers(cluster, 4)

@@ -1,0 +1,129 @@
+"""When workers are restarted, and how soon."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, cast
+
+import msgspec
+import pytest
+
+from python_backends.core.config import HealthConfig
+from python_backends.core.host import host_id
+from python_backends.core.messages import Heartbeat
+from python_backends.core.types import Epoch, WorkerId
+from router.house import House
+from router.seams import Destination
+from router.supervisor import Supervisor
+from tests.flow.house import Counts, NumberTokenizer, deployment
+from tests.unit.router.fleet_views import heartbeat
+
+DECODE = WorkerId("decode")
+
+
+class Control:
+    """Remembers when it was asked to restart what."""
+
+    def __init__(self) -> None:
+        self.restarted: list[tuple[float, str]] = []
+
+    def reach(self, worker: Destination) -> None:
+        """It can be reached."""
+
+    def restart(self, worker: Destination) -> None:
+        self.restarted.append((time.monotonic(), worker.model))
+
+
+class Silent:
+    """Nothing reaches a worker."""
+
+    def submit(self, *_: object) -> None: ...
+
+    def abort(self, *_: object) -> None: ...
+
+    def release(self, *_: object) -> None: ...
+
+
+def _watch(play: Callable[[House, Supervisor, Heartbeat, subprocess.Popen[bytes]], Any], *, here: bool) -> Control:
+    """A worker's process, known by its heartbeat; `play` on the loop."""
+    control = Control()
+
+    async def run(process: subprocess.Popen[bytes]) -> None:
+        house = House(deployment(), cast(Any, NumberTokenizer()), cast(Any, Silent()), Counts())
+        supervisor = Supervisor(house, HealthConfig(), control)
+        beat = msgspec.structs.replace(heartbeat("decode"), pid=process.pid, host=host_id() if here else "elsewhere")
+        house.hear_heartbeat(beat, time.monotonic())
+        supervisor.seen(beat)
+        await play(house, supervisor, beat, process)
+        supervisor.close()
+        house.close()
+
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        asyncio.run(run(process))
+    finally:
+        process.kill()
+        process.communicate()
+    return control
+
+
+async def _until(condition: Callable[[], object], within_s: float = 3.0) -> bool:
+    end = time.monotonic() + within_s
+    while not condition() and time.monotonic() < end:
+        await asyncio.sleep(0.01)
+    return bool(condition())
+
+
+def test_its_connection_breaks_before_its_death_is_known() -> None:
+    """The patience with connections of other hosts is not for it: 5 s would pass before the restart."""
+
+    async def play(house: House, supervisor: Supervisor, beat: Heartbeat, process: subprocess.Popen[bytes]) -> None:
+        supervisor.cut_off(DECODE)
+        assert not house.fleet.is_up(DECODE)
+        process.kill()
+        assert await _until(lambda: control_of(supervisor).restarted)
+
+    def control_of(supervisor: Supervisor) -> Control:
+        return cast(Control, supervisor._control)
+
+    assert [model for _, model in _watch(play, here=True).restarted] == ["decode"]
+
+
+def test_its_goodbye_is_read_after_its_death() -> None:
+    """Who unloads it loads it again; a second restart would take away the next life."""
+
+    async def play(house: House, supervisor: Supervisor, beat: Heartbeat, process: subprocess.Popen[bytes]) -> None:
+        process.kill()
+        assert await _until(lambda: not house.fleet.is_up(DECODE))
+        supervisor.left(DECODE, beat.epoch)
+        await asyncio.sleep(0.5)
+
+    assert _watch(play, here=True).restarted == []
+
+
+def test_somebody_else_has_restarted_it() -> None:
+    async def play(house: House, supervisor: Supervisor, beat: Heartbeat, process: subprocess.Popen[bytes]) -> None:
+        process.kill()
+        assert await _until(lambda: not house.fleet.is_up(DECODE))
+        house.hear_heartbeat(msgspec.structs.replace(beat, epoch=Epoch(2)), time.monotonic())
+        await asyncio.sleep(0.5)
+
+    assert _watch(play, here=True).restarted == []
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_only_the_connection_breaks(here: bool) -> None:
+    """Its next heartbeat brings it back; it is not restarted."""
+
+    async def play(house: House, supervisor: Supervisor, beat: Heartbeat, process: subprocess.Popen[bytes]) -> None:
+        supervisor.cut_off(DECODE)
+        assert not house.fleet.is_up(DECODE)
+        house.hear_heartbeat(beat, time.monotonic())
+        assert house.fleet.is_up(DECODE)
+        await asyncio.sleep(0.5)
+
+    assert _watch(play, here=here).restarted == []
