@@ -59,6 +59,8 @@ class Account:
 
     def proof(self) -> Proof:
         decision, prefill, report = self._decision, self._prefill, self._report
+        prefill_prefix = prefill.prefix if prefill else report.prefix
+        both = (prefill.prefix, report.prefix) if prefill else (report.prefix,)
         assert decision is not None
         now = self._clock.now()
         ttft_ms = (self._first_token - self._arrival) * 1e3
@@ -75,11 +77,19 @@ class Account:
             kv_tokens_received=report.received_tokens,
             kv_tokens_recomputed=report.recomputed_tokens,
             kv_tokens_computed=report.computed_tokens,
+            kv_tokens_node=report.prefix.node_tokens,
+            kv_tokens_remote=report.prefix.remote_tokens,
             prefill_tokens_reused=prefill.reused_tokens if prefill else report.reused_tokens,
+            prefill_tokens_node=prefill_prefix.node_tokens,
+            prefill_tokens_remote=prefill_prefix.remote_tokens,
+            prefill_tokens_peer=prefill_prefix.peer_tokens,
             prefill_tokens_computed=prefill.computed_tokens if prefill else report.computed_tokens,
             kv_bytes=report.received_bytes,
             transfer_ms=report.transfer_ms,
             transport=report.transport,
+            transport_why=report.transport_why,
+            store_bytes=sum(prefix.bytes for prefix in both),
+            store_ms=sum(prefix.ms for prefix in both),
             digest=report.digest,
             ttft_ms=ttft_ms,
             queue_ms=ttft_ms - prefill_ms,

@@ -8,6 +8,7 @@ import socket
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 from python_backends.core.config import ClusterConfig, PoolConfig
+from router.registry import Registry
 
 log = logging.getLogger(__name__)
 
@@ -39,9 +40,10 @@ class Discovery:
             await asyncio.sleep(_LOOK_EVERY_S)
 
 
-def sources_of(cluster: ClusterConfig) -> list[Source]:
-    """Of a deployment's pools."""
-    return [pool_source(pool) for pool in cluster.pools]
+def sources_of(cluster: ClusterConfig, key: bytes) -> list[Source]:
+    """Of a deployment's pools and registry. Raises ConfigError."""
+    registry: list[Source] = [Registry(cluster, key)] if cluster.registry else []
+    return [*(pool_source(pool) for pool in cluster.pools), *registry]
 
 
 def pool_source(pool: PoolConfig) -> Source:

@@ -8,14 +8,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from random import Random
 
 from python_backends.core.block_hash import block_hashes
 from python_backends.core.config import Deployment
 from python_backends.core.errors import InvalidRequest
-from python_backends.core.messages import BlockEvents, Heartbeat, Outputs, PrefillDone, RequestFailed
+from python_backends.core.messages import BlockEvents, Heartbeat, Lent, Located, Output, Outputs, PrefillDone, RequestFailed
 from python_backends.core.types import LeaseEnd, RequestId, Role, WorkerId
 from router.admission import SHUTTING_DOWN, Admission
 from router.clock import Clock
@@ -23,6 +23,7 @@ from router.fleet import Fleet, WorkerView, long_prompt
 from router.journal import Journal
 from router.lifecycle import State
 from router.mailroom import Mailroom
+from router.node_memory import NodeMemory
 from router.policy import Choice, Query, Room, choose, has_room
 from router.prefix_index import Match, PrefixIndex
 from router.prompt import Hasher, Prompt
@@ -33,6 +34,7 @@ from router.types import ClientRequest, Slo, Wish
 
 log = logging.getLogger(__name__)
 
+_LEND_S = 0.25  # that a worker may take to lend; it answers between two steps
 _LONG_PROMPT_BYTES = 4_000  # from here on a prompt is tokenised off the event loop
 _HITS = 2  # workers of each role that have most of a prompt and are looked at
 _OUTPUT_RATE = 0.02  # how fast the expected length of outputs learns
@@ -61,6 +63,7 @@ class House:
         """clock, hasher and random are the simulator's to give."""
         self.name = secrets.token_hex(8)  # of this life of the router
         self.config = deployment.router
+        self._locate_s = deployment.store.locate_timeout_s
         self.tokenizer = tokenizer
         self.calls = calls
         self.observer = observer
@@ -68,6 +71,7 @@ class House:
         self.fleet = Fleet(_standby(deployment))
         self.index = PrefixIndex()
         self.mailroom = Mailroom()
+        self.node_memory = NodeMemory()
         self.journal = Journal()
         self.quarantine = Quarantine(self.config.max_attempts, self.config.max_worker_deaths, self.clock.now)
         self.admission = Admission(self.config, self.clock, self._tokens_per_ms, long_prompt(deployment.engine.step_tokens))
@@ -78,6 +82,7 @@ class House:
         self._random = random or Random(secrets.randbits(64))
         self._encoders = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
         self._requests = 0
+        self._questions = 0
         self._orphans: dict[WorkerId, set[RequestId]] = {}  # what lost workers may still compute, should they come back
         self._seen_version = -1  # of the fleet, for the three below
         self._members: dict[Role, int] = {}
@@ -86,6 +91,7 @@ class House:
         self._capacity = (0.0, -_CAPACITY_AGE_S)  # tokens per ms, and when that was
 
     def close(self) -> None:
+        self.node_memory.close()
         self._encoders.shutdown(wait=False, cancel_futures=True)
 
     def snapshot(self, states: Mapping[State, int]) -> Snapshot:
@@ -151,8 +157,19 @@ class House:
             self._look_at_fleet()
         return self.index.match([(size, prompt.hashes(model, size)) for model, size in self._models])
 
-    def choose(self, prompt: Prompt, wish: Wish, slo: Slo, max_tokens: int, avoid: Collection[WorkerId]) -> Choice | None:
-        """Where the request would go now; None when nobody is up to serve it. Raises InvalidRequest if it fits nowhere."""
+    def choose(
+        self,
+        prompt: Prompt,
+        wish: Wish,
+        slo: Slo,
+        max_tokens: int,
+        avoid: Collection[WorkerId],
+        stored: Mapping[WorkerId, int] | None = None,
+    ) -> Choice | None:
+        """Where the request would go now; None when nobody is up to serve it. Raises InvalidRequest if it fits nowhere.
+
+        stored: what `look_in_stores` has found.
+        """
         match = self.match(prompt)
         if len(prompt) >= (self._longest or len(prompt) + 1):
             raise InvalidRequest(
@@ -160,10 +177,65 @@ class House:
                 "(the model's context, or engine.kv_pool_mib)"
             )
         hits = [worker for members in self._members.values() for worker in match.deepest(members, _HITS)]
+        hits += [worker for worker in stored or () if worker not in hits][: _HITS * len(Role)]
         output = min(max_tokens, int(self.output_tokens))
         contended = self.admission.waiting > 0
-        query = Query(len(prompt), match, hits, wish, slo, output, contended, avoid)
+        query = Query(len(prompt), match, hits, wish, slo, output, contended, avoid, stored or {})
         return choose(query, self.fleet, self._random)
+
+    # --- what takes a question to a worker ---
+
+    @property
+    def has_stores(self) -> bool:
+        """Whether a worker that is up and decodes has any."""
+        ranked = self.fleet.ranked
+        return any(worker.heartbeat.stores for role in (Role.DECODE, Role.AGGREGATED) for worker in ranked[role])
+
+    async def look_in_stores(self, prompt: Prompt, worker: WorkerId) -> dict[WorkerId, int]:
+        """Leading tokens that workers have in their pools or find in their stores, as this one says of its own.
+
+        Empty when that is no more than what they have anyway.
+        """
+        view = self.fleet.get(worker)
+        if view is None or not view.heartbeat.stores:
+            return {}
+        match, size = self.match(prompt), view.block_size
+        pooled = match.get(worker)
+        hashes = prompt.hashes(view.fingerprint, size)[pooled // size :]
+        if not hashes:
+            return {}
+        answer = await self._ask(worker, lambda question: self.calls.locate(worker, question, hashes), self._locate_s)
+        stored = pooled + size * (answer.blocks if isinstance(answer, Located) else 0)
+        if stored == pooled:
+            return {}
+        # Others with the same stores can use the blocks, too, if they have those before them.
+        sharing = [other for other in self.fleet.up() if _has_stores_of(view.heartbeat, other.heartbeat)]
+        return {other.id: stored for other in sharing if match.get(other.id) >= pooled}
+
+    async def borrow(self, lender: WorkerId, prompt: Prompt) -> Lent | None:
+        """A ticket for the leading tokens that the worker has cached. None when it does not say in time."""
+        view = self.fleet.get(lender)
+        if view is None:
+            return None
+        hashes = prompt.hashes(view.fingerprint, view.block_size)
+        answer = await self._ask(lender, lambda question: self.calls.lend(lender, question, hashes), _LEND_S)
+        return answer if isinstance(answer, Lent) and answer.ticket is not None else None
+
+    async def _ask(self, worker: WorkerId, ask: Callable[[RequestId], None], within_s: float) -> Output | None:
+        """One question to a worker, and its answer if that comes in time."""
+        self._questions += 1
+        question = RequestId(f"{self.name}.q{self._questions}")
+        with self.mailroom.box(question, worker) as box:
+            ask(question)
+            answering = asyncio.ensure_future(box.get())
+            try:
+                # Not wait_for: before Python 3.12 it loses a cancellation that comes together with the answer.
+                await asyncio.wait({answering}, timeout=within_s)
+                return answering.result() if answering.done() else None
+            finally:
+                answering.cancel()
+
+    # --- the state of things ---
 
     def has_room(self, lacked: Room) -> bool:
         """Whether `choose` may now say something else to a request that lacked this."""
@@ -205,6 +277,8 @@ class House:
             self.lose(heartbeat.worker, f"worker {heartbeat.worker} was restarted")
         told = known is None or known.epoch != heartbeat.epoch or known.heartbeat.load.tells_blocks
         self.fleet.hear(heartbeat, now)
+        if heartbeat.node_place:
+            self.node_memory.named(heartbeat.node_place, now)
         self.admission.room_changed()  # it may have KV blocks again
         if told and not heartbeat.load.tells_blocks:
             log.warning("worker %s does not tell what its prefix cache holds: prefixes are not routed to it", heartbeat.worker)
@@ -219,7 +293,7 @@ class House:
             self.fleet.spoke(outputs.worker, self.clock.now())
         self.fleet.stepped(outputs.worker, outputs.steps)
         for output in self.mailroom.deliver(outputs.outputs):
-            if isinstance(output, PrefillDone) and output.lease_id is not None:
+            if isinstance(output, PrefillDone | Lent) and output.lease_id is not None:
                 self.calls.release(outputs.worker, output.lease_id, LeaseEnd.UNWANTED)  # its request is gone
 
     def hear_events(self, events: BlockEvents) -> bool:
@@ -258,6 +332,12 @@ def _standby(deployment: Deployment) -> list[WorkerId]:
     others = any(worker.role is not Role.AGGREGATED for worker in deployment.workers)
     shared = [w.id for w in deployment.workers if w.role is Role.AGGREGATED and w.device == "cpu" and not w.cpus]
     return shared if others else []
+
+
+def _has_stores_of(one: Heartbeat, other: Heartbeat) -> bool:
+    """Whether what `one` finds in its stores is there for the other, too: a node store is of its host alone."""
+    same_model = other.fingerprint == one.fingerprint and set(one.stores) <= set(other.stores)
+    return same_model and (not one.node_place or (one.host, one.node_place) == (other.host, other.node_place))
 
 
 def _num_bytes(request: ClientRequest) -> int:

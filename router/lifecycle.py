@@ -45,14 +45,15 @@ class Held(str, Enum):
     ADMISSION = "admission"  # a place in the house
     CHARGE = "charge"  # counted as load of its decode worker
     PREFILL = "prefill"  # a request at a prefill worker, or its published KV: abort it there
+    LOAN = "loan"  # blocks that another worker lends to the prefill worker: release their lease
     LEASE = "lease"  # published KV at a prefill worker: release it
     DECODE = "decode"  # a request at a decode worker: abort it there
 
 
 HOLDS: dict[State, frozenset[Held]] = {
     State.QUEUED: frozenset({Held.ADMISSION}),
-    State.ROUTED: frozenset({Held.ADMISSION, Held.CHARGE}),
-    State.PREFILLING: frozenset({Held.ADMISSION, Held.CHARGE, Held.PREFILL}),
+    State.ROUTED: frozenset({Held.ADMISSION, Held.CHARGE, Held.LOAN}),
+    State.PREFILLING: frozenset({Held.ADMISSION, Held.CHARGE, Held.LOAN, Held.PREFILL}),
     State.HANDING_OFF: frozenset({Held.ADMISSION, Held.CHARGE, Held.LEASE, Held.DECODE}),
     State.DECODING: frozenset({Held.ADMISSION, Held.CHARGE, Held.DECODE}),
     State.DONE: frozenset(),

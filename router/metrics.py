@@ -89,9 +89,7 @@ FAMILIES: tuple[Family, ...] = (
     _histogram("baton_e2e_seconds", "Arrival to the last token", _SECONDS, "route"),
     # KV
     _counter("baton_prompt_tokens_total", "Prompt tokens by where the decode worker had their KV from", "source"),
-    _counter(
-        "baton_prefill_tokens_total", "Prompt tokens that whoever prefilled found in its prefix cache, or computed", "source"
-    ),
+    _counter("baton_prefill_tokens_total", "Prompt tokens by where whoever prefilled had their KV from", "source"),
     _counter("baton_kv_received_bytes_total", "KV bytes moved and verified"),
     _histogram("baton_transfer_seconds", "Duration of a transfer of KV", _TRANSFER_SECONDS, "transport"),
     _counter("baton_handoffs_total", "Handoffs by verdict: verified, or why the KV was not used", "verdict"),
@@ -103,6 +101,7 @@ FAMILIES: tuple[Family, ...] = (
         "baton_prefix_events", "1 when the worker tells what its prefix cache holds; 0: no prefix is routed there", *_WORKER
     ),
     _counter("baton_warm_ups_total", "First handoffs between two workers, by verdict; only engines that need them", "verdict"),
+    _counter("baton_store_bytes_total", "KV bytes taken from stores and from other workers' caches, verified"),
     _counter("baton_store_blocks_total", "KV blocks of a store tier, by what happened to them", *_WORKER, "tier", "event"),
     _gauge("baton_store_used_bytes", "Bytes in the store tier, as the worker sees it", *_WORKER, "tier"),
     _gauge("baton_store_up", "1 when the worker reaches the store tier", *_WORKER, "tier"),
@@ -137,6 +136,9 @@ FAMILIES: tuple[Family, ...] = (
 
 _BY_NAME = {family.name: family for family in FAMILIES}
 _KV_SOURCES = [field.removeprefix("kv_tokens_") for field in Proof.__struct_fields__ if field.startswith("kv_tokens_")]
+_PREFILL_SOURCES = [
+    field.removeprefix("prefill_tokens_") for field in Proof.__struct_fields__ if field.startswith("prefill_tokens_")
+]
 _STORE_EVENTS = ("read", "missed", "written", "corrupt", "dropped")
 # (label, predicted, measured), ms: of the proof's fields, as far as it has them
 _PREDICTIONS = [
@@ -259,8 +261,9 @@ class Meter:
             self._observe("baton_first_decode_seconds", proof.first_decode_ms / 1e3)
         for source in _KV_SOURCES:
             self.count("baton_prompt_tokens_total", getattr(proof, f"kv_tokens_{source}"), source=source)
-        self.count("baton_prefill_tokens_total", proof.prefill_tokens_reused, source="reused")
-        self.count("baton_prefill_tokens_total", proof.prefill_tokens_computed, source="computed")
+        for source in _PREFILL_SOURCES:
+            self.count("baton_prefill_tokens_total", getattr(proof, f"prefill_tokens_{source}"), source=source)
+        self.count("baton_store_bytes_total", proof.store_bytes)
         self.count("baton_kv_received_bytes_total", proof.kv_bytes)
         if proof.digest != "none":
             self.count("baton_handoffs_total", verdict=proof.digest)
@@ -315,7 +318,7 @@ class Meter:
             self._set("baton_worker_requests", getattr(load, f"{state}_requests"), **labels, state=state)
         for state in ("free", "cached", "held"):
             self._set("baton_kv_blocks", getattr(load, f"{state}_blocks"), **labels, state=state)
-        for tier, counts in getattr(worker.heartbeat, "stores", {}).items():
+        for tier, counts in worker.heartbeat.stores.items():
             self._set("baton_store_used_bytes", counts.used_bytes, **labels, tier=tier)
             self._set("baton_store_up", counts.up, **labels, tier=tier)
             for event in _STORE_EVENTS:

@@ -12,13 +12,16 @@ way do not depend on each other: the first token leaves before the decode worker
 once, not every pair. Of ways that cost nearly the same, two are drawn and the less busy one is taken (Mitzenmacher, "The
 Power of Two Choices in Randomized Load Balancing", 2001): several routers that know the same must not all choose the same.
 
+What a worker finds in its stores counts as cached, except for the room that it takes. A prefill worker that lacks a long
+prefix which another worker's pool has borrows it; that counts as a fraction of computing it.
+
 A hot prefix needs no rule: as long as queueing for it is cheaper than computing it elsewhere, it is queued for; then
 another worker computes it, and has it, too. Nor does a conversation: its last worker has most of the prompt.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from enum import Enum
 from itertools import islice
 from random import Random
@@ -31,6 +34,8 @@ from router.cost_model import prefill_ms
 from router.fleet import Fleet, WorkerView
 from router.types import RouteDecision, Slo, Way, Wish
 
+_LOAN_TOKENS = 256  # fewer are not worth asking for
+_LOAN_SHARE = 16  # borrowing so many tokens is taken to cost as much as computing one; the worker knows better
 _HIT = 0.5  # who has to compute at most so much of what others have to compute, has most of the prompt
 _LOOKED_AT = 2  # of the least loaded workers of a role; as many again that have most of the prompt
 _NEAR = 1.03  # costs that differ less are the same ...
@@ -58,6 +63,7 @@ class Query(msgspec.Struct, frozen=True):
     output_tokens: int = 128  # expected
     contended: bool = False  # more requests wait at the door
     avoid: Collection[WorkerId] = ()  # workers that failed this request; taken only if there is no other
+    stored: Mapping[WorkerId, int] = {}  # leading prompt tokens in the worker's pool and stores together
 
 
 class Room(Enum):
@@ -84,7 +90,7 @@ class Choice(msgspec.Struct, frozen=True):
 class _Option:
     """One way to serve the request. Times in ms. `excess`: how far it misses the targets."""
 
-    __slots__ = ("cost", "excess", "itl", "lacks", "peak", "prefill", "ttft", "uncached", "way", "worker")
+    __slots__ = ("cost", "excess", "itl", "lacks", "lender", "peak", "prefill", "ttft", "uncached", "way", "worker")
 
     def __init__(
         self,
@@ -98,8 +104,11 @@ class _Option:
         cost: float,
         lacks: Room | None,
         slo: Slo,
+        lender: WorkerId | None = None,
     ) -> None:
-        """worker: who decodes. itl: between two tokens of this stream. peak: the longest gap that running streams see."""
+        """worker: who decodes. lender: of whom `prefill` borrows.
+
+        itl: between two tokens of this stream. peak: the longest gap that running streams see."""
         self.way = way
         self.worker = worker
         self.prefill = prefill
@@ -109,6 +118,7 @@ class _Option:
         self.peak = peak
         self.cost = cost
         self.lacks = lacks
+        self.lender = lender
         self.excess = 0.0
         if slo.ttft_ms and ttft > slo.ttft_ms:
             self.excess = ttft / slo.ttft_ms - 1
@@ -126,7 +136,14 @@ def choose(query: Query, fleet: Fleet, random: Random) -> Choice | None:
     lacks = None if _is_worth_queueing(best, options) else best.lacks
     why = _why(query, best, options) if lacks is None else ""
     decision = RouteDecision(
-        best.way, best.prefill.id if best.prefill else None, best.worker.id, best.uncached, why, best.ttft, best.itl
+        best.way,
+        best.prefill.id if best.prefill else None,
+        best.worker.id,
+        best.uncached,
+        why,
+        best.ttft,
+        best.itl,
+        best.lender,
     )
     computes, cached = best.prefill or best.worker, query.num_tokens - best.uncached
     alone = computes.hop_ms + prefill_ms(computes.model, computes.step_tokens, best.uncached, cached)
@@ -195,10 +212,12 @@ def _remote(query: Query, fleet: Fleet, decodes: Sequence[WorkerView], itls: Seq
     """Each prefill worker with the decode worker that suits best."""
     receivers = [_receiving(query, worker, itl) for worker, itl in zip(decodes, itls, strict=True)]
     decode = _pick([option for option in receivers if option.lacks is None] or receivers, random)
+    lender = _lender(query, fleet, decode.worker.fingerprint)
     options = []
     for worker in _candidates(query, fleet, Role.PREFILL, random, decode.worker.fingerprint):
-        uncached, ttft, has_room = _first_token(query, worker)
-        lacks = decode.lacks or (None if has_room and worker.has_kv_for(uncached) else Room.PROMPT)
+        borrowed = _borrowed(query, worker, lender)
+        uncached, ttft, has_room = _first_token(query, worker, borrowed)
+        lacks = decode.lacks or (None if has_room and worker.has_kv_for(uncached + borrowed) else Room.PROMPT)
         options.append(
             _Option(
                 Way.REMOTE,
@@ -211,9 +230,31 @@ def _remote(query: Query, fleet: Fleet, decodes: Sequence[WorkerView], itls: Seq
                 ttft + decode.cost,
                 lacks,
                 query.slo,
+                lender.id if lender is not None and borrowed else None,
             )
         )
     return options
+
+
+def _lender(query: Query, fleet: Fleet, fingerprint: str) -> WorkerView | None:
+    """Who has the most of the prompt in its pool, and lends it."""
+    hits = [worker for worker in _hits(query, fleet.get) if worker.available and worker.id not in query.avoid]
+    able = [worker for worker in hits if worker.heartbeat.lends and worker.fingerprint == fingerprint]
+    return max(able, key=lambda worker: (query.cached.get(worker.id), -worker.requests), default=None)
+
+
+def _borrowed(query: Query, worker: WorkerView, lender: WorkerView | None) -> int:
+    """Tokens that a prefill worker would borrow."""
+    if lender is None or lender is worker or not worker.heartbeat.lends:
+        return 0
+    more = query.cached.get(lender.id) - _has(query, worker)
+    return more if more >= _LOAN_TOKENS else 0
+
+
+def _has(query: Query, worker: WorkerView) -> int:
+    """Tokens that the worker need not compute."""
+    cached = query.cached.get(worker.id)
+    return max(cached, query.stored.get(worker.id, 0)) if query.stored else cached
 
 
 def _receiving(query: Query, worker: WorkerView, itl: float) -> _Option:
@@ -234,16 +275,17 @@ def _alone(query: Query, worker: WorkerView, way: Way, itl: float) -> _Option:
         peak = _peak(worker, uncached, query.num_tokens)
         cost += _DELAY_VALUED * streams * max(0.0, ttft - worker.hop_ms) / max(1 - _pressure(query, worker, itl), _LEAST_SLACK)
     lacks = None
-    if not has_room or not worker.takes_stream(uncached + query.output_tokens):
+    missing = query.num_tokens - query.cached.get(worker.id)
+    if not has_room or not worker.takes_stream(missing + query.output_tokens):
         lacks = Room.AGGREGATED if way is Way.AGGREGATED else Room.BOTH
     if way is Way.LOCAL and _has_every_full_block(query, uncached, worker.block_size):
         way = Way.CACHED
     return _Option(way, worker, None, uncached, ttft, itl, peak, cost, lacks, query.slo)
 
 
-def _first_token(query: Query, worker: WorkerView) -> tuple[int, float, bool]:
-    """Uncached tokens, ms until the first token is here, and whether the worker takes the prompt now."""
-    cached = query.cached.get(worker.id)
+def _first_token(query: Query, worker: WorkerView, borrowed: int = 0) -> tuple[int, float, bool]:
+    """Tokens to compute, ms until the first token is here, and whether the worker takes the prompt now."""
+    cached = _has(query, worker) + borrowed
     uncached = query.num_tokens - cached
     ahead, has_room = 0, True
     if worker.prompts or worker.foreign_tokens:
@@ -251,6 +293,8 @@ def _first_token(query: Query, worker: WorkerView) -> tuple[int, float, bool]:
         ahead = worker.tokens_before(uncached, query.contended, may_overtake=has_room)
     beside = worker.prefill_tokens - ahead if worker.prefill_tokens > ahead else 0
     ms = prefill_ms(worker.model, worker.step_tokens, uncached, cached, ahead, beside, worker.streams, worker.context_tokens)
+    if borrowed:
+        ms += worker.model.step_ms(borrowed / _LOAN_SHARE, 0, 0, 0)
     return uncached, worker.hop_ms + ms, has_room
 
 
@@ -304,8 +348,10 @@ def _why(query: Query, best: _Option, options: Sequence[_Option]) -> str:
     """In plain words, with the predicted milliseconds."""
     computes = best.prefill or best.worker
     cached = query.num_tokens - best.uncached
+    where = "in the stores" if query.stored.get(computes.id, 0) > query.cached.get(computes.id) else "cached"
+    where += f" or lent by {best.lender}" if best.lender else ""
     sentence = (
-        f"first token in {best.ttft:.0f} ms on {computes.id} ({cached} of {query.num_tokens} tokens cached, "
+        f"first token in {best.ttft:.0f} ms on {computes.id} ({cached} of {query.num_tokens} tokens {where}, "
         f"{computes.prefill_tokens} ahead), then {best.itl:.1f} ms per token on {best.worker.id}"
     )
     if best.excess:

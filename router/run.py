@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+from collections.abc import Mapping
 
 import msgspec
 
@@ -48,7 +49,7 @@ from router.policy import Choice, Room
 from router.prompt import Prompt
 from router.retries import Poisoned, RetryBudget
 from router.seams import Reply
-from router.types import ClientRequest, Outcome, Piece, RouteDecision
+from router.types import ClientRequest, Outcome, Piece, RouteDecision, Wish
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +84,7 @@ class Run:
         self._waiting_since = arrival
         self._lessons = Lessons(house.fleet, house.clock)
         self._forecast: Forecast | None = None
+        self._stored: Mapping[WorkerId, int] = {}  # see House.look_in_stores
         self._lacks: Room | None = None  # when it was last decided
         self.deadline = arrival + (request.timeout_s or house.config.default_deadline_s)
         self.interruption: BatonError = Cancelled("the request was cancelled")
@@ -92,6 +94,7 @@ class Run:
         self._prefill_charge: Charge | None = None
         self._prefill_leg: tuple[WorkerId, RequestId] | None = None
         self._decode_leg: tuple[WorkerId, RequestId] | None = None
+        self._loan: tuple[WorkerId, str] | None = None
         self._lease: tuple[WorkerId, str] | None = None
         self._lease_end = LeaseEnd.UNWANTED
 
@@ -130,6 +133,7 @@ class Run:
             self._prompt = self._known_tokens()
             await self._pause_if_nobody_else()
         self._waiting_since = self._clock.now()
+        self._stored = await self._look_in_stores() if self._house.has_stores else {}
         assert self._place is not None
         await self._place.turn(self, again=again)
         assert self._decision is not None
@@ -145,6 +149,12 @@ class Run:
         choice = self._choose()
         if choice is not None and not self._avoid.isdisjoint({choice.decision.prefill, choice.decision.decode}):
             await asyncio.sleep(_RETRY_PAUSE_S * 2 ** min(self._attempts, _DOUBLINGS))
+
+    async def _look_in_stores(self) -> Mapping[WorkerId, int]:
+        """What the decode worker that would be taken finds in its stores, where a prompt is left to be computed."""
+        self._stored = {}
+        choice = self._choose() if self._wish is Wish.AUTO else None
+        return await self._house.look_in_stores(self._prompt, choice.decision.decode) if choice else {}
 
     # --- at the door: see admission.Guest ---
 
@@ -191,21 +201,29 @@ class Run:
 
     def _choose(self) -> Choice | None:
         """Where to go now. Raises InvalidRequest when the prompt is too long for all."""
-        choice = self._house.choose(self._prompt, self._wish, self.slo, self._sampling.max_tokens, self._avoid)
+        choice = self._house.choose(self._prompt, self._wish, self.slo, self._sampling.max_tokens, self._avoid, self._stored)
         self._forecast = Forecast(choice.decision.ttft_ms, choice.alone_ms) if choice else None
         return choice
 
     # --- at the workers ---
 
-    async def prefill(self, worker: WorkerId) -> bytes | None:
+    async def borrow(self, lender: WorkerId) -> bytes | None:
+        """Have another worker lend what it has cached of the prompt. Returns the ticket, if it does so in time."""
+        lent = await self._house.borrow(lender, self._prompt)
+        if lent is None or lent.lease_id is None:
+            return None
+        self._loan = (lender, lent.lease_id)
+        return lent.ticket
+
+    async def prefill(self, worker: WorkerId, loan: bytes | None = None) -> bytes | None:
         """Have the prompt computed, send the first token to the client. Returns the ticket for the KV."""
         request = self._generate_request("p")
         with self._house.mailroom.box(request.request_id, worker) as box:
             self._prefill_leg = (worker, request.request_id)
-            self._submit(worker, PrefillWork(request))
+            self._submit(worker, PrefillWork(request, loan))
             self._move(Event.PREFILL)
-            done = await self._next(box)
-        assert isinstance(done, PrefillDone)
+            while not isinstance(done := await self._next(box), PrefillDone):
+                self._give_back(Held.LOAN)  # KVReady: the lender's blocks are fetched
         self._lessons.prefilled(worker, done)
         if self._prefill_charge is not None:
             self._prefill_charge.undo()
@@ -390,6 +408,9 @@ class Run:
                     charge.undo()
         elif held is Held.PREFILL and self._prefill_leg is not None:
             calls.abort(*self._prefill_leg)
+        elif held is Held.LOAN and self._loan is not None:
+            calls.release(*self._loan, LeaseEnd.FETCHED)
+            self._loan = None
         elif held is Held.LEASE and self._lease is not None:
             calls.release(*self._lease, self._lease_end)
         elif held is Held.DECODE and self._decode_leg is not None:

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from python_backends.core.errors import BatonError
 from python_backends.core.messages import Work
-from python_backends.core.types import Epoch, LeaseEnd, RequestId, WorkerId
+from python_backends.core.types import BlockHash, Epoch, LeaseEnd, RequestId, WorkerId
 from router.fleet import WorkerView
 from router.journal import Record
 from router.lifecycle import State
@@ -26,7 +26,7 @@ class Destination:
 
 
 class Calls(Protocol):
-    """Everything said to workers. All three return at once; outputs come to the mailroom.
+    """Everything said to workers. All return at once; outputs come to the mailroom.
 
     Work that can't be handed over ends as a retryable RequestFailed in its box.
     """
@@ -36,6 +36,10 @@ class Calls(Protocol):
     def abort(self, worker: WorkerId, request_id: RequestId) -> None: ...
 
     def release(self, worker: WorkerId, lease_id: str, end: LeaseEnd) -> None: ...
+
+    def lend(self, worker: WorkerId, request_id: RequestId, hashes: Sequence[BlockHash]) -> None: ...
+
+    def locate(self, worker: WorkerId, request_id: RequestId, hashes: Sequence[BlockHash]) -> None: ...
 
 
 class Reply(Protocol):

@@ -18,7 +18,8 @@ async def serve(run: Run) -> None:
         while not run.ended:
             try:
                 decision = await run.route()
-                ticket = await run.prefill(decision.prefill) if decision.prefill else None
+                loan = await run.borrow(decision.lender) if decision.lender else None
+                ticket = await run.prefill(decision.prefill, loan) if decision.prefill else None
                 if not run.ended:
                     await run.decode(decision.decode, ticket)
             except (WorkerLost, EngineFailure) as error:

@@ -18,8 +18,8 @@ from typing import Any, Protocol
 from python_backends.core.config import Deployment
 from python_backends.core.curve import CurveKeys
 from python_backends.core.errors import BatonError, Cancelled, DeadlineExceeded, EngineFailure, Unavailable
-from python_backends.core.messages import Abort, ReleaseLease, Work
-from python_backends.core.types import LeaseEnd, RequestId, WorkerId
+from python_backends.core.messages import Abort, Lend, Locate, ReleaseLease, Work
+from python_backends.core.types import BlockHash, LeaseEnd, RequestId, WorkerId
 from router.admission import SHUTTING_DOWN
 from router.channel import RouterChannel
 from router.discovery import Discovery, Source
@@ -156,6 +156,12 @@ class RouterService:
     def release(self, worker: WorkerId, lease_id: str, end: LeaseEnd) -> None:
         self._channel.send(worker, ReleaseLease([lease_id], end))
 
+    def lend(self, worker: WorkerId, request_id: RequestId, hashes: Sequence[BlockHash]) -> None:
+        self._channel.send(worker, Lend(request_id, list(hashes)))
+
+    def locate(self, worker: WorkerId, request_id: RequestId, hashes: Sequence[BlockHash]) -> None:
+        self._channel.send(worker, Locate(request_id, list(hashes)))
+
     # --- opening and shutting, on the loop ---
 
     async def _adopt(self, chore: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -202,6 +208,7 @@ class RouterService:
                 idle = self._follow(self._ending, idle)
             states = Counter(run.state for run in self._tasks)
             self.house.observer.refresh(self.house.snapshot(states))
+            self.house.node_memory.tidy(self.house.clock.now())
             await asyncio.sleep(self._deployment.health.heartbeat_s)
 
     def _follow(self, ending: Ending, was_idle: bool) -> bool:

@@ -20,7 +20,7 @@ class Way(str, Enum):
 
     REMOTE = "remote"  # a prefill worker computes the prompt and hands the KV to a decode worker
     LOCAL = "local"  # the decode worker computes the uncached rest of the prompt itself
-    CACHED = "cached"  # the decode worker has every full block; it computes only what no block covers
+    CACHED = "cached"  # the decode worker has every full block, or finds it in a store; it computes only what none covers
     AGGREGATED = "aggregated"  # an aggregated worker does both
 
 
@@ -84,6 +84,7 @@ class RouteDecision(msgspec.Struct, frozen=True):
     why: str
     ttft_ms: float = 0.0  # predicted, from now to the first token
     itl_ms: float = 0.0  # predicted, between two tokens of this stream
+    lender: WorkerId | None = None  # has more of the prompt cached than `prefill`, and lends it
 
 
 class Piece(msgspec.Struct, frozen=True):
@@ -114,11 +115,19 @@ class Proof(msgspec.Struct, frozen=True):
     kv_tokens_received: int  # moved and verified
     kv_tokens_recomputed: int  # handed over, yet computed again
     kv_tokens_computed: int  # computed on the decode worker by plan (local, aggregated)
+    kv_tokens_node: int  # taken from the node store by the decode worker, verified
+    kv_tokens_remote: int  # from the remote store
     prefill_tokens_reused: int  # prefix hit on the prefill worker
+    prefill_tokens_node: int
+    prefill_tokens_remote: int
+    prefill_tokens_peer: int  # lent by another worker
     prefill_tokens_computed: int
     kv_bytes: int
     transfer_ms: float
     transport: str
+    transport_why: str  # why it was taken, with transfer.transport: auto
+    store_bytes: int  # taken from stores by both workers
+    store_ms: float  # spent on looking there and taking
     digest: str  # verified | unchecked (moved by the engine itself) | none (nothing moved) | why it was refused
     ttft_ms: float
     queue_ms: float

@@ -13,7 +13,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import msgspec
 import psutil
 import redis
 from packaging.requirements import Requirement
@@ -203,9 +202,7 @@ def rdma_devices(root: Path = Path("/sys/class/infiniband")) -> list[str]:
 
 
 def configured_redis(deployment: Deployment) -> tuple[str, ...]:
-    """`store.remote.servers`, of deployments that have a remote store."""
-    store = msgspec.to_builtins(deployment).get("store", {})
-    return tuple(store.get("remote", {}).get("servers", ()))
+    return deployment.store.remote.servers
 
 
 def redis_state(url: str) -> tuple[str, float, str]:

@@ -5,8 +5,10 @@ A second or so each. Best of a few, since whatever else runs can only slow it do
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import get_args, get_type_hints
 
 import numpy as np
@@ -16,7 +18,7 @@ from python_backends.core.config import TransferConfig
 from python_backends.core.errors import BatonError, HandoffRefused
 from python_backends.core.handoff import TICKET_VERSION, KVHandoff
 from python_backends.core.layout import KVLayout
-from python_backends.core.types import Epoch, WorkerId
+from python_backends.core.types import Epoch, Role, WorkerId
 from python_backends.kv.memory import PoolMemory
 from python_backends.kv.transfer import create_transport
 from python_backends.kv.transfer.base import block_digest
@@ -86,17 +88,29 @@ def transports() -> tuple[str, ...]:
 
 def transfer_rate(name: str) -> tuple[float, str]:
     """(bytes per second from one pool of this process to another, digests checked, why it could not be measured)."""
-    source = target = None
+    with ExitStack() as ends:
+        return _transfer_rate(name, ends)
+
+
+def _transfer_rate(name: str, ends: ExitStack) -> tuple[float, str]:
     try:
-        transport = create_transport(TransferConfig(transport=name))  # type: ignore[arg-type]
         source = PoolMemory(_BLOCKS, _LAYOUT.block_bytes, Epoch(1))
+        ends.callback(source.close)
         target = PoolMemory(_BLOCKS, _LAYOUT.block_bytes, Epoch(2))
+        ends.callback(target.close)
+        key = secrets.token_bytes(32)
+        sender = create_transport(TransferConfig(transport=name), key)  # type: ignore[arg-type]
+        ends.callback(sender.close)
+        receiver = create_transport(TransferConfig(transport=name), key)  # type: ignore[arg-type]
+        ends.callback(receiver.close)
+        sender.attach(source, Role.PREFILL)
+        receiver.attach(target, Role.DECODE)
         source.blocks[:] = np.arange(source.blocks.shape[1], dtype=np.uint8)
         blocks = list(range(_BLOCKS))
         digests = [block_digest(source.blocks[block]) for block in blocks]
 
         def move() -> None:
-            published = transport.publish(source, blocks)
+            published = sender.publish(source, blocks, "doctor")
             handoff = KVHandoff(
                 version=TICKET_VERSION,
                 transport=name,
@@ -113,18 +127,11 @@ def transfer_rate(name: str) -> tuple[float, str]:
                 locator=published.locator,
                 opaque=published.opaque,
             )
-            transport.fetch(handoff, blocks, target, blocks, time.monotonic() + _TRANSFER_TIMEOUT_S)
+            receiver.fetch(handoff, blocks, target, blocks, time.monotonic() + _TRANSFER_TIMEOUT_S)
 
-        try:
-            return _BLOCKS * _LAYOUT.block_bytes / _best(move), ""
-        finally:
-            transport.close()
+        return _BLOCKS * _LAYOUT.block_bytes / _best(move), ""
     except (BatonError, HandoffRefused) as error:
         return 0.0, str(error)
-    finally:
-        for pool in (source, target):
-            if pool is not None:
-                pool.close()
 
 
 def gpu_rates(index: int) -> tuple[float, float]:

@@ -51,6 +51,8 @@ def summary(proof: Proof, num_tokens: int) -> str:
         for name, count in (
             ("reused", proof.kv_tokens_reused),
             ("received", proof.kv_tokens_received),
+            ("from the node store", proof.kv_tokens_node),
+            ("from the remote store", proof.kv_tokens_remote),
             ("computed", proof.kv_tokens_computed),
             ("recomputed", proof.kv_tokens_recomputed),
         )

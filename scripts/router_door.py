@@ -11,6 +11,7 @@ from typing import Literal
 import zmq
 
 from python_backends.core.errors import InvalidRequest, Unavailable
+from python_backends.core.paths import run_base
 from router.door.messages import (
     FromRouter,
     Hello,
@@ -23,7 +24,6 @@ from router.door.messages import (
     encode,
     from_router_decoder,
 )
-from scripts.tritonserver import run_base
 
 _ANSWER_S = 0.5
 _NEWEST = 1 << 62  # a sequence that nothing has come after

@@ -14,7 +14,6 @@ import socket
 import subprocess
 import sys
 import sysconfig
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from types import TracebackType
 from python_backends.core.config import load_deployment
 from python_backends.core.deployment_key import OPERATOR_HEADER, deployment_key, operator_secret
 from python_backends.core.errors import ConfigError, Unavailable
-from python_backends.core.paths import repository_root
+from python_backends.core.paths import repository_root, run_base
 from scripts import guardian
 from scripts.guardian import remove_traces
 
@@ -131,8 +130,10 @@ class TritonServer:
     def stop(self, grace_s: float = 0.0) -> None:
         """End the server and every process of its models, within about 8 s; remove all it left. Idempotent.
 
-        `grace_s`: before that, requests that run may end within so long; new ones are refused.
+        `grace_s`: before that, requests that run may end within so long; new ones are refused. A server without a router does
+        not wait: routers elsewhere go on with other workers.
         """
+        grace_s = grace_s if self.deployment.cluster.router else 0.0
         if self._guardian is not None:
             self._say(f"stop {grace_s}" if grace_s else "stop")
             try:
@@ -411,17 +412,6 @@ def _libpython_dir() -> Path:
 
 def _python_version() -> str:
     return f"{sys.version_info.major}.{sys.version_info.minor}"
-
-
-def run_base() -> Path:
-    """The parent of run directories: short, since paths of Unix sockets may have 107 bytes only. Raises ConfigError."""
-    base = Path(tempfile.gettempdir()) / f"baton-{os.getuid()}"
-    if len(os.fsencode(base)) > 60:
-        base = Path("/tmp") / base.name
-    base.mkdir(mode=0o700, exist_ok=True)
-    if base.is_symlink() or base.stat().st_uid != os.getuid():
-        raise ConfigError(f"{base} belongs to another user; remove it or set TMPDIR to a directory of your own")
-    return base
 
 
 def _choose_ports(address: str, wanted: dict[str, int]) -> list[int]:

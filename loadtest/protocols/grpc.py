@@ -11,6 +11,11 @@ from loadtest.protocols.base import Call, Part, Usage
 from python_backends.core.errors import Cancelled
 from scripts.client import Client, Stream
 
+_CACHED = (
+    ("kv_tokens_reused", "kv_tokens_node", "kv_tokens_remote"),
+    ("prefill_tokens_reused", "prefill_tokens_node", "prefill_tokens_remote", "prefill_tokens_peer"),
+)
+
 
 class GrpcConnection:
     """Implements base.Connection. One HTTP/2 connection for all requests."""
@@ -66,5 +71,5 @@ class _GrpcCall:
 
 
 def cached_tokens(proof: Mapping[str, Any]) -> int:
-    """Prompt tokens that were in a prefix cache: the decode worker's or the prefill worker's, whichever had more."""
-    return max(int(proof.get("kv_tokens_reused", 0)), int(proof.get("prefill_tokens_reused", 0)))
+    """Prompt tokens that were in a cache or store: as the decode worker or the prefill worker has it, whichever had more."""
+    return max(sum(int(proof.get(name, 0)) for name in names) for names in _CACHED)

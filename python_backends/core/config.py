@@ -113,15 +113,82 @@ class EngineConfig(Section, frozen=True):
 
 class TransferConfig(Section, frozen=True):
     transport: Annotated[
-        Literal["shm", "inline"],
-        Meta(description="How KV moves: shm (shared memory, same host) or inline (in the ticket; tests and tiny prompts)."),
-    ] = "shm"
+        Literal["auto", "shm", "tcp", "nixl", "inline"],
+        Meta(
+            description="How KV moves: shm (shared memory, same host), tcp (any host), nixl (RDMA and other fabrics; needs "
+            "requirements-nixl.txt), inline (in the ticket; tests and tiny prompts), or auto: the best that a pair of workers "
+            "has in common."
+        ),
+    ] = "auto"
+    listen: Annotated[
+        str,
+        Meta(
+            description="tcp, nixl: address to listen at for other hosts; 0.0.0.0 is every interface, which others are told "
+            "of as `cluster.advertise` or the address of this host's name. Empty: `cluster.listen`; where that is empty, too, "
+            "127.0.0.1, and with auto none."
+        ),
+    ] = ""
+    ports: Annotated[
+        str,
+        Meta(
+            description="tcp, nixl: ports to listen on, such as 7100-7131, one per worker. Empty: any.",
+            pattern=r"^(\d+(-\d+)?)?$",
+        ),
+    ] = ""
+    streams: Annotated[Positive, Meta(description="tcp: connections that share one handoff.")] = 2
+    tls_cert_file: Annotated[
+        str,
+        Meta(description="tcp, nixl: this side's certificate. With the next two, connections are in TLS on both sides' word."),
+    ] = ""
+    tls_key_file: Annotated[str, Meta(description="tcp, nixl: the key of tls_cert_file.")] = ""
+    tls_ca_file: Annotated[str, Meta(description="tcp, nixl: who signed the other sides' certificates.")] = ""
     lease_s: Annotated[PositiveSeconds, Meta(description="Seconds that published KV is kept for a decode worker.")] = 10.0
     timeout_s: Annotated[PositiveSeconds, Meta(description="Seconds a transfer may take before KV is recomputed.")] = 2.0
     faults: Annotated[
         dict[Literal["delay", "drop", "corrupt", "truncate", "hang"], Fraction],
         Meta(description="Failure tests only: share of transfers to delay, drop, corrupt, truncate or hang."),
     ] = msgspec.field(default_factory=dict)
+
+
+class RemoteStoreConfig(Section, frozen=True):
+    servers: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="Redis servers, redis://HOST:PORT/DB or rediss:// with TLS. Several share the blocks by consistent "
+            "hashing. None: no remote store."
+        ),
+    ] = ()
+    cluster: Annotated[
+        bool, Meta(description="The servers are nodes of one Redis Cluster, which shares the blocks itself.")
+    ] = False
+    username: Annotated[str, Meta(description="ACL user. Empty: the default user.")] = ""
+    password_file: Annotated[str, Meta(description="File with the password. Empty: none.")] = ""
+    ca_file: Annotated[str, Meta(description="TLS: who signed the servers' certificates. Empty: those the system trusts.")] = ""
+    cert_file: Annotated[str, Meta(description="TLS: this side's certificate, for servers that want one.")] = ""
+    key_file: Annotated[str, Meta(description="TLS: the key of cert_file.")] = ""
+    ttl_s: Annotated[Positive, Meta(description="Seconds that a block is kept after its last use.")] = 86_400
+    budget_mib: Annotated[
+        NonNegative,
+        Meta(description="MiB a server may use before the oldest blocks give way to new ones. 0: as its own maxmemory says."),
+    ] = 0
+
+
+class StoreConfig(Section, frozen=True):
+    node_mib: Annotated[
+        NonNegative, Meta(description="Node store: MiB of shared memory per host for all of its workers. 0: none.")
+    ] = 0
+    remote: RemoteStoreConfig = RemoteStoreConfig()
+    fill: Annotated[
+        Literal["publish", "evict"],
+        Meta(description="Blocks are stored as soon as they are full (publish), or when they come near eviction (evict)."),
+    ] = "publish"
+    queue_blocks: Annotated[Positive, Meta(description="Blocks that may wait to be stored; older ones are dropped.")] = 4096
+    locate_timeout_s: Annotated[
+        PositiveSeconds, Meta(description="Seconds that the router waits to hear what the stores have of a prompt.")
+    ] = 0.05
+    read_timeout_s: Annotated[
+        PositiveSeconds, Meta(description="Seconds that reading from the stores may take; what is late is computed.")
+    ] = 0.25
 
 
 class SloConfig(Section, frozen=True):
@@ -256,7 +323,13 @@ class ClusterConfig(Section, frozen=True):
     registry: Annotated[
         str, Meta(description="URL of a Redis where workers register and routers find them, such as redis://cache:6379.")
     ] = ""
-    tls_ca: Annotated[str, Meta(description="Certificate authority of the servers' gRPC (PEM). Empty: no TLS.")] = ""
+    registry_password_file: Annotated[
+        str, Meta(description="File with its password; the user is named in the URL, as redis://USER@cache:6379. Empty: none.")
+    ] = ""
+    tls_ca: Annotated[
+        str,
+        Meta(description="Certificate authority of the servers' gRPC and a rediss:// registry (PEM). Empty: no TLS for gRPC."),
+    ] = ""
     tls_certificate: Annotated[str, Meta(description="The router's own certificate, for servers that ask for one (PEM).")] = ""
     tls_key: Annotated[str, Meta(description="Its key (PEM).")] = ""
 
@@ -284,6 +357,7 @@ class Deployment(Section, frozen=True, kw_only=True):
     workers: tuple[WorkerConfig, ...]
     engine: EngineConfig = EngineConfig()
     transfer: TransferConfig = TransferConfig()
+    store: StoreConfig = StoreConfig()
     router: RouterConfig = RouterConfig()
     health: HealthConfig = HealthConfig()
     security: SecurityConfig = SecurityConfig()

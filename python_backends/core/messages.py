@@ -15,8 +15,10 @@ from python_backends.core.types import (
     GenerateRequest,
     KVReport,
     LeaseEnd,
+    PrefixReport,
     RequestId,
     Role,
+    StoreCounts,
     TokenLogprob,
     WorkerId,
     WorkerLoad,
@@ -26,9 +28,13 @@ from python_backends.core.types import (
 
 
 class PrefillWork(msgspec.Struct, frozen=True, tag=True):
-    """Compute the prompt, sample the first token, publish the KV under a lease."""
+    """Compute the prompt, sample the first token, publish the KV under a lease.
+
+    `loan`: a ticket for KV of the first blocks, which another worker lends (Lent).
+    """
 
     request: GenerateRequest
+    loan: bytes | None = None
 
 
 class DecodeWork(msgspec.Struct, frozen=True, tag=True):
@@ -56,10 +62,11 @@ class PrefillDone(msgspec.Struct, frozen=True, tag=True):
     reused_tokens: int  # prefix hit on the prefill worker
     computed_tokens: int
     compute_ms: float  # from the first chunk's start to the published ticket
+    prefix: PrefixReport = PrefixReport()
 
 
 class KVReady(msgspec.Struct, frozen=True, tag=True):
-    """A decode worker has the prompt's KV it was handed, or has given up on it. `lease_id` can be released now."""
+    """A worker has the KV it was handed or lent, or has given up on it. `lease_id` can be released now."""
 
     request_id: RequestId
     lease_id: str | None
@@ -84,7 +91,23 @@ class RequestFailed(msgspec.Struct, frozen=True, tag=True):
     retryable: bool
 
 
-Output = PrefillDone | KVReady | TokenChunk | RequestFailed
+class Located(msgspec.Struct, frozen=True, tag=True):
+    """The answer to Locate: so many leading blocks are in the stores, and come faster than they are computed."""
+
+    request_id: RequestId
+    blocks: int
+
+
+class Lent(msgspec.Struct, frozen=True, tag=True):
+    """The answer to Lend: a ticket for so many leading tokens, under a lease. Without a ticket nothing is cached any more."""
+
+    request_id: RequestId
+    tokens: int
+    ticket: bytes | None = None
+    lease_id: str | None = None
+
+
+Output = PrefillDone | KVReady | TokenChunk | RequestFailed | Located | Lent
 
 
 class StepSample(msgspec.Struct, frozen=True, array_like=True):
@@ -137,6 +160,9 @@ class Heartbeat(msgspec.Struct, frozen=True, tag=True):
     max_batch: int  # requests in one step
     events_sequence: int  # of the last BlockEvents sent
     calibration: list[StepSample] = []  # steps timed when the model was loaded
+    stores: dict[str, StoreCounts] = {}  # by the tier's name; empty: this worker has no stores
+    lends: bool = False  # whether it lends and borrows cached blocks
+    node_place: str = ""  # where users of the node store meet (core/shared_memory.py); empty: it uses none
     warm_up: bool = False  # its first handoff with each other worker is slow: make one before clients do
     draining: bool = False  # it takes no new work
 
@@ -177,6 +203,20 @@ class Resync(msgspec.Struct, frozen=True, tag=True):
     """Send all block hashes again."""
 
 
+class Locate(msgspec.Struct, frozen=True, tag=True):
+    """Say (Located) how many leading blocks of these the stores have. Answered at once, or not at all."""
+
+    request_id: RequestId
+    hashes: list[bytes]
+
+
+class Lend(msgspec.Struct, frozen=True, tag=True):
+    """Publish what is cached of these leading blocks for another worker, and say so (Lent)."""
+
+    request_id: RequestId
+    hashes: list[bytes]
+
+
 class Drain(msgspec.Struct, frozen=True, tag=True):
     """Tell routers to send nothing new; after `grace_s` hand back what is not finished."""
 
@@ -187,7 +227,7 @@ class Resume(msgspec.Struct, frozen=True, tag=True):
     """Take work again."""
 
 
-ToWorker = RouterHeartbeat | Abort | ReleaseLease | Resync | Drain | Resume
+ToWorker = RouterHeartbeat | Abort | ReleaseLease | Resync | Locate | Lend | Drain | Resume
 
 from_worker_decoder = msgspec.msgpack.Decoder(FromWorker)
 to_worker_decoder = msgspec.msgpack.Decoder(ToWorker)

@@ -1,8 +1,9 @@
-"""Where things lie on disk: the repository, the cache, and the model directory that a deployment file names."""
+"""Where things lie on disk: the repository, the cache, what runs, and the model directory that a deployment file names."""
 
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 from python_backends.core.errors import ConfigError
@@ -18,6 +19,20 @@ def repository_root() -> Path:
 def cache_dir() -> Path:
     """$BATON_CACHE, else ~/.cache/baton. It need not exist."""
     return Path(os.environ.get("BATON_CACHE") or "~/.cache/baton").expanduser().absolute()
+
+
+def run_base() -> Path:
+    """This user's directory for what lives as long as a server: short, since paths of Unix sockets have 107 bytes only.
+
+    Mode 0700, made if need be. Raises ConfigError when it belongs to somebody else.
+    """
+    base = Path(tempfile.gettempdir()) / f"baton-{os.getuid()}"
+    if len(os.fsencode(base)) > 60:
+        base = Path("/tmp") / base.name
+    base.mkdir(mode=0o700, exist_ok=True)
+    if base.is_symlink() or base.stat().st_uid != os.getuid():
+        raise ConfigError(f"{base} belongs to another user; remove it or set TMPDIR to a directory of your own")
+    return base
 
 
 def demo_model_dir() -> Path:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import socket
 from dataclasses import dataclass
 
-from python_backends.core.config import ClusterConfig, Deployment, WorkerConfig
+from python_backends.core.config import Deployment, WorkerConfig
 from python_backends.core.errors import ConfigError
 from python_backends.core.types import WorkerId
+
+WILDCARDS = ("0.0.0.0", "::", "*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +25,7 @@ def place_of(deployment: Deployment, worker: WorkerConfig) -> Place:
     cluster = deployment.cluster
     if not cluster.listen:
         return Place(WorkerId(worker.name), "", "", "")
-    host = cluster.advertise or own_address(cluster)
+    host = own_address(cluster.listen, cluster.advertise)
     port = cluster.channel_port + [other.name for other in deployment.workers].index(worker.name)
     return Place(
         worker=WorkerId(f"{worker.name}@{host}:{cluster.grpc_port}"),
@@ -33,9 +35,12 @@ def place_of(deployment: Deployment, worker: WorkerConfig) -> Place:
     )
 
 
-def own_address(cluster: ClusterConfig) -> str:
-    if cluster.listen not in ("0.0.0.0", "*"):
-        return cluster.listen
+def own_address(listen: str, advertise: str) -> str:
+    """What other hosts are told of an interface listened at. Raises ConfigError when nobody says and it can't be found."""
+    if advertise:
+        return advertise
+    if listen not in WILDCARDS:
+        return listen
     try:
         return socket.gethostbyname(socket.gethostname())
     except OSError as error:

@@ -12,18 +12,23 @@ MAC_BYTES = 32
 class Domain(bytes, Enum):
     HANDOFF = b"baton-handoff\0"
     WORK = b"baton-work\0"
+    NODE_STORE = b"baton-node-store\0"
+    TRANSFER_CLIENT = b"baton-transfer-client\0"
+    TRANSFER_SERVER = b"baton-transfer-server\0"
+    REGISTRATION = b"baton-registration\0"
 
 
 def sign(domain: Domain, body: bytes, key: bytes) -> bytes:
     """Return body followed by its MAC."""
-    return body + _mac(domain, body, key)
+    return body + mac(domain, body, key)
 
 
 def verify(domain: Domain, signed: bytes, key: bytes) -> bytes | None:
     """Return the body, or None when it was not signed with this key for this domain."""
-    body, mac = signed[:-MAC_BYTES], signed[-MAC_BYTES:]
-    return body if hmac.compare_digest(mac, _mac(domain, body, key)) else None
+    body, signature = signed[:-MAC_BYTES], signed[-MAC_BYTES:]
+    return body if hmac.compare_digest(signature, mac(domain, body, key)) else None
 
 
-def _mac(domain: Domain, body: bytes, key: bytes) -> bytes:
+def mac(domain: Domain, body: bytes, key: bytes) -> bytes:
+    """The MAC alone, MAC_BYTES long."""
     return hmac.digest(key, domain.value + body, hashlib.sha256)

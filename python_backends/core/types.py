@@ -145,11 +145,25 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
     top: list[tuple[int, float]] = []  # the n likeliest, best first
 
 
+class PrefixReport(msgspec.Struct, frozen=True):
+    """What a worker took of a request's prefix from elsewhere instead of computing it, verified."""
+
+    node_tokens: int = 0  # from the node store
+    remote_tokens: int = 0  # from the remote store
+    peer_tokens: int = 0  # from another worker's pool, lent
+    bytes: int = 0
+    ms: float = 0.0  # looking included, also when nothing was found
+
+    @property
+    def tokens(self) -> int:
+        return self.node_tokens + self.remote_tokens + self.peer_tokens
+
+
 class KVReport(msgspec.Struct, frozen=True):
     """Where the KV of a request's prompt came from, counted by the decode worker as it happened.
 
-    received + reused + recomputed + computed covers every prompt token but the last one or so, whose KV is always
-    computed to get the logits.
+    received + reused + prefix + recomputed + computed covers every prompt token but the last one or so, whose KV is
+    always computed to get the logits.
     """
 
     reused_tokens: int = 0  # already in this worker's prefix cache
@@ -159,8 +173,24 @@ class KVReport(msgspec.Struct, frozen=True):
     received_bytes: int = 0
     transfer_ms: float = 0.0
     compute_ms: float = 0.0  # from the first step here to the first token sampled here
-    digest: str = "none"  # verified | unchecked (the engine moved the KV and tells no more) | none | the RefusalReason
-    transport: str = ""
+    # verified | unchecked (the engine moved the KV and tells no more) | none | the RefusalReason
+    digest: str = "none"
+    transport: str = ""  # that moved the bytes
+    transport_why: str = ""  # it was taken, where there was a choice
+    prefix: PrefixReport = PrefixReport()
+
+
+class StoreCounts(msgspec.Struct, frozen=True):
+    """What one worker has done with one store tier since its start, in blocks, and how full the tier is."""
+
+    read: int = 0  # found, verified and taken
+    missed: int = 0  # looked for in vain: the first block of a prefix that was not there
+    written: int = 0
+    corrupt: int = 0  # found, and refused by digest or header
+    dropped: int = 0  # not written: the queue was full, the block was reused too soon, or the tier could not take it
+    used_bytes: int = 0
+    budget_bytes: int = 0  # 0: the tier's own affair
+    up: bool = True
 
 
 class WorkerLoad(msgspec.Struct, frozen=True):

@@ -36,7 +36,7 @@ from python_backends.core.config import Deployment, WorkerConfig
 from python_backends.core.errors import ConfigError
 from python_backends.core.layout import KVLayout
 from python_backends.core.messages import Output, StepSample
-from python_backends.core.types import Epoch, GenerateRequest, LeaseEnd, RequestId, WorkerLoad
+from python_backends.core.types import BlockHash, Epoch, GenerateRequest, LeaseEnd, RequestId, StoreCounts, WorkerLoad
 
 
 class CacheChange(msgspec.Struct, frozen=True):
@@ -88,6 +88,35 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Stop computing, end all leases, free memory. Idempotent."""
+
+
+@runtime_checkable
+class StoreReader(Protocol):
+    """What an engine offers besides, if it reads KV from store tiers (kv/store). May be called from any thread."""
+
+    @property
+    def node_place(self) -> str:
+        """Where users of the node store meet; empty without one."""
+
+    def store_counts(self) -> dict[str, StoreCounts]:
+        """By tier; empty without stores."""
+
+    def locate(self, hashes: Sequence[BlockHash], on_located: Callable[[int], None]) -> None:
+        """Tell `on_located`, from another thread, how many leading blocks the stores have and it pays to fetch."""
+
+
+@runtime_checkable
+class Lender(Protocol):
+    """What an engine offers besides, if it lends its cached blocks and borrows others'. May be called from any thread."""
+
+    def lend(self, request_id: RequestId, hashes: Sequence[BlockHash]) -> None:
+        """Publish the leading blocks that are cached, under a lease of this request: Lent."""
+
+    def prefill_with(self, request: GenerateRequest, loan: bytes) -> None:
+        """As `prefill`, with a ticket for the KV of the first blocks: KVReady when the loan is no longer needed.
+
+        A loan that can't be used, or is slower to fetch than to compute, costs nothing but itself.
+        """
 
 
 @runtime_checkable

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -108,6 +109,14 @@ class BlockPool:
             if hash_ not in self._block_of:
                 return count
         return len(hashes)
+
+    def find(self, hash: BlockHash) -> int | None:
+        """The block that is found by this hash."""
+        return self._block_of.get(hash)
+
+    def next_evicted(self, count: int) -> list[tuple[BlockHash, int]]:
+        """Hash and block of the cached blocks that would be evicted first, in that order."""
+        return [(self._hash_of[block], block) for block in islice(self._cached, count)]
 
     def reuse(self, hashes: Sequence[BlockHash]) -> list[int]:
         """The blocks of these hashes, with one more reference each. Raises PoolMisuse unless all are findable."""

@@ -29,9 +29,17 @@ class _Lease:
 class LeaseTable:
     """The active leases on one pool. Owned by the pool's thread."""
 
-    def __init__(self, pool: BlockPool, clock: Callable[[], float] = time.monotonic) -> None:
-        """`clock` gives monotonic seconds, on the same scale as `now` in `expire`."""
+    def __init__(
+        self,
+        pool: BlockPool,
+        clock: Callable[[], float] = time.monotonic,
+        on_end: Callable[[str], None] = lambda lease_id: None,
+    ) -> None:
+        """`clock` gives monotonic seconds, on the same scale as `now` in `expire`; `on_end` is told of every lease that
+        has ended, before its blocks can be reused.
+        """
         self._pool = pool
+        self._on_end = on_end
         self._clock = clock
         self._leases: dict[str, _Lease] = {}
         self._of_request: dict[RequestId, list[str]] = {}
@@ -58,6 +66,7 @@ class LeaseTable:
         siblings.remove(lease_id)
         if not siblings:
             del self._of_request[lease.request_id]
+        self._on_end(lease_id)
         self._pool.release(lease.blocks)
         return True
 

@@ -1,9 +1,8 @@
 """The bytes of a worker's KV pool, in anonymous shared memory that other processes of the same user can map.
 
-A memfd, not a file in /dev/shm: it has no name, so nothing is left behind however a worker dies, and it isn't bound by
-the size of /dev/shm (64 MiB in many containers). A reader opens it through /proc/<pid>/fd/<fd>. Its pages outlive the
-owner while a reader has them mapped, and it is sealed against shrinking (memfd_create(2)), so reading never crashes;
-whether the bytes are still *meant* is told by epoch, generations and digests, which the reader checks.
+Its pages outlive the owner while a reader has them mapped, and it is sealed against shrinking, so reading never crashes
+(core/shared_memory.py); whether the bytes are still *meant* is told by epoch, generations and digests, which the reader
+checks.
 
     offset 0      header: magic, epoch, num_blocks, block_bytes      (one page)
     page 1 ..     generation of each block, uint64
@@ -12,16 +11,14 @@ whether the bytes are still *meant* is told by epoch, generations and digests, w
 
 from __future__ import annotations
 
-import fcntl
 import mmap
 import os
 import struct
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from python_backends.core.errors import ConfigError
+from python_backends.core.shared_memory import create_memory, open_memory
 from python_backends.core.types import Epoch
 
 _MAGIC = b"BATONKV1"
@@ -30,9 +27,7 @@ _EPOCH = struct.Struct("<Q")
 _EPOCH_OFFSET = len(_MAGIC)
 _NO_EPOCH = Epoch(2**64 - 1)  # of a closed pool
 _NAME = "baton-kv"
-_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _PAGE = mmap.PAGESIZE
-_CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))  # v2, v1
 
 
 def _round_up(size: int) -> int:
@@ -52,21 +47,23 @@ class PoolMemory:
         self.block_bytes = block_bytes
         self.epoch = epoch
         size = _blocks_offset(num_blocks) + num_blocks * block_bytes
-        available = _available_bytes()
-        if size > available:  # the kernel would find out by killing processes
-            raise _too_large(size, f"{available >> 20} MiB available")
-        self._fd = os.memfd_create(_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        try:
-            # Allocating now touches every page: later writes run at memory speed, and a lack of memory shows at load.
-            os.posix_fallocate(self._fd, 0, size)
-            fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, _SEALS)
-            self._map = mmap.mmap(self._fd, size)
-        except OSError as error:
-            os.close(self._fd)
-            raise _too_large(size, str(error.strerror)) from error
+        self._fd, self._map = create_memory(_NAME, size, "the KV pool", "engine.kv_pool_mib")
         self._map[: _HEADER.size] = _HEADER.pack(_MAGIC, epoch, num_blocks, block_bytes)
         self.generations, self.blocks = _arrays(self._map, num_blocks, block_bytes)
         self.locator = f"{os.getpid()}/{self._fd}"
+
+    @property
+    def is_open(self) -> bool:
+        return self._fd >= 0
+
+    @property
+    def fd(self) -> int:
+        """Of the memory; -1 when it is closed."""
+        return self._fd
+
+    def offset_of(self, block: int) -> int:
+        """Where a block's bytes begin in the memory."""
+        return _blocks_offset(self.num_blocks) + block * self.block_bytes
 
     def close(self) -> None:
         """Void the epoch for readers and give up the descriptor; the mapping goes with the last array that views it.
@@ -88,14 +85,12 @@ class PoolView:
         if not (pid.isdecimal() and fd.isdecimal()):
             raise ValueError(f"{locator!r} is not a pool locator")
         self._path = f"/proc/{pid}/fd/{fd}"
-        # By its name first: opening whatever else has this number (a pipe, a device) could block or have effects.
-        if os.readlink(self._path) != f"/memfd:{_NAME} (deleted)":
-            raise ValueError(f"{locator!r} is not a Baton KV pool")
-        descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            descriptor = open_memory(self._path, _NAME, os.O_RDONLY)
+        except ValueError as error:
+            raise ValueError(f"{locator!r} is not a Baton KV pool") from error
         try:
             self._identity = _identity(os.fstat(descriptor))
-            if fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) != _SEALS:
-                raise ValueError(f"{locator!r} is not a sealed Baton KV pool")
             self._map = mmap.mmap(descriptor, 0, prot=mmap.PROT_READ)
         finally:
             os.close(descriptor)
@@ -114,18 +109,6 @@ class PoolView:
             return _identity(os.stat(self._path)) == self._identity
         except OSError:
             return False
-
-
-def _too_large(size: int, why: str) -> ConfigError:
-    return ConfigError(f"the KV pool of {size >> 20} MiB does not fit in memory ({why}); lower engine.kv_pool_mib")
-
-
-def _available_bytes() -> int:
-    """What can be allocated without swapping (MemAvailable of proc(5)), within the container's limit."""
-    meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    available = int(meminfo["MemAvailable"].split()[0]) * 1024
-    limits = [path.read_text().strip() for path in _CGROUP_LIMITS if path.exists()]
-    return min([available, *(int(limit) for limit in limits if limit.isdecimal())])  # "max": no limit
 
 
 def _blocks_offset(num_blocks: int) -> int:

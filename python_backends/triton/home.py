@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from python_backends.core.config import Deployment, load_deployment
 from python_backends.core.deployment_key import OPERATOR_HEADER, deployment_key, operator_secret
 from python_backends.core.errors import ConfigError
-from python_backends.core.paths import repository_root
+from python_backends.core.paths import repository_root, run_base
 
 DRAINING, DRAINED, STOPPING = "draining", "drained", "stopping"
 """Files in the run directory. scripts/guardian.py makes the first, the router the second when it has nothing more to do;
@@ -71,7 +70,7 @@ def _run_dir() -> Path:
     if given:
         path = Path(given)
     else:
-        base = Path(tempfile.gettempdir()) / f"baton-{os.getuid()}"
+        base = run_base()
         path = base / _process_name(os.getppid())
         _sweep(base)
     path.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -17,9 +17,13 @@ from python_backends.core.host import host_id
 from python_backends.core.messages import (
     Abort,
     BlockEvents,
+    DecodeWork,
     Drain,
     Heartbeat,
     Leaving,
+    Lend,
+    Locate,
+    Located,
     Output,
     Outputs,
     PrefillDone,
@@ -34,10 +38,11 @@ from python_backends.core.messages import (
 )
 from python_backends.core.orders import OrderReader
 from python_backends.core.place import place_of
-from python_backends.core.types import Epoch, GenerateRequest, RequestId, Role
-from python_backends.engines.base import CacheChange, EngineFactory, StepReporter, create_engine
+from python_backends.core.types import BlockHash, Epoch, GenerateRequest, RequestId, Role
+from python_backends.engines.base import CacheChange, EngineFactory, Lender, StepReporter, StoreReader, create_engine
 from python_backends.worker.channel import ChannelFactory, WorkerChannel
 from python_backends.worker.drain import DrainState
+from python_backends.worker.registration import Registration
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +75,9 @@ class Worker:
         self._epoch = new_epoch()
         self._orders = OrderReader(key, self._place.worker, self._epoch)
         self._engine = engine_of(deployment, config, self._epoch, key)
+        cluster = deployment.cluster
+        self._registration = Registration(cluster, self._place.channel, key) if cluster.registry and cluster.listen else None
+        self._reader = self._engine if isinstance(self._engine, StoreReader) else None
         self._sequence = 0
         self._drain = DrainState()
         self._live: dict[str, dict[RequestId, float]] = {}  # requests and their deadlines, by router that is known now
@@ -91,6 +99,8 @@ class Worker:
         """
         self._engine.start(self._deliver)
         self._channel.start()
+        if self._registration is not None:
+            self._registration.start()
         if not self._channel.wait_for_router(_ROUTER_WAIT_S):
             log.warning("worker %s: no router has answered yet; going on without", self._config.name)
 
@@ -108,14 +118,18 @@ class Worker:
                 raise InvalidRequest(f"{type(piece).__name__} was sent to the {role.value} worker {self._config.name}")
         self._enter(piece.request for piece in work)
         for piece in work:
-            if isinstance(piece, PrefillWork):
-                self._engine.prefill(piece.request)
-            else:
+            if isinstance(piece, DecodeWork):
                 self._engine.decode(piece.request, piece.ticket)
+            elif piece.loan is not None and isinstance(self._engine, Lender):
+                self._engine.prefill_with(piece.request, piece.loan)
+            else:
+                self._engine.prefill(piece.request)
         return len(work)
 
     def close(self) -> None:
         """Engine first, so that its last words still reach the router. Idempotent."""
+        if self._registration is not None:
+            self._registration.close()
         self._engine.close()
         self._channel.send(Leaving(self._place.worker, self._epoch))
         self._channel.close()
@@ -167,6 +181,9 @@ class Worker:
             max_batch=info.max_batch,
             events_sequence=self._sequence,
             calibration=list(self._engine.calibration()) if isinstance(self._engine, StepReporter) else [],
+            stores=self._reader.store_counts() if self._reader else {},
+            lends=isinstance(self._engine, Lender),
+            node_place=self._reader.node_place if self._reader else "",
             warm_up=info.warm_up,
             draining=self._drain.draining,
         )
@@ -185,6 +202,18 @@ class Worker:
             self._drain.begin(message.grace_s)
         elif isinstance(message, Resume):
             self._drain.end()
+        elif isinstance(message, Locate):
+            self._locate(message)
+        elif isinstance(message, Lend) and isinstance(self._engine, Lender):
+            self._engine.lend(message.request_id, [BlockHash(hash_) for hash_ in message.hashes])
+
+    def _locate(self, asked: Locate) -> None:
+        def located(blocks: int) -> None:
+            answer = Outputs(self._place.worker, self._epoch, [Located(asked.request_id, blocks)])
+            self._channel.send(answer, router_of(asked.request_id))
+
+        if self._reader is not None:
+            self._reader.locate([BlockHash(hash_) for hash_ in asked.hashes], located)
 
     def router_found(self, router: str) -> None:
         with self._live_lock:

@@ -21,7 +21,7 @@ Json = dict[str, Any]
 
 @dataclass(slots=True)
 class Tally:
-    """Tokens of one choice. cached_tokens: of the prompt, found in the cache of whoever prefilled."""
+    """Tokens of one choice. cached_tokens: of the prompt, that whoever prefilled did not compute."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -31,7 +31,9 @@ class Tally:
         self.prompt_tokens = piece.num_input_tokens
         self.completion_tokens += len(piece.token_ids)
         if piece.proof is not None:
-            self.cached_tokens = piece.proof.prefill_tokens_reused
+            proof = piece.proof
+            stored = proof.prefill_tokens_node + proof.prefill_tokens_remote
+            self.cached_tokens = proof.prefill_tokens_reused + stored + proof.prefill_tokens_peer
 
 
 class Form(ABC):

@@ -87,7 +87,7 @@ class RouterModel:
 
 def _channels(home: Home) -> Channels:
     own = [home.channel_address(worker.name) for worker in home.deployment.workers]
-    return Channels(str(home.run_dir), CurveKeys.derive(home.key), own, sources_of(home.deployment.cluster))
+    return Channels(str(home.run_dir), CurveKeys.derive(home.key), own, sources_of(home.deployment.cluster, home.key))
 
 
 def _begin_tracing(deployment: Deployment, service: RouterService, meter: Meter) -> Tracer | None:

@@ -29,7 +29,7 @@ from python_backends.engines.paged.runner import Sampled, Slice, accepted, draws
 from python_backends.engines.paged.speculation import StepCost
 from python_backends.kv.lease import LeaseTable
 from python_backends.kv.memory import PoolMemory
-from python_backends.kv.transfer.base import CheckedTransport, Published, check_time, failed
+from python_backends.kv.transfer.base import Arrived, CheckedTransport, Published, check_time, failed
 from scripts.exploration.clock import VirtualTime
 
 BLOCK_SIZE = 4
@@ -146,10 +146,21 @@ class HeapTransport(CheckedTransport):
         self._pools = pools
         self._meanwhile = meanwhile
 
-    def publish(self, memory: PoolMemory, blocks: Sequence[int]) -> Published:
+    def publish(self, memory: PoolMemory, blocks: Sequence[int], lease_id: str) -> Published:
         return Published(locator=memory.locator)
 
-    def copy(self, handoff: KVHandoff, wanted: Sequence[int], into: PoolMemory, blocks: Sequence[int], deadline: float) -> None:
+    def release(self, lease_id: str) -> None:
+        """A reader sees by the generations when blocks are written anew."""
+
+    def copy(
+        self,
+        handoff: KVHandoff,
+        wanted: Sequence[int],
+        into: PoolMemory,
+        blocks: Sequence[int],
+        deadline: float,
+        arrived: Arrived,
+    ) -> None:
         fault, self.fault = self.fault, ""
         if fault == "drop":
             raise failed("dropped on purpose")
@@ -243,12 +254,13 @@ class TinyEngine(PagedEngine):
         self._step_cost = _CheapGuesses()
         self.transfers = Errands(woken)
         self._fetchers = cast(Any, self.transfers)
+        self._digester = None
 
     def start(self, on_outputs: OnOutputs) -> None:
         memory = HeapMemory(self._num_blocks, self.tiny.layout.block_bytes, self._epoch)
         self._pools[memory.locator] = memory
         self._furnish(memory, on_outputs)
-        self._leases = LeaseTable(self._pool, self._clock.monotonic)
+        self._leases = LeaseTable(self._pool, self._clock.monotonic, self._transport.release)
 
     def turn(self) -> bool:
         """Returns whether there was anything to compute."""

@@ -514,8 +514,10 @@ class WorkersWorld:
                 node.verified.add(output.lease_id)
         elif isinstance(output, TokenChunk):
             self._hear_tokens(asked, output)
-        else:
+        elif isinstance(output, RequestFailed):
             self._hear_failure(asked, output)
+        else:
+            raise Violation(f"an answer that nobody asked for: {output}")
 
     def _hear_prefill(self, asked: Asked, done: PrefillDone) -> None:
         require(asked.prefill, "a decode worker says PrefillDone")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import cast
@@ -200,6 +200,12 @@ class Simulation:
 
     def release(self, worker: WorkerId, lease_id: str, end: LeaseEnd) -> None:
         self.workers[worker].release(lease_id)
+
+    def lend(self, worker: WorkerId, request_id: RequestId, hashes: Sequence[BlockHash]) -> None:
+        """Never asked for: simulated workers don't say that they lend, ..."""
+
+    def locate(self, worker: WorkerId, request_id: RequestId, hashes: Sequence[BlockHash]) -> None:
+        """... or that they have stores."""
 
     # --- router.seams.Observer ---
 

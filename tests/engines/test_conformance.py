@@ -176,7 +176,7 @@ def _resealed(ticket: bytes, **changes: object) -> bytes:
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.9, "seed": 11}, {"temperature": 1.2, "top_p": 0.8, "seed": 5}])
-@pytest.mark.parametrize("transport", ["shm", "inline"])
+@pytest.mark.parametrize("transport", ["auto", "shm", "tcp", "inline"])
 def test_handed_over_equals_computed_in_one_place(make_ours: Make, transport: str, sampling: dict[str, Any]) -> None:
     transfer = TransferConfig(transport=transport)  # type: ignore[arg-type]
     prefill, decode = make_ours(Role.PREFILL, transfer=transfer), make_ours(Role.DECODE, transfer=transfer)

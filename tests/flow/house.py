@@ -10,6 +10,7 @@ import hashlib
 import multiprocessing
 import os
 import queue
+import secrets
 import shutil
 import signal
 import sys
@@ -31,6 +32,7 @@ from python_backends.core.config import (
     FakeConfig,
     HealthConfig,
     RouterConfig,
+    StoreConfig,
     TransferConfig,
     WorkerConfig,
 )
@@ -49,8 +51,6 @@ from router.service import Channels, RouterService
 from router.tokenizer import Tokenizer
 from router.types import ClientRequest, Outcome, Piece, Proof, Way, Wish
 
-KEY = b"k" * 32
-ORDERS = OrderBook(KEY)
 TIMEOUT_S = 20.0
 VOCABULARY = 50_000
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
@@ -58,6 +58,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=8)
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(["pytest", "numpy", "tests.flow.house", "python_backends.engines.fake"])
 
+Transport = Literal["auto", "shm", "tcp", "nixl", "inline"]
 Fault = Literal["delay", "drop", "corrupt", "truncate", "hang"]
 
 
@@ -94,11 +95,13 @@ def deployment(
     *,
     engine: EngineConfig | None = None,
     router: RouterConfig | None = None,
-    transport: Literal["shm", "inline"] = "shm",
+    transport: Transport = "auto",
+    listen: str = "",
     faults: Mapping[Fault, float] | None = None,
     lease_s: float = 10.0,
     transfer_timeout_s: float = 2.0,
     silent_s: float = 10.0,
+    store: StoreConfig | None = None,
     canary_s: float = 0.0,
     canary_timeout_s: float = 0.5,
 ) -> Deployment:
@@ -109,7 +112,10 @@ def deployment(
             WorkerConfig(role=role, name=f"{role.value}_{i}", engine="fake") for role, count in roles for i in range(count)
         ),
         engine=engine or fake_engine(),
-        transfer=TransferConfig(transport=transport, lease_s=lease_s, timeout_s=transfer_timeout_s, faults=dict(faults or {})),
+        transfer=TransferConfig(
+            transport=transport, listen=listen, lease_s=lease_s, timeout_s=transfer_timeout_s, faults=dict(faults or {})
+        ),
+        store=store or StoreConfig(),
         router=router or RouterConfig(mode="always-remote", worker_wait_s=5.0, default_deadline_s=TIMEOUT_S),
         health=HealthConfig(heartbeat_s=0.05, silent_s=silent_s, canary_s=canary_s, canary_timeout_s=canary_timeout_s),
     )
@@ -228,15 +234,16 @@ class Counts:
 class InProcess:
     """A worker in this process."""
 
-    def __init__(self, config: Deployment, worker: WorkerConfig, address: str) -> None:
-        self.worker = Worker(config, worker, address, KEY)
+    def __init__(self, config: Deployment, worker: WorkerConfig, address: str, key: bytes) -> None:
+        self.worker = Worker(config, worker, address, key)
+        self._orders = OrderBook(key)
 
     def ready(self) -> None:
         self.worker.start()
 
     def hand_over(self, worker: Destination, work: Work, failed: Callable[[str], None]) -> None:
         try:
-            self.worker.submit(ORDERS.seal(worker.worker, worker.epoch, [work]))
+            self.worker.submit(self._orders.seal(worker.worker, worker.epoch, [work]))
         except BatonError as error:
             failed(str(error))
 
@@ -247,9 +254,10 @@ class InProcess:
 class OwnProcess:
     """A worker in a process of its own; handing over blocks a thread of this worker alone, as a call by Triton does."""
 
-    def __init__(self, config: Deployment, worker: WorkerConfig, address: str) -> None:
+    def __init__(self, config: Deployment, worker: WorkerConfig, address: str, key: bytes) -> None:
+        self._orders = OrderBook(key)
         self._line, theirs = _processes.Pipe()
-        self.process = _processes.Process(target=_work, args=(config, worker, address, theirs), daemon=True)
+        self.process = _processes.Process(target=_work, args=(config, worker, address, key, theirs), daemon=True)
         self.process.start()
         theirs.close()
         self._is_ready = threading.Event()  # until then the line says nothing but that
@@ -270,7 +278,7 @@ class OwnProcess:
             worker, work, failed = item
             self._is_ready.wait(TIMEOUT_S)
             try:
-                self._line.send_bytes(ORDERS.seal(worker.worker, worker.epoch, [work]))
+                self._line.send_bytes(self._orders.seal(worker.worker, worker.epoch, [work]))
                 error = self._line.recv_bytes().decode()
             except (EOFError, OSError):
                 error = "its process is gone"
@@ -298,9 +306,9 @@ class OwnProcess:
         self._line.close()
 
 
-def _work(config: Deployment, worker: WorkerConfig, address: str, line: Connection) -> None:
+def _work(config: Deployment, worker: WorkerConfig, address: str, key: bytes, line: Connection) -> None:
     """The life of a worker process."""
-    service = Worker(config, worker, address, KEY)
+    service = Worker(config, worker, address, key)
     service.start()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     line.send_bytes(b"ready")
@@ -336,6 +344,7 @@ class FlowHouse:
         self._restarts = restart
         self._workers_up = workers_up
         self._directory = Path(tempfile.mkdtemp(prefix="baton"))
+        self.key = secrets.token_bytes(32)  # its own, hence a node store of its own
         self.service = self._router()
 
     def __enter__(self) -> FlowHouse:
@@ -363,7 +372,7 @@ class FlowHouse:
         tokenizer = cast(Tokenizer, NumberTokenizer())
         control = self if self._restarts else None
         own = [self.address(worker.name) for worker in self.config.workers]
-        channels = Channels(str(self._directory), CurveKeys.derive(KEY), own)
+        channels = Channels(str(self._directory), CurveKeys.derive(self.key), own)
         return RouterService(self.config, channels, tokenizer, self._submit, control, self.counts)
 
     def address(self, worker: str) -> str:
@@ -376,7 +385,7 @@ class FlowHouse:
         """Returns when the router knows of them."""
         before = {view.id: view.epoch for view in self.service.house.fleet.up()}
         make = OwnProcess if self._own_processes else InProcess
-        made = {name: make(self.config, self.config.worker(name), self.address(name)) for name in names}
+        made = {name: make(self.config, self.config.worker(name), self.address(name), self.key) for name in names}
         self.workers.update(made)
         for worker in made.values():
             worker.ready()
@@ -409,7 +418,7 @@ class FlowHouse:
         name = worker.model
         self.workers[name].unload()
         self.workers[name].close()
-        made = self.workers[name] = OwnProcess(self.config, self.config.worker(name), self.address(name))
+        made = self.workers[name] = OwnProcess(self.config, self.config.worker(name), self.address(name), self.key)
         try:
             made.ready()
         except (AssertionError, EOFError) as error:

@@ -17,7 +17,7 @@ from python_backends.worker.service import Worker
 from router.lifecycle import State
 from router.seams import Destination
 from router.types import MAX_INPUT_IDS, MAX_NAME_CHARS, ClientRequest, Outcome, Wish
-from tests.flow.house import GREEDY, KEY, VOCABULARY, Answer, FlowHouse, deployment, eventually, fake_engine, prompt, reference
+from tests.flow.house import GREEDY, VOCABULARY, Answer, FlowHouse, deployment, eventually, fake_engine, prompt, reference
 
 ENDLESS = SamplingParams(temperature=0, max_tokens=100_000)
 SHORTER = SamplingParams(temperature=0, max_tokens=200)
@@ -167,7 +167,7 @@ def test_a_bad_address_is_an_error_and_leaves_nothing() -> None:
     threads = threading.active_count()
     config = deployment()
     with pytest.raises(ConfigError, match=r"can't listen at ipc:///no/such/place; .*|can't listen at ipc:///no/such/place: "):
-        Worker(config, config.workers[0], "ipc:///no/such/place", KEY)
+        Worker(config, config.workers[0], "ipc:///no/such/place", b"k" * 32)
     assert threading.active_count() <= threads
 
 

@@ -12,7 +12,7 @@ from python_backends.core.orders import OrderBook
 from python_backends.core.types import GenerateRequest, RequestId, SamplingParams, WorkerId
 from router.seams import Destination
 from router.types import Wish
-from tests.flow.house import GREEDY, KEY, FlowHouse, InProcess, deployment, eventually, fake_engine, prompt, reference
+from tests.flow.house import GREEDY, FlowHouse, InProcess, deployment, eventually, fake_engine, prompt, reference
 
 LONG = SamplingParams(temperature=0, max_tokens=60)
 
@@ -23,7 +23,7 @@ class Wire:
     def __init__(self, house: FlowHouse) -> None:
         self.sent: list[tuple[str, bytes]] = []
         self._house = house
-        self._orders = OrderBook(KEY)
+        self._orders = OrderBook(house.key)
         house.service._submit = self._submit
 
     def _submit(self, worker: Destination, work: Work, failed: object) -> None:
@@ -70,7 +70,7 @@ def test_work_of_a_router_that_is_gone_is_refused() -> None:
         assert eventually(lambda: name not in worker._live)
         request = GenerateRequest(RequestId(f"{name}.77.1p"), prompt(40), SamplingParams(seed=1), time.time() + 600)
         with pytest.raises(InvalidRequest, match="hears nothing from router"):
-            worker.submit(OrderBook(KEY).seal(WorkerId("prefill_0"), worker._epoch, [PrefillWork(request)]))
+            worker.submit(OrderBook(house.key).seal(WorkerId("prefill_0"), worker._epoch, [PrefillWork(request)]))
         assert house.ask(prompt(40)).error is None
         house.assert_nothing_held()
 
@@ -83,6 +83,6 @@ def test_a_request_whose_abort_came_first_leaves_no_entry() -> None:
         request = GenerateRequest(RequestId(f"{name}.77.1d"), prompt(40), SamplingParams(seed=1), time.time() + 0.2)
         house.on_loop(lambda: house.service.abort(WorkerId("decode_0"), request.request_id))
         assert eventually(lambda: request.request_id in worker._engine._aborted)
-        worker.submit(OrderBook(KEY).seal(WorkerId("decode_0"), worker._epoch, [DecodeWork(request)]))
+        worker.submit(OrderBook(house.key).seal(WorkerId("decode_0"), worker._epoch, [DecodeWork(request)]))
         assert eventually(lambda: not worker._live[name])
         house.assert_nothing_held()

@@ -6,13 +6,17 @@ Each transport is used through a Rig, which owns a source pool, publishes from i
 from __future__ import annotations
 
 import gc
+import importlib
 import os
+import secrets
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -26,14 +30,20 @@ from python_backends.core.layout import KVLayout
 from python_backends.core.types import Epoch, WorkerId
 from python_backends.kv.memory import PoolMemory
 from python_backends.kv.transfer import create_transport
-from python_backends.kv.transfer.base import CheckedTransport, KVTransport, block_digest
+from python_backends.kv.transfer.auto import AutoTransport, Ways
+from python_backends.kv.transfer.base import CheckedTransport, KVTransport, Published, block_digest
 from python_backends.kv.transfer.faulty import FaultyTransport
 from python_backends.kv.transfer.inline import InlineTransport
+from python_backends.kv.transfer.nixl import NixlTransport, is_installed
+from python_backends.kv.transfer.server import TransferServer
+from python_backends.kv.transfer.session import TlsContexts
 from python_backends.kv.transfer.shm import ShmTransport
+from python_backends.kv.transfer.tcp import TcpTransport
 
 LAYOUT = KVLayout(num_layers=2, num_kv_heads=2, head_dim=8, block_size=4, dtype="float32")
 SOURCE_BLOCKS = 32
 EPOCH = Epoch(7)
+KEY = b"k" * 32
 
 
 def make_pool(epoch: Epoch = EPOCH, *, num_blocks: int = SOURCE_BLOCKS, seed: int = 0) -> PoolMemory:
@@ -43,13 +53,14 @@ def make_pool(epoch: Epoch = EPOCH, *, num_blocks: int = SOURCE_BLOCKS, seed: in
 
 
 def publish(transport: KVTransport, memory: PoolMemory, blocks: Sequence[int]) -> KVHandoff:
-    published = transport.publish(memory, blocks)
+    lease_id = secrets.token_hex(8)
+    published = transport.publish(memory, blocks, lease_id)
     return KVHandoff(
         version=TICKET_VERSION,
         transport=transport.name,
         source=WorkerId("prefill"),
         epoch=memory.epoch,
-        lease_id="0123456789abcdef",
+        lease_id=lease_id,
         expires_at=time.time() + 60,
         layout=LAYOUT,
         fingerprint="f" * 32,
@@ -98,19 +109,48 @@ class Rig:
         self.target.close()
 
 
-def outcome(rig: Rig, handoff: KVHandoff) -> RefusalReason | None:
+def outcome(rig: Rig, handoff: KVHandoff, seconds: float = 5.0) -> RefusalReason | None:
     """Fetch all of a handoff to the first blocks. None: it was accepted."""
     count = len(handoff.blocks)
     try:
-        rig.fetch(handoff, range(count), range(count))
+        rig.fetch(handoff, range(count), range(count), seconds)
     except HandoffRefused as refused:
         return refused.reason
     return None
 
 
+def tcp(streams: int = 2, tls: TlsContexts | None = None) -> TcpTransport:
+    return TcpTransport(TransferServer("127.0.0.1", (), KEY, tls, timeout_s=5.0), KEY, tls, streams)
+
+
+def nixl(**settings: str) -> NixlTransport:
+    """`settings`: of UCX."""
+    if not is_installed():
+        reason = "nixl is not installed; run .venv/bin/pip install --no-deps -r requirements-nixl.txt"
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    importlib.import_module("nixl._api")  # loads torch: seconds that are no part of a transfer
+    return NixlTransport(TransferServer("127.0.0.1", (), KEY, None, timeout_s=5.0), KEY, None, settings)
+
+
+class Elsewhere(AutoTransport):
+    """Publishes as if from another host."""
+
+    def publish(self, memory: PoolMemory, blocks: Sequence[int], lease_id: str) -> Published:
+        published = super().publish(memory, blocks, lease_id)
+        ways = msgspec.msgpack.decode(published.opaque, type=Ways)
+        return Published(published.locator, msgspec.msgpack.encode(msgspec.structs.replace(ways, host="another")))
+
+
 TRANSPORTS: dict[str, Callable[[], CheckedTransport]] = {
     "shm": ShmTransport,
     "inline": InlineTransport,
+    "tcp": tcp,
+    "auto": lambda: AutoTransport(ShmTransport(), tcp(), None, ()),
+    "auto elsewhere": lambda: Elsewhere(ShmTransport(), tcp(), None, ()),
+    "nixl": nixl,
+    "nixl over tcp": lambda: nixl(UCX_TLS="tcp"),
     "faulty": lambda: FaultyTransport(ShmTransport(), {}),
 }
 
@@ -189,7 +229,7 @@ def flip(memory: PoolMemory, handoff: KVHandoff, position: int, bit: int) -> KVH
     """Damage the published bytes at the source and, where they travel in it, in the ticket."""
     memory.blocks[handoff.blocks[position], bit // 8] ^= 1 << bit % 8
     opaque = bytearray(handoff.opaque)
-    if opaque:
+    if len(opaque) == len(handoff.blocks) * LAYOUT.block_bytes:
         opaque[position * LAYOUT.block_bytes + bit // 8] ^= 1 << bit % 8
     return changed(handoff, opaque=bytes(opaque))
 
@@ -246,7 +286,8 @@ def test_recreated_pool_is_never_read_for_the_old_one(rig: Rig, mapped_before: b
         rig.fetch(handoff, [0], [0])
     rig.source.close()
     rig.source = make_pool(Epoch(EPOCH + 1), seed=3)
-    assert rig.carries_copy or rig.source.locator == handoff.locator  # the descriptor's number is used again
+    if rig.transport.name == "shm":
+        assert rig.source.locator == handoff.locator  # the descriptor's number is used again
     if rig.carries_copy:
         rig.fetch(handoff, [0, 1], [0, 1])
         assert np.array_equal(rig.target.blocks[[0, 1]], published)
@@ -324,13 +365,14 @@ def test_block_overwritten_while_copied_is_never_accepted(shm: Rig) -> None:
 
 OWNER = """
 import os, sys
+out = os.dup(1)
+os.dup2(2, 1)  # libraries that chat go elsewhere
 import msgspec
 from tests.kv.test_transports import TRANSPORTS, make_pool, publish
 transport = TRANSPORTS[sys.argv[1]]()
 memory = make_pool()
-sys.stdout.buffer.write(msgspec.msgpack.encode(publish(transport, memory, range(memory.num_blocks))))
-sys.stdout.flush()
-os.close(1)
+os.write(out, msgspec.msgpack.encode(publish(transport, memory, range(memory.num_blocks))))
+os.close(out)
 sys.stdin.read()  # until killed, or the test's process is gone
 """
 
@@ -341,6 +383,15 @@ def start_owner(transport: str) -> tuple[subprocess.Popen[bytes], KVHandoff]:
     assert owner.stdout is not None
     with owner.stdout:
         return owner, msgspec.msgpack.decode(owner.stdout.read(), type=KVHandoff)
+
+
+def stop(owner: subprocess.Popen[bytes]) -> None:
+    """SIGSTOP; returns when it has taken effect."""
+    owner.send_signal(signal.SIGSTOP)
+    deadline = time.monotonic() + 5
+    while Path(f"/proc/{owner.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 def kill(owner: subprocess.Popen[bytes]) -> None:
@@ -377,9 +428,10 @@ def test_owner_killed_before_the_fetch(rig: Rig, mapped_before: bool) -> None:
 def test_owner_killed_during_fetches_does_not_hurt_the_reader(rig: Rig) -> None:
     owner, handoff = start_owner(rig.transport.name)
     killer = threading.Timer(0.02, owner.kill)
+    outcomes = [attempt(rig, handoff)]
     killer.start()
     try:
-        outcomes = [attempt(rig, handoff) for _ in range(400)]
+        outcomes += [attempt(rig, handoff) for _ in range(400)]
         owner.wait(10)
         outcomes.append(attempt(rig, handoff))
     finally:
@@ -502,14 +554,29 @@ def test_faults_come_in_the_given_shares_and_the_same_order() -> None:
 # --- the registry -----------------------------------------------------------------------------------------------------
 
 
-def test_configured_transport_is_created() -> None:
-    assert isinstance(create_transport(TransferConfig()), ShmTransport)
-    assert isinstance(create_transport(TransferConfig(transport="inline")), InlineTransport)
-    transport = create_transport(TransferConfig(transport="inline", faults={"drop": 1.0}))
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("auto", AutoTransport),
+        ("shm", ShmTransport),
+        ("inline", InlineTransport),
+        ("tcp", TcpTransport),
+        ("nixl", NixlTransport),
+    ],
+)
+def test_configured_transport_is_created(name: Any, kind: type) -> None:
+    if name == "nixl":
+        nixl().close()  # skips where it isn't installed
+    transport = create_transport(TransferConfig(transport=name), KEY)
+    assert isinstance(transport, kind)
+    assert transport.name == name
+    transport.close()
+    transport = create_transport(TransferConfig(transport=name, faults={"drop": 1.0}), KEY)
     assert isinstance(transport, FaultyTransport)
-    assert transport.name == "inline"
+    assert transport.name == name
+    transport.close()
 
 
 def test_faults_that_add_up_to_more_than_all_transfers_are_an_error() -> None:
     with pytest.raises(ConfigError, match=r"transfer\.faults"):
-        create_transport(TransferConfig(faults={"drop": 0.7, "hang": 0.7}))
+        create_transport(TransferConfig(faults={"drop": 0.7, "hang": 0.7}), KEY)

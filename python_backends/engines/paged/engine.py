@@ -1,8 +1,8 @@
 """The paged engine: one thread that takes requests, schedules steps, runs the model, publishes and fetches KV.
 
 All state - pool, scheduler, leases, sequences - belongs to that thread. Other threads only put calls into its inbox.
-Transfers run on their own small pool, so that a slow or hanging one never delays a running stream; what they write into
-stays owned by the sequence until they have returned.
+Transfers and reads from the stores run on their own small pools of threads, so that a slow or hanging one never delays a
+running stream; what they write into stays owned by the sequence until they have returned.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
+from collections.abc import Sequence as Many
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -21,14 +22,18 @@ from python_backends.core.block_hash import chain_root, content_hash
 from python_backends.core.config import Deployment, WorkerConfig
 from python_backends.core.errors import BatonError, ConfigError, EngineFailure, HandoffRefused, RefusalReason, TritonCode
 from python_backends.core.handoff import TICKET_VERSION, KVHandoff, seal, unseal
-from python_backends.core.messages import KVReady, Output, PrefillDone, RequestFailed, StepSample, TokenChunk
+from python_backends.core.messages import KVReady, Lent, Output, PrefillDone, RequestFailed, StepSample, TokenChunk
 from python_backends.core.types import (
+    BlockHash,
     Epoch,
     FinishReason,
     GenerateRequest,
     KVReport,
     LeaseEnd,
+    PrefixReport,
     RequestId,
+    Role,
+    StoreCounts,
     WorkerId,
     WorkerLoad,
 )
@@ -39,15 +44,22 @@ from python_backends.engines.paged.runner import Draw, ModelRunner, Sampled, Sli
 from python_backends.engines.paged.scheduler import Scheduler
 from python_backends.engines.paged.sequence import Sequence
 from python_backends.engines.paged.speculation import StepCost
+from python_backends.engines.paged.store_feed import StoreFeed
 from python_backends.kv.block_pool import BlockPool
 from python_backends.kv.lease import LeaseTable
 from python_backends.kv.memory import PoolMemory
+from python_backends.kv.store import create_stores
+from python_backends.kv.store.pace import Pace
+from python_backends.kv.store.stores import Loaded, Stores
 from python_backends.kv.transfer import create_transport
-from python_backends.kv.transfer.base import block_digest
+from python_backends.kv.transfer.base import Fetched, block_digest
 
 log = logging.getLogger(__name__)
 
 _FETCH_THREADS = 2
+_LOAD_THREADS = 2  # reading from the stores
+_PREFETCH_S = 2.0  # given to bringing one waiting prompt's blocks nearer
+_PREFETCH_MOST = 16  # prompts of the queue that are prefetched
 _REMEMBERED_ABORTS = 10_000  # aborts that overtook their request
 _IDLE_WAKE_S = 0.25  # how often an idle engine looks at deadlines
 _UNTOLD_STEPS = 32  # steps kept for whoever asks how long they take
@@ -61,6 +73,7 @@ class PagedEngine:
     def __init__(self, deployment: Deployment, worker: WorkerConfig, runner: ModelRunner, epoch: Epoch, key: bytes) -> None:
         self._config = deployment.engine
         self._transfer = deployment.transfer
+        self._store = deployment.store
         self._max_context = deployment.model.max_context
         self._pool_mib = worker.kv_pool_mib or deployment.engine.kv_pool_mib
         self._worker = WorkerId(worker.name)
@@ -68,7 +81,7 @@ class PagedEngine:
         self._runner = runner
         self._epoch = epoch
         self._key = key
-        self._transport = create_transport(deployment.transfer)
+        self._transport = create_transport(deployment.transfer, key, deployment.cluster)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._outputs: list[Output] = []
         self._aborted: OrderedDict[RequestId, None] = OrderedDict()
@@ -83,8 +96,16 @@ class PagedEngine:
         self._busy_since: float | None = None  # monotonic, s: end of the last step, if this one follows at once
         self._thread: threading.Thread | None = None
         self._fetchers = ThreadPoolExecutor(_FETCH_THREADS, thread_name_prefix="fetch")
+        self._loaders = ThreadPoolExecutor(_LOAD_THREADS, thread_name_prefix="load")
+        self._prefetcher = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
         self._guide_makers = ThreadPoolExecutor(1, thread_name_prefix="grammar")
         self._memory: PoolMemory | None = None
+        # What a prefill worker hands over is digested while the next chunk is computed, not between the last and the ticket.
+        self._digester = ThreadPoolExecutor(1, thread_name_prefix="digest") if self._role is Role.PREFILL else None
+        self._compute_pace = Pace()  # prompt tokens
+        self._loan_pace = Pace()  # bytes
+        self._stores: Stores | None = None
+        self._feed: StoreFeed | None = None
 
     # --- the Engine contract -------------------------------------------------------------------------------------------
 
@@ -108,9 +129,14 @@ class PagedEngine:
         self._on_outputs = on_outputs
         self._memory = memory
         self._pool = BlockPool(memory.num_blocks, memory.generations)
-        self._leases = LeaseTable(self._pool)
+        self._leases = LeaseTable(self._pool, on_end=self._transport.release)
         self._scheduler = Scheduler(self._pool, layout.block_size, self._config.max_batch, self._config.step_tokens)
         self._runner.attach(memory)
+        self._transport.attach(memory, self._role)
+        self._stores = create_stores(self._store, layout, self._runner.fingerprint, memory, self._key, self._compute_pace)
+        if self._stores is not None:
+            early = self._store.fill == "publish"
+            self._feed = StoreFeed(self._stores, self._pool, memory, self._runner.export_blocks, early=early)
         max_context = min(self._max_context or self._runner.max_positions, self._runner.max_positions)
         self.info = EngineInfo(
             layout=layout,
@@ -140,6 +166,31 @@ class PagedEngine:
     def load(self) -> WorkerLoad:
         return self._load
 
+    # --- the Lender contract -------------------------------------------------------------------------------------------
+
+    def lend(self, request_id: RequestId, hashes: Many[BlockHash]) -> None:
+        self._inbox.put(partial(self._lend, request_id, hashes))
+
+    def prefill_with(self, request: GenerateRequest, loan: bytes) -> None:
+        self._take_in(request, loan, prefill_only=True)
+
+    # --- the StoreReader contract --------------------------------------------------------------------------------------
+
+    @property
+    def node_place(self) -> str:
+        return self._stores.node_place if self._stores is not None else ""
+
+    def store_counts(self) -> dict[str, StoreCounts]:
+        return self._stores.counts() if self._stores is not None else {}
+
+    def locate(self, hashes: Many[BlockHash], on_located: Callable[[int], None]) -> None:
+        stores = self._stores
+        if stores is not None:
+            deadline = time.monotonic() + self._store.locate_timeout_s
+            self._loaders.submit(lambda: on_located(stores.locate(hashes, deadline)))
+
+    # --- the StepReporter contract -------------------------------------------------------------------------------------
+
     def calibration(self) -> list[StepSample]:
         return self._calibration
 
@@ -157,6 +208,12 @@ class PagedEngine:
             self._thread = None
         self._guide_makers.shutdown(wait=True, cancel_futures=True)
         self._fetchers.shutdown(wait=True, cancel_futures=True)
+        self._loaders.shutdown(wait=True, cancel_futures=True)
+        if self._digester is not None:
+            self._digester.shutdown(wait=True, cancel_futures=True)
+        self._prefetcher.shutdown(wait=True, cancel_futures=True)
+        if self._stores is not None:
+            self._stores.close()
         self._transport.close()
         self._runner.close()
         if self._memory is not None:
@@ -176,6 +233,7 @@ class PagedEngine:
         self._end_overdue()
         for sequence in self._scheduler.admit():
             self._begin_fetch(sequence)
+        self._prefetch_waiting()
         self._deliver()  # what has ended or arrived does not wait for the step
         busy = self._step()
         self._snapshot()
@@ -221,6 +279,9 @@ class PagedEngine:
             log.exception("step failed")
             self._fail_batch(batch, error)
         else:
+            prompt_tokens = sum(count for _, count in batch if count > 1)
+            if prompt_tokens:
+                self._compute_pace.measure(prompt_tokens, time.monotonic() - now)
             if streams == len(batch):
                 self._step_cost.learn(sum(len(piece.token_ids) for piece in slices), time.monotonic() - now)
             got = sum(
@@ -297,6 +358,10 @@ class PagedEngine:
 
     def _cache_change(self) -> CacheChange | None:
         stored, removed = self._pool.take_changes()
+        if self._feed is not None:
+            self._feed.changed(stored, removed)
+        if stored and self._digester is not None:
+            self._digest_ahead(self._digester, stored)
         if self._reset_events:
             self._reset_events = False
             return CacheChange(stored=list(self._pool.hashes()), removed=[], reset=True)
@@ -355,7 +420,12 @@ class PagedEngine:
         root = chain_root(self.info.fingerprint, request.salt)
         sequence = Sequence(request, prefill_only, self._arrivals, self.info.layout.block_size, root)
         sequence.guide = guide
-        if ticket is not None:
+        if self._feed is not None:
+            sequence.seeks_store = True
+            self._feed.reused(sequence.hashes[: self._pool.match(sequence.reusable_hashes())])
+        if ticket is not None and prefill_only:
+            self._read_loan(sequence, ticket)
+        elif ticket is not None:
             self._read_ticket(sequence, ticket)
         self._scheduler.add(sequence)
 
@@ -432,36 +502,45 @@ class PagedEngine:
                 ticket=seal(handoff, self._key) if handoff else None,
                 lease_id=handoff.lease_id if handoff else None,
                 reused_tokens=sequence.reused_tokens,
-                computed_tokens=sequence.num_given - sequence.reused_tokens,
+                computed_tokens=sequence.num_given - sequence.reused_tokens - sequence.prefix.tokens,
                 compute_ms=(time.monotonic() - sequence.started) * 1e3,
+                prefix=sequence.prefix,
             )
         )
 
     def _publish(self, sequence: Sequence) -> KVHandoff:
         """Put the given tokens' KV under a lease and describe it. The lease takes over a reference of each block."""
-        memory = self._require_memory()
-        size = self.info.layout.block_size
+        size = sequence.block_size
         blocks = sequence.blocks[: self.info.layout.blocks_for(sequence.num_given)]
-        self._runner.export_blocks(blocks)
-        published = self._transport.publish(memory, blocks)
         self._pool.retain(blocks)
         given = sequence.token_ids[: sequence.num_given]
+        content = content_hash(given, sequence.hashes[: sequence.num_given // size], size, sequence.root)
+        return self._describe(sequence.id, blocks, sequence.num_given, content)
+
+    def _describe(self, request_id: RequestId, blocks: list[int], num_tokens: int, content: BlockHash) -> KVHandoff:
+        """The ticket for blocks that hold so many tokens; a new lease takes over one reference of each."""
+        memory = self._require_memory()
+        size = self.info.layout.block_size
+        # A block with a digest is in the pool memory already.
+        self._runner.export_blocks([block for block in blocks if self._pool.digest_of(block) is None])
+        lease_id = self._leases.grant(request_id, blocks, self._transfer.lease_s)
+        published = self._transport.publish(memory, blocks, lease_id)
         return KVHandoff(
             version=TICKET_VERSION,
             transport=self._transport.name,
             source=self._worker,
             epoch=self._epoch,
-            lease_id=self._leases.grant(sequence.id, blocks, self._transfer.lease_s),
+            lease_id=lease_id,
             expires_at=time.time() + self._transfer.lease_s,
             layout=self.info.layout,
             fingerprint=self.info.fingerprint,
-            num_tokens=sequence.num_given,
+            num_tokens=num_tokens,
             blocks=blocks,
             generations=[int(memory.generations[block]) for block in blocks],
-            digests=[self._digest(block, full=(i + 1) * size <= sequence.num_given) for i, block in enumerate(blocks)],
+            digests=[self._digest(block, full=(i + 1) * size <= num_tokens) for i, block in enumerate(blocks)],
             locator=published.locator,
             opaque=published.opaque,
-            content=content_hash(given, sequence.hashes[: sequence.num_given // size], size, sequence.root),
+            content=content,
         )
 
     def _digest(self, block: int, *, full: bool) -> bytes:
@@ -474,11 +553,70 @@ class PagedEngine:
             self._pool.set_digest(block, digest)
         return digest
 
+    def _digest_ahead(self, digester: ThreadPoolExecutor, hashes: Many[BlockHash]) -> None:
+        found = [(hash_, self._pool.find(hash_)) for hash_ in hashes]
+        blocks = [(hash_, block) for hash_, block in found if block is not None and self._pool.digest_of(block) is None]
+        self._runner.export_blocks([block for _, block in blocks])
+        generations = self._require_memory().generations
+        digester.submit(self._make_digests, [(hash_, block, int(generations[block])) for hash_, block in blocks])
+
+    def _make_digests(self, blocks: list[tuple[BlockHash, int, int]]) -> None:
+        """On the digesting thread."""
+        memory = self._require_memory()
+        made = [(*block, block_digest(memory.blocks[block[1]])) for block in blocks]
+        self._inbox.put(partial(self._take_digests, made))
+
+    def _take_digests(self, made: list[tuple[BlockHash, int, int, bytes]]) -> None:
+        """Keep those of blocks that nobody has reused since."""
+        generations = self._require_memory().generations
+        for hash_, block, generation, digest in made:
+            if self._pool.find(hash_) == block and generations[block] == generation:
+                self._pool.set_digest(block, digest)
+
+    # --- lending and borrowing -----------------------------------------------------------------------------------------
+
+    def _lend(self, request_id: RequestId, hashes: Many[BlockHash]) -> None:
+        """Publish cached blocks for another worker. A block's hash stands for all tokens up to its end."""
+        count = self._pool.match(hashes)
+        if count == 0:
+            self._outputs.append(Lent(request_id, 0))
+            return
+        blocks = self._pool.reuse(hashes[:count])
+        handoff = self._describe(request_id, blocks, count * self.info.layout.block_size, hashes[count - 1])
+        self._outputs.append(Lent(request_id, handoff.num_tokens, seal(handoff, self._key), handoff.lease_id))
+
+    def _read_loan(self, sequence: Sequence, ticket: bytes) -> None:
+        """Check a ticket for the first blocks. Without it they are computed, as if nobody had offered them."""
+        try:
+            loan = unseal(ticket, self._key, time.time())
+            sequence.lease_id = loan.lease_id
+            self._check_origin(loan)
+            blocks, rest = divmod(loan.num_tokens, sequence.block_size)
+            if rest or not 0 < blocks <= len(sequence.reusable_hashes()) or loan.content != sequence.hashes[blocks - 1]:
+                raise HandoffRefused(RefusalReason.FOREIGN_CONTENT, "KV of other tokens")
+        except HandoffRefused as refused:
+            log.warning("request %s: the loan is of no use: %s", sequence.id, refused)
+            self._outputs.append(KVReady(sequence.id, sequence.lease_id, self._report(sequence)))
+        else:
+            self._used_leases[loan.lease_id] = loan.expires_at
+            sequence.handoff = loan
+
+    def _accept_loan(self, sequence: Sequence, loan: KVHandoff, num_blocks: int, taken_ms: float) -> None:
+        first = len(loan.blocks) - num_blocks
+        self._runner.import_blocks(sequence.blocks[first : len(loan.blocks)])
+        if sequence.is_fresh:
+            tokens = max(loan.num_tokens - sequence.num_computed, 0)
+            num_bytes = num_blocks * self.info.layout.block_bytes
+            sequence.prefix = PrefixReport(peer_tokens=tokens, bytes=num_bytes, ms=taken_ms)
+        sequence.num_computed = max(loan.num_tokens, sequence.num_computed)
+        self._scheduler.publish_full_blocks(sequence)
+
     # --- decode: fetch -------------------------------------------------------------------------------------------------
 
     def _read_ticket(self, sequence: Sequence, ticket: bytes) -> None:
         """Check everything about the ticket that needs no bytes; a refused one means that the prompt is recomputed."""
         sequence.was_handed = True
+        sequence.fetched = Fetched(self._transport.name)
         try:
             handoff = unseal(ticket, self._key, time.time())
             sequence.lease_id = handoff.lease_id
@@ -490,11 +628,14 @@ class PagedEngine:
             self._used_leases[handoff.lease_id] = handoff.expires_at
             sequence.handoff = handoff
 
-    def _check_ticket(self, sequence: Sequence, handoff: KVHandoff) -> None:
+    def _check_origin(self, handoff: KVHandoff) -> None:
         if (handoff.fingerprint, handoff.layout) != (self.info.fingerprint, self.info.layout):
             raise HandoffRefused(RefusalReason.FOREIGN_FINGERPRINT, "KV of another model, layout or version")
         if handoff.lease_id in self._used_leases:
             raise HandoffRefused(RefusalReason.REPLAYED, "this ticket was used before")
+
+    def _check_ticket(self, sequence: Sequence, handoff: KVHandoff) -> None:
+        self._check_origin(handoff)
         covered = handoff.num_tokens
         content = content_hash(
             sequence.token_ids[:covered],
@@ -508,10 +649,16 @@ class PagedEngine:
     def _begin_fetch(self, sequence: Sequence) -> None:
         """Fetch the handed blocks that are not cached here. The blocks belong to the transfer until it returns."""
         handoff = sequence.handoff
-        assert handoff is not None
+        if handoff is None:
+            self._begin_load(sequence)
+            return
         wanted = range(sequence.num_published, len(handoff.blocks))
+        if not sequence.was_handed and not self._loan_pays(len(wanted)):
+            refused = HandoffRefused(RefusalReason.TRANSFER_FAILED, "computing is faster")
+            self._inbox.put(partial(self._end_fetch, sequence, 0, 0.0, refused))
+            return
         if not wanted:
-            self._inbox.put(partial(self._end_fetch, sequence, 0, 0.0, None))
+            self._inbox.put(partial(self._end_fetch, sequence, 0, 0.0, Fetched(self._transport.name)))
             return
         targets = [sequence.blocks[i] for i in wanted]
         sequence.transfer = self._fetchers.submit(self._fetch, sequence, handoff, list(wanted), targets)
@@ -519,30 +666,51 @@ class PagedEngine:
     def _fetch(self, sequence: Sequence, handoff: KVHandoff, wanted: list[int], targets: list[int]) -> None:
         """On a transfer thread: move and verify the bytes, then tell the engine's thread."""
         began = time.monotonic()
-        refused: HandoffRefused | None = None
+        outcome: Fetched | HandoffRefused
         try:
-            self._transport.fetch(handoff, wanted, self._require_memory(), targets, began + self._transfer.timeout_s)
+            outcome = self._transport.fetch(handoff, wanted, self._require_memory(), targets, began + self._transfer.timeout_s)
         except HandoffRefused as error:
-            refused = error
+            outcome = error
         except Exception as error:  # a sequence must never be lost because a transport has a bug
             log.exception("transfer failed")
-            refused = HandoffRefused(RefusalReason.TRANSFER_FAILED, repr(error))
+            outcome = HandoffRefused(RefusalReason.TRANSFER_FAILED, repr(error))
         taken_ms = (time.monotonic() - began) * 1e3
-        self._inbox.put(partial(self._end_fetch, sequence, len(wanted), taken_ms, refused))
+        self._inbox.put(partial(self._end_fetch, sequence, len(wanted), taken_ms, outcome))
 
-    def _end_fetch(self, sequence: Sequence, num_blocks: int, taken_ms: float, refused: HandoffRefused | None) -> None:
+    def _end_fetch(self, sequence: Sequence, num_blocks: int, taken_ms: float, outcome: Fetched | HandoffRefused) -> None:
         handoff = sequence.handoff
         assert handoff is not None
         sequence.handoff = None
         if sequence.doomed:
             self._scheduler.drop_fetching(sequence)
             return
-        if refused is None:
-            self._accept(sequence, handoff, num_blocks, taken_ms)
+        if not sequence.was_handed:
+            self._end_loan(sequence, handoff, num_blocks, taken_ms, outcome)
+        elif isinstance(outcome, HandoffRefused):
+            self._refused(sequence, outcome)
         else:
-            self._refused(sequence, refused)
-        self._scheduler.fetched(sequence)
+            sequence.fetched = outcome
+            self._accept(sequence, handoff, num_blocks, taken_ms)
         self._outputs.append(KVReady(sequence.id, sequence.lease_id, self._report(sequence)))
+        if sequence.may_be_stored:
+            self._begin_load(sequence)
+        else:
+            self._scheduler.fetched(sequence)
+
+    def _end_loan(
+        self, sequence: Sequence, loan: KVHandoff, num_blocks: int, taken_ms: float, outcome: Fetched | HandoffRefused
+    ) -> None:
+        if isinstance(outcome, HandoffRefused):
+            log.info("request %s: the loan is not taken: %s", sequence.id, outcome)
+        else:
+            self._accept_loan(sequence, loan, num_blocks, taken_ms)
+        if num_blocks:
+            got = 0 if isinstance(outcome, HandoffRefused) else num_blocks * self.info.layout.block_bytes
+            self._loan_pace.measure(got, taken_ms / 1e3)
+
+    def _loan_pays(self, num_blocks: int) -> bool:
+        layout = self.info.layout
+        return self._loan_pace.beats(num_blocks * layout.block_bytes, self._compute_pace, num_blocks * layout.block_size)
 
     def _accept(self, sequence: Sequence, handoff: KVHandoff, num_blocks: int, taken_ms: float) -> None:
         first = len(handoff.blocks) - num_blocks
@@ -560,6 +728,55 @@ class PagedEngine:
         log.warning("request %s: handoff refused, recomputing: %s", sequence.id, refused)
         sequence.refusal = refused.reason.value
 
+    # --- reading from the stores ---------------------------------------------------------------------------------------
+
+    def _begin_load(self, sequence: Sequence) -> None:
+        """Look for the uncached full blocks in the stores. The blocks belong to the reading thread until it is done."""
+        span = slice(sequence.num_published, len(sequence.reusable_hashes()))
+        sequence.transfer = self._loaders.submit(self._load_blocks, sequence, sequence.hashes[span], sequence.blocks[span])
+
+    def _prefetch_waiting(self) -> None:
+        """A prompt that must wait for its turn uses the time: what the farther stores have of it comes nearer."""
+        if self._stores is None or not self._stores.can_prefetch:
+            return
+        for sequence in self._scheduler.waiting[:_PREFETCH_MOST]:
+            if sequence.may_be_stored and not sequence.prefetching:
+                sequence.prefetching = True
+                hashes = sequence.reusable_hashes()
+                self._prefetcher.submit(self._prefetch, hashes[self._pool.match(hashes) :])
+
+    def _prefetch(self, hashes: list[BlockHash]) -> None:
+        """On the prefetching thread."""
+        try:
+            assert self._stores is not None
+            self._stores.prefetch(hashes, time.monotonic() + _PREFETCH_S)
+        except Exception:  # nobody waits for it
+            log.exception("prefetching failed")
+
+    def _load_blocks(self, sequence: Sequence, hashes: list[BlockHash], targets: list[int]) -> None:
+        """On a reading thread."""
+        loaded = Loaded()
+        try:
+            assert self._stores is not None
+            loaded = self._stores.load(hashes, targets, time.monotonic() + self._store.read_timeout_s)
+        except Exception:  # a sequence must never be lost because a store has a bug
+            log.exception("reading from the stores failed")
+        self._inbox.put(partial(self._end_load, sequence, loaded))
+
+    def _end_load(self, sequence: Sequence, loaded: Loaded) -> None:
+        if sequence.doomed:
+            self._scheduler.drop_fetching(sequence)
+            return
+        first = sequence.num_published
+        self._runner.import_blocks(sequence.blocks[first : first + loaded.blocks])
+        if sequence.is_fresh:
+            tokens = {f"{name}_tokens": blocks * sequence.block_size for name, blocks in loaded.of_tier.items()}
+            num_bytes = loaded.blocks * self.info.layout.block_bytes
+            sequence.prefix = PrefixReport(**tokens, bytes=num_bytes, ms=loaded.seconds * 1e3)
+        sequence.num_computed += loaded.blocks * sequence.block_size
+        self._scheduler.publish_full_blocks(sequence)
+        self._scheduler.fetched(sequence)
+
     def _report(self, sequence: Sequence) -> KVReport:
         return KVReport(
             reused_tokens=sequence.reused_tokens,
@@ -570,7 +787,9 @@ class PagedEngine:
             transfer_ms=sequence.transfer_ms,
             compute_ms=sequence.compute_ms,
             digest=sequence.refusal,
-            transport=self._transport.name if sequence.was_handed else "",
+            transport=sequence.fetched.transport if sequence.was_handed else "",
+            transport_why=sequence.fetched.why,
+            prefix=sequence.prefix,
         )
 
     def _require_memory(self) -> PoolMemory:

@@ -5,8 +5,8 @@ tokens. A step first takes every sequence that is one token behind (a running st
 budget with chunks of prompts. Half of that rest belongs to the oldest prompt and half to the shortest, so a long prompt
 neither blocks short ones nor starves.
 
-Every sequence is in exactly one place: `waiting` (holds no blocks), `fetching` (a transfer writes into its blocks) or
-`running` (computes). All methods run on the engine's thread; nothing here does I/O, sleeps or knows a model.
+Every sequence is in exactly one place: `waiting` (holds no blocks), `fetching` (a transfer or a store writes into its
+blocks) or `running` (computes). All methods run on the engine's thread; nothing here does I/O, sleeps or knows a model.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Scheduler:
             if not self._take_blocks(sequence):
                 break
             del self.waiting[0]
-            if sequence.handoff is not None:
+            if sequence.handoff is not None or sequence.may_be_stored:
                 self.fetching[sequence.id] = sequence
                 to_fetch.append(sequence)
             else:
@@ -126,7 +126,7 @@ class Scheduler:
         sequence.blocks = reused + self._pool.allocate(needed)
         sequence.num_published = matched
         sequence.num_computed = matched * self._block_size
-        if not sequence.received_tokens and not sequence.forwarded_tokens:  # not after a preemption
+        if sequence.is_fresh:
             sequence.reused_tokens = sequence.num_computed
         return True
 

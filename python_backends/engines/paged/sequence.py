@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 
 from python_backends.core.block_hash import block_hash, block_hashes
 from python_backends.core.handoff import KVHandoff
-from python_backends.core.types import BlockHash, FinishReason, GenerateRequest, RequestId
+from python_backends.core.types import BlockHash, FinishReason, GenerateRequest, PrefixReport, RequestId
 from python_backends.engines.paged.guide import Guide
 from python_backends.engines.paged.speculation import Drafts
+from python_backends.kv.transfer.base import Fetched
 
 
 @dataclass(slots=True, eq=False)
@@ -26,10 +27,12 @@ class Sequence:
     arrival: int  # order of arrival in this engine
     block_size: int
     root: BlockHash
-    handoff: KVHandoff | None = None  # a verified ticket whose KV is yet to be fetched
+    handoff: KVHandoff | None = None  # a verified ticket, of a handoff or a loan, whose KV is yet to be fetched
     lease_id: str | None = None  # of that ticket; reported in KVReady
     was_handed: bool = False  # a ticket came with the request, good or bad: what is computed here is a recompute
     refusal: str = "none"  # KVReport.digest
+    seeks_store: bool = False  # there are stores that may have what is not cached here
+    prefetching: bool = False  # its blocks are on their way from a farther store to a nearer one, or were
     guide: Guide | None = None
 
     token_ids: list[int] = field(init=False)
@@ -49,6 +52,8 @@ class Sequence:
     received_tokens: int = 0
     received_bytes: int = 0
     transfer_ms: float = 0.0
+    fetched: Fetched = field(default_factory=lambda: Fetched(""))
+    prefix: PrefixReport = field(default_factory=PrefixReport)
     forwarded_tokens: int = 0  # given tokens that went through the model here, the last one not counted
 
     def __post_init__(self) -> None:
@@ -80,6 +85,16 @@ class Sequence:
     def reusable_hashes(self) -> list[BlockHash]:
         """Full blocks that a prefix hit may cover: never the last token, whose logits are wanted."""
         return self.hashes[: (len(self.token_ids) - 1) // self.block_size]
+
+    @property
+    def may_be_stored(self) -> bool:
+        """Whether full blocks are missing that the stores may have."""
+        return self.seeks_store and self.num_published < len(self.reusable_hashes())
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether nothing has brought KV here for it yet; not so after a preemption, whose reuse is not to be reported."""
+        return not (self.received_tokens or self.forwarded_tokens or self.prefix.tokens)
 
     def append(self, token_id: int) -> None:
         self.token_ids.append(token_id)

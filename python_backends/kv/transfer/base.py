@@ -1,15 +1,15 @@
 """How KV moves between pools: the contract of a transport, and the one check that all transports share.
 
 Copying and believing are two steps. A transport's `copy` brings bytes into the destination and says whether the source
-still meant them; `fetch` then digests what actually arrived, in place. So no transport, however broken, can hand over
-KV that differs from what was published.
+still meant them; `fetch` digests what actually arrived, in place. So no transport, however broken, can hand over KV that
+differs from what was published.
 """
 
 from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import msgspec
@@ -19,6 +19,7 @@ import xxhash
 
 from python_backends.core.errors import HandoffRefused, RefusalReason
 from python_backends.core.handoff import KVHandoff
+from python_backends.core.types import Role
 from python_backends.kv.memory import PoolMemory
 
 
@@ -29,23 +30,47 @@ class Published(msgspec.Struct, frozen=True):
     opaque: bytes = b""
 
 
+class Fetched(msgspec.Struct, frozen=True):
+    """How a handoff was fetched."""
+
+    transport: str  # the one that moved the bytes
+    why: str = ""  # it was taken, where there was a choice
+
+
+Arrived = Callable[[Sequence[int]], None]
+"""Told by `copy` of indices into `wanted` whose bytes are complete: they are digested at once, while the processor has them
+in its cache. Whatever was not told is digested at the end."""
+
+
 class KVTransport(Protocol):
     """Moves blocks from a source's pool into this worker's pool. `name` is what the ticket calls it."""
 
     name: str
 
-    def publish(self, memory: PoolMemory, blocks: Sequence[int]) -> Published:
-        """Make the blocks fetchable by whoever has the ticket. The caller holds them (a lease) until then."""
+    def attach(self, memory: PoolMemory, role: Role) -> None:
+        """This worker's pool and what the worker does with it; once, before anything else, so that the first handoff does
+        not wait for what can be made ready now. Raises ConfigError.
+        """
+
+    def publish(self, memory: PoolMemory, blocks: Sequence[int], lease_id: str) -> Published:
+        """Make the blocks fetchable by whoever has the ticket. The caller holds them until the lease ends.
+
+        May be called again for the same lease, with further blocks: so finished chunks can be published before the rest
+        is computed. What the last call returns is good for all of them.
+        """
+
+    def release(self, lease_id: str) -> None:
+        """The lease has ended: nothing of it is handed out any more. A copy on its way may get other bytes from now on."""
 
     def fetch(
         self, handoff: KVHandoff, wanted: Sequence[int], into: PoolMemory, blocks: Sequence[int], deadline: float
-    ) -> None:
+    ) -> Fetched:
         """Copy the handoff's blocks at the positions `wanted` into `into.blocks[blocks[i]]`, verified.
 
         `deadline` is in time.monotonic() seconds; returns or raises by then (and 50 ms). May be called from several
         threads. When it has returned, nobody writes into `into` any more; after an error the destination blocks hold
-        anything. Raises HandoffRefused: STALE_EPOCH (the source has restarted or reused a block), DIGEST_MISMATCH,
-        TRANSFER_FAILED or TRANSFER_TIMEOUT.
+        anything. Raises HandoffRefused: STALE_EPOCH (the source has restarted or reused a block), EXPIRED (its lease
+        has ended), DIGEST_MISMATCH, TRANSFER_FAILED or TRANSFER_TIMEOUT.
         """
 
     def close(self) -> None:
@@ -53,30 +78,50 @@ class KVTransport(Protocol):
 
 
 class CheckedTransport(ABC):
-    """A KVTransport whose `fetch` is its own `copy`, then the shared digest check."""
+    """A KVTransport whose `fetch` is its own `copy` and the shared digest check."""
 
     name: str
 
-    @abstractmethod
-    def publish(self, memory: PoolMemory, blocks: Sequence[int]) -> Published: ...
+    def attach(self, memory: PoolMemory, role: Role) -> None:
+        """See KVTransport.attach."""
+        return
 
     @abstractmethod
-    def copy(self, handoff: KVHandoff, wanted: Sequence[int], into: PoolMemory, blocks: Sequence[int], deadline: float) -> None:
-        """Copy as `fetch` does, and check that the source still meant the bytes *after* they were copied."""
+    def publish(self, memory: PoolMemory, blocks: Sequence[int], lease_id: str) -> Published: ...
+
+    @abstractmethod
+    def release(self, lease_id: str) -> None: ...
+
+    @abstractmethod
+    def copy(
+        self,
+        handoff: KVHandoff,
+        wanted: Sequence[int],
+        into: PoolMemory,
+        blocks: Sequence[int],
+        deadline: float,
+        arrived: Arrived,
+    ) -> Fetched | None:
+        """Copy as `fetch` does, and check that the source still meant the bytes *after* they were copied.
+
+        Returns how, if that is not just by this transport.
+        """
 
     @abstractmethod
     def close(self) -> None: ...
 
     def fetch(
         self, handoff: KVHandoff, wanted: Sequence[int], into: PoolMemory, blocks: Sequence[int], deadline: float
-    ) -> None:
+    ) -> Fetched:
         """See KVTransport.fetch."""
         if handoff.transport != self.name:
             raise failed(f"the ticket is for transport {handoff.transport!r}, this worker has {self.name!r}")
         if handoff.layout.block_bytes != into.block_bytes:
             raise failed(f"blocks of {handoff.layout.block_bytes} bytes do not fit a pool of {into.block_bytes}")
-        self.copy(handoff, wanted, into, blocks, deadline)
-        _check_digests(handoff, wanted, into, blocks, deadline)
+        check = _DigestCheck(handoff, wanted, into, blocks)
+        how = self.copy(handoff, wanted, into, blocks, deadline, check.arrived)
+        check.finish(deadline)
+        return how or Fetched(self.name)
 
 
 def block_digest(block: npt.NDArray[np.uint8]) -> bytes:
@@ -95,8 +140,28 @@ def failed(detail: str) -> HandoffRefused:
     return HandoffRefused(RefusalReason.TRANSFER_FAILED, detail)
 
 
-def _check_digests(handoff: KVHandoff, wanted: Sequence[int], into: PoolMemory, blocks: Sequence[int], deadline: float) -> None:
-    for position, block in zip(wanted, blocks, strict=True):
-        check_time(deadline)
-        if block_digest(into.blocks[block]) != handoff.digests[position]:
-            raise HandoffRefused(RefusalReason.DIGEST_MISMATCH, f"block {position} of {handoff.source} arrived damaged")
+class _DigestCheck:
+    """The digests of one fetch. A mismatch is reported at the end: that the source has reused the block says more."""
+
+    def __init__(self, handoff: KVHandoff, wanted: Sequence[int], into: PoolMemory, blocks: Sequence[int]) -> None:
+        self._handoff = handoff
+        self._wanted = wanted
+        self._into = into
+        self._blocks = blocks
+        self._unchecked = set(range(len(wanted)))
+        self._damaged: list[int] = []  # positions in the handoff
+
+    def arrived(self, indices: Sequence[int]) -> None:
+        """May be called from several threads, for different indices."""
+        for index in indices:
+            if block_digest(self._into.blocks[self._blocks[index]]) != self._handoff.digests[self._wanted[index]]:
+                self._damaged.append(self._wanted[index])
+        self._unchecked.difference_update(indices)
+
+    def finish(self, deadline: float) -> None:
+        for index in sorted(self._unchecked):
+            check_time(deadline)
+            self.arrived([index])
+        if self._damaged:
+            detail = f"block {self._damaged[0]} of {self._handoff.source} arrived damaged"
+            raise HandoffRefused(RefusalReason.DIGEST_MISMATCH, detail)

@@ -14,8 +14,9 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from python_backends.core.handoff import KVHandoff
+from python_backends.core.types import Role
 from python_backends.kv.memory import PoolMemory
-from python_backends.kv.transfer.base import CheckedTransport, Published, check_time, failed
+from python_backends.kv.transfer.base import Arrived, CheckedTransport, Fetched, Published, check_time, failed
 
 Fault = Literal["delay", "drop", "corrupt", "truncate", "hang"]
 _MAX_DELAY_S = 0.2
@@ -33,11 +34,25 @@ class FaultyTransport(CheckedTransport):
         self._lock = threading.Lock()  # of the generator: fetches run concurrently
         self._closed = threading.Event()
 
-    def publish(self, memory: PoolMemory, blocks: Sequence[int]) -> Published:
-        return self._inner.publish(memory, blocks)
+    def attach(self, memory: PoolMemory, role: Role) -> None:
+        self._inner.attach(memory, role)
 
-    def copy(self, handoff: KVHandoff, wanted: Sequence[int], into: PoolMemory, blocks: Sequence[int], deadline: float) -> None:
-        """See CheckedTransport.copy, with at most one fault."""
+    def publish(self, memory: PoolMemory, blocks: Sequence[int], lease_id: str) -> Published:
+        return self._inner.publish(memory, blocks, lease_id)
+
+    def release(self, lease_id: str) -> None:
+        self._inner.release(lease_id)
+
+    def copy(
+        self,
+        handoff: KVHandoff,
+        wanted: Sequence[int],
+        into: PoolMemory,
+        blocks: Sequence[int],
+        deadline: float,
+        arrived: Arrived,
+    ) -> Fetched | None:
+        """See CheckedTransport.copy, with at most one fault. Nothing has arrived before the damage is done."""
         fault, amount = self._draw()
         if fault == "drop":
             raise failed("dropped on purpose")
@@ -46,12 +61,13 @@ class FaultyTransport(CheckedTransport):
         if fault == "delay":
             self._wait(amount * _MAX_DELAY_S, deadline)
         before = into.blocks[blocks[-1]].copy() if fault == "truncate" and blocks else None
-        self._inner.copy(handoff, wanted, into, blocks, deadline)
+        how = self._inner.copy(handoff, wanted, into, blocks, deadline, lambda indices: None)
         if before is not None:
             into.blocks[blocks[-1], len(before) // 2 :] = before[len(before) // 2 :]
         if fault == "corrupt" and blocks:
             block, bit = divmod(int(amount * len(blocks) * into.block_bytes * 8), into.block_bytes * 8)
             into.blocks[blocks[block], bit // 8] ^= 1 << bit % 8
+        return how
 
     def close(self) -> None:
         self._closed.set()

@@ -11,18 +11,33 @@ import numpy as np
 
 from python_backends.core.handoff import KVHandoff
 from python_backends.kv.memory import PoolMemory
-from python_backends.kv.transfer.base import CheckedTransport, Published, check_time, failed
+from python_backends.kv.transfer.base import Arrived, CheckedTransport, Published, check_time, failed
 
 
 class InlineTransport(CheckedTransport):
     def __init__(self) -> None:
         self.name = "inline"
 
-    def publish(self, memory: PoolMemory, blocks: Sequence[int]) -> Published:
-        """Copy the blocks, in this order, one after the other."""
-        return Published(opaque=memory.blocks[list(blocks)].tobytes())
+        self._published: dict[str, bytes] = {}
 
-    def copy(self, handoff: KVHandoff, wanted: Sequence[int], into: PoolMemory, blocks: Sequence[int], deadline: float) -> None:
+    def publish(self, memory: PoolMemory, blocks: Sequence[int], lease_id: str) -> Published:
+        """Copy the blocks, in this order, one after the other."""
+        self._published[lease_id] = self._published.get(lease_id, b"") + memory.blocks[list(blocks)].tobytes()
+        return Published(opaque=self._published[lease_id])
+
+    def release(self, lease_id: str) -> None:
+        """See KVTransport.release."""
+        self._published.pop(lease_id, None)
+
+    def copy(
+        self,
+        handoff: KVHandoff,
+        wanted: Sequence[int],
+        into: PoolMemory,
+        blocks: Sequence[int],
+        deadline: float,
+        arrived: Arrived,
+    ) -> None:
         """See CheckedTransport.copy."""
         if len(handoff.opaque) != len(handoff.blocks) * into.block_bytes:
             raise failed(f"the ticket carries {len(handoff.opaque)} bytes for {len(handoff.blocks)} blocks")

@@ -16,7 +16,7 @@ export function startCache() {
     sources: h("div", { class: "sources" }), strip: h("div", { class: "strip", role: "img", "aria-label": "Share of cached tokens in the last prompts" }),
     families: h("tbody"), legend: h("ul", { class: "legend", "aria-label": "Colours" }), none: h("p", { class: "muted small" }, "No finished requests yet."),
   };
-  for (const [kind, name] of [["reused", "reused from the cache"], ["received", "received"], ["computed", "computed"], ["recomputed", "computed again"], ["other", "last token, never cached"]]) {
+  for (const [kind, name] of [["reused", "reused from the cache"], ["stored", "from stores and other caches"], ["received", "received"], ["computed", "computed"], ["recomputed", "computed again"], ["other", "last token, never cached"]]) {
     view.legend.append(h("li", {}, h("i", { class: `source-${kind}` }), name));
   }
   const table = h("table", {}, h("caption", {}, "Prompts that begin alike"),
@@ -48,18 +48,27 @@ function show(view) {
 /** Tokens of a prompt by source, at whoever decodes. */
 function sources({ proof, prompt_tokens }) {
   const [reused, received] = [proof.kv_tokens_reused, proof.kv_tokens_received];
+  const stored = proof.kv_tokens_node + proof.kv_tokens_remote;
   const [computed, recomputed] = [proof.kv_tokens_computed, proof.kv_tokens_recomputed];
-  return { reused, received, computed, recomputed, other: Math.max(prompt_tokens - reused - received - computed - recomputed, 0) };
+  const other = Math.max(prompt_tokens - reused - stored - received - computed - recomputed, 0);
+  return { reused, stored, received, computed, recomputed, other };
 }
 
 function showSources(element, records) {
-  const prefill = { reused: 0, computed: 0 }, decode = { reused: 0, received: 0, computed: 0, recomputed: 0, other: 0 };
+  const prefill = { reused: 0, stored: 0, computed: 0 };
+  const decode = { reused: 0, stored: 0, received: 0, computed: 0, recomputed: 0, other: 0 };
   for (const record of records) {
     prefill.reused += record.proof.prefill_tokens_reused;
+    prefill.stored += fetched(record.proof);
     prefill.computed += record.proof.prefill_tokens_computed;
     for (const [kind, tokens] of Object.entries(sources(record))) decode[kind] += tokens;
   }
   element.replaceChildren(...stack("Where it was prefilled", prefill), ...stack("Where it is decoded", decode));
+}
+
+/** Tokens that whoever prefilled did not have to compute, since stores or other workers had them. */
+function fetched(proof) {
+  return proof.prefill_tokens_node + proof.prefill_tokens_remote + proof.prefill_tokens_peer;
 }
 
 function stack(title, tokens) {
@@ -69,7 +78,7 @@ function stack(title, tokens) {
     bar.style.width = `${(100 * count) / total}%`;
     return bar;
   });
-  const text = `${percent(tokens.reused, total)} reused of ${plural(total, "token")}`;
+  const text = `${percent(tokens.reused + tokens.stored, total)} reused of ${plural(total, "token")}`;
   return [h("span", {}, title), h("div", { class: "stack", role: "img", "aria-label": `${title}: ${text}` }, ...bars), h("span", { class: "muted" }, text)];
 }
 
@@ -95,7 +104,7 @@ function showFamilies(element, records) {
     families.set(record.prefix, family);
     family.requests += 1;
     family.prompt += record.prompt_tokens;
-    family.spared += record.proof.prefill_tokens_reused;
+    family.spared += record.proof.prefill_tokens_reused + fetched(record.proof);
     family.workers.add(record.prefill_worker).add(record.decode_worker);
   }
   const most = [...families.entries()].sort((a, b) => b[1].spared - a[1].spared || b[1].requests - a[1].requests).slice(0, FAMILIES);

@@ -27,11 +27,11 @@ LONG = SamplingParams(temperature=0, max_tokens=300)
 LEASE_S = 1.0
 
 
-def _work(directory: Path, config: Deployment, worker: WorkerConfig, address: str, line: Connection) -> None:
+def _work(directory: Path, config: Deployment, worker: WorkerConfig, address: str, key: bytes, line: Connection) -> None:
     """The life of a worker process, with the fake where tensorrt_llm is looked for."""
     sys.path.insert(0, str(FAKES))
     os.environ["FAKE_TENSORRT_LLM"] = str(directory / f"{worker.name}.json")
-    _flow_work(config, worker, address, line)
+    _flow_work(config, worker, address, key, line)
 
 
 _flow_work = flow_house._work

@@ -37,7 +37,7 @@ def test_shipped_deployments_are_valid(path: Path) -> None:
 def test_shortest_deployment_has_defaults(file: Path) -> None:
     deployment = load(file, "workers: [{role: aggregated}]")
     assert deployment.worker("aggregated").role is Role.AGGREGATED
-    assert (deployment.engine.block_size, deployment.transfer.transport) == (16, "shm")
+    assert (deployment.engine.block_size, deployment.transfer.transport) == (16, "auto")
 
 
 def test_workers_are_named_by_role_and_number(file: Path) -> None:

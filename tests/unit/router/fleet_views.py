@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from python_backends.core.layout import KVLayout
 from python_backends.core.messages import Heartbeat
-from python_backends.core.types import Epoch, Role, WorkerId, WorkerLoad
+from python_backends.core.types import Epoch, Role, StoreCounts, WorkerId, WorkerLoad
 from router.fleet import Fleet, WorkerView
 
 LAYOUT = KVLayout(1, 1, 1, 16, "float32")
@@ -24,6 +24,8 @@ def heartbeat(
     load: WorkerLoad | None = None,
     step_tokens: int = 256,
     max_batch: int = 8,
+    stores: Collection[str] = (),
+    lends: bool = False,
 ) -> Heartbeat:
     return Heartbeat(
         worker=WorkerId(name),
@@ -40,6 +42,8 @@ def heartbeat(
         step_tokens=step_tokens,
         max_batch=max_batch,
         events_sequence=sequence,
+        stores={tier: StoreCounts() for tier in stores},
+        lends=lends,
     )
 
 
@@ -56,9 +60,11 @@ def put(
     fingerprint: str = "f",
     total_blocks: int = 1000,
     coefficients: Sequence[float] = SIMPLE,
+    lends: bool = False,
 ) -> WorkerView:
     """A worker that has so many streams, of `context` tokens in all, and prompts with these tokens to compute."""
-    fleet.hear(heartbeat(name, role, max_context=max_context, fingerprint=fingerprint, total_blocks=total_blocks), 0.0)
+    beat = heartbeat(name, role, max_context=max_context, fingerprint=fingerprint, total_blocks=total_blocks, lends=lends)
+    fleet.hear(beat, 0.0)
     view = fleet.get(WorkerId(name))
     assert view is not None
     view.model.coefficients = list(coefficients)

@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import time
 
+import msgspec
 import pytest
 
 from python_backends.core.messages import PrefillDone
-from python_backends.core.types import KVReport, RequestId, WorkerId
+from python_backends.core.types import KVReport, PrefixReport, RequestId, WorkerId
 from router.account import Account
 from router.clock import Clock
 from router.types import RouteDecision, Way
@@ -41,6 +42,21 @@ def prefilled(compute_ms: float) -> PrefillDone:
     return PrefillDone(
         RequestId("r"), 5, None, None, b"t", "lease", reused_tokens=16, computed_tokens=84, compute_ms=compute_ms
     )
+
+
+def test_what_came_from_stores_is_told_of_both_workers(clock: StoppedClock) -> None:
+    account = Account(clock.now(), clock)
+    account.routed(REMOTE, 1)
+    prefix = PrefixReport(node_tokens=32, peer_tokens=16, bytes=300, ms=1.5)
+    account.prefilled(msgspec.structs.replace(prefilled(12.0), prefix=prefix))
+    account.tokens(1, None)
+    report = msgspec.structs.replace(RECEIVED, prefix=PrefixReport(remote_tokens=48, bytes=400, ms=2.0))
+    account.kv_ready(report)
+    account.tokens(2, report)
+    proof = account.proof()
+    assert (proof.kv_tokens_node, proof.kv_tokens_remote) == (0, 48)
+    assert (proof.prefill_tokens_node, proof.prefill_tokens_remote, proof.prefill_tokens_peer) == (32, 0, 16)
+    assert (proof.store_bytes, proof.store_ms) == (700, 3.5)
 
 
 def test_the_parts_of_a_handed_over_request(clock: StoppedClock) -> None:

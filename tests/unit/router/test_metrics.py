@@ -7,7 +7,7 @@ import re
 import msgspec
 import pytest
 
-from python_backends.core.types import Role, WorkerLoad
+from python_backends.core.types import Role, StoreCounts, WorkerLoad
 from router.fleet import WorkerView
 from router.metrics import FAMILIES, Change, Kind, Meter, exported_names
 from router.seams import Snapshot
@@ -62,6 +62,31 @@ def test_a_request_is_counted_by_outcome_and_route() -> None:
     assert values['baton_prefill_tokens_total{source="reused"}'] == 32
     assert values["baton_kv_received_bytes_total"] == 1 << 20
     assert values['baton_handoffs_total{verdict="verified"}'] == 1
+
+
+def test_what_stores_have_done_is_counted() -> None:
+    meter, port = _metered()
+    record = remote_record()
+    assert record.proof is not None
+    proof = msgspec.structs.replace(
+        record.proof, prefill_tokens_peer=48, kv_tokens_node=32, kv_tokens_remote=16, store_bytes=700
+    )
+    meter.ended(msgspec.structs.replace(record, proof=proof))
+    labels = 'worker="decode",role="decode",tier="node"'
+    for epoch, read in ((1, 5), (1, 8), (2, 3)):  # the worker counts from 0 in its new life
+        beat = heartbeat("decode", Role.DECODE, epoch=epoch)
+        counts = StoreCounts(read=read, used_bytes=100 * read, up=epoch == 1)
+        _refresh(
+            meter, Snapshot({}, 0, 0, 0, 0, [WorkerView(msgspec.structs.replace(beat, stores={"node": counts}), heard=0.0)])
+        )
+    values = port.values
+    assert values[f'baton_store_blocks_total{{{labels},event="read"}}'] == 8 + 3
+    assert values[f"baton_store_used_bytes{{{labels}}}"] == 300
+    assert values[f"baton_store_up{{{labels}}}"] == 0
+    assert values["baton_store_bytes_total"] == 700
+    assert values['baton_prompt_tokens_total{source="node"}'] == 32
+    assert values['baton_prompt_tokens_total{source="remote"}'] == 16
+    assert values['baton_prefill_tokens_total{source="peer"}'] == 48
 
 
 def test_histograms_are_cumulative_and_their_parts_agree() -> None:

@@ -33,10 +33,20 @@ def query(
     wish: Wish = Wish.AUTO,
     slo: Slo = Slo(),  # noqa: B008 (immutable)
     avoid: Collection[str] = (),
+    stored: Mapping[str, int] | None = None,
 ) -> Query:
     tokens = matched or {}
     hits = [WorkerId(name) for name in sorted(tokens, key=lambda name: -tokens[name])]
-    return Query(num_tokens, Believed(tokens), hits, wish, slo, output_tokens=16, avoid={WorkerId(name) for name in avoid})
+    return Query(
+        num_tokens,
+        Believed(tokens),
+        hits,
+        wish,
+        slo,
+        output_tokens=16,
+        avoid={WorkerId(name) for name in avoid},
+        stored={WorkerId(name): count for name, count in (stored or {}).items()},
+    )
 
 
 def chosen(asked: Query, fleet: Fleet, seed: int = 0) -> RouteDecision:
@@ -364,3 +374,53 @@ def test_every_decision_can_be_carried_out(fleet: Fleet, num_tokens: int, wish: 
     unavoided = {worker.id for worker in able.values() if worker.role is decode.role} - avoid
     assert not unavoided or decode.id in unavoided
     assert bool(decision.why) is (made.lacks is None)
+
+
+# --- stores and loans ---------------------------------------------------------------------------------------------------
+
+
+def test_what_the_stores_have_is_not_computed(fleet: Fleet) -> None:
+    put(fleet, "p", P), put(fleet, "d", D, streams=2)
+    decision = chosen(query(200, {"d": 32}, stored={"d": 192}), fleet)
+    assert (decision.way, decision.decode, decision.prefill_tokens) == (Way.CACHED, "d", 8)
+    assert "192 of 200 tokens in the stores" in decision.why
+    assert chosen(query(200, {"d": 192}, stored={"d": 192}), fleet).why.count("192 of 200 tokens cached") == 1
+
+
+def test_what_comes_from_a_store_needs_room_in_the_pool(fleet: Fleet) -> None:
+    put(fleet, "d", D, streams=1, total_blocks=10)
+    assert choice(query(200, stored={"d": 192}), fleet).lacks is not None
+    assert choice(query(200, {"d": 192}), fleet).lacks is None
+
+
+def test_a_prefill_worker_borrows_what_another_has_cached(fleet: Fleet) -> None:
+    put(fleet, "p", P, lends=True), put(fleet, "d", D, lends=True)
+    asked = query(900, {"d": 640}, wish=Wish.REMOTE)
+    decision = chosen(asked, fleet)
+    assert (decision.prefill, decision.lender, decision.prefill_tokens) == ("p", "d", 260)
+    assert "640 of 900 tokens cached or lent by d" in decision.why
+    assert decision.ttft_ms < chosen(query(900, wish=Wish.REMOTE), fleet).ttft_ms
+
+
+@pytest.mark.parametrize(
+    ("matched", "p_lends", "d_lends", "fingerprint"),
+    [
+        ({"d": 640, "p": 400}, True, True, "f"),  # too little more
+        ({"d": 640}, False, True, "f"),
+        ({"d": 640}, True, False, "f"),
+        ({"p": 640}, True, True, "f"),  # from itself
+        ({"x": 640}, True, True, "another"),
+        ({}, True, True, "f"),
+    ],
+)
+def test_where_nothing_is_lent(fleet: Fleet, matched: dict[str, int], p_lends: bool, d_lends: bool, fingerprint: str) -> None:
+    put(fleet, "p", P, lends=p_lends), put(fleet, "d", D, lends=d_lends)
+    put(fleet, "x", P, lends=True, fingerprint=fingerprint, up="x" in matched)
+    decision = chosen(query(900, matched, wish=Wish.REMOTE), fleet)
+    assert (decision.prefill, decision.lender) == ("p", None)
+
+
+def test_of_a_worker_that_failed_nothing_is_borrowed(fleet: Fleet) -> None:
+    put(fleet, "p", P, lends=True), put(fleet, "q", P, lends=True), put(fleet, "d", D)
+    decision = chosen(query(900, {"q": 800}, wish=Wish.REMOTE, avoid=["q"]), fleet)
+    assert (decision.prefill, decision.lender) == ("p", None)

@@ -1,0 +1,105 @@
+"""What the house makes of what workers say about their stores."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from random import Random
+from typing import cast
+
+import msgspec
+import pytest
+
+from python_backends.core.config import Deployment, WorkerConfig
+from python_backends.core.messages import Heartbeat, Located, Outputs, Work
+from python_backends.core.types import BlockHash, LeaseEnd, RequestId, Role, StoreCounts, WorkerId
+from router.house import House, _has_stores_of
+from router.tokenizer import Tokenizer
+from router.types import RouteDecision, Slo, Way, Wish
+from tests.flow.house import Counts, NumberTokenizer
+from tests.unit.router.fleet_views import heartbeat
+
+PROMPT = list(range(100))
+FULL_BLOCKS = 6
+
+
+class Calls:
+    """Workers that find so many blocks in their stores. Implements router.seams.Calls."""
+
+    def __init__(self, blocks: int | None) -> None:
+        """None: they don't answer."""
+        self._blocks = blocks
+        self.house: House | None = None
+        self.asked: list[tuple[WorkerId, int]] = []
+
+    def locate(self, worker: WorkerId, request_id: RequestId, hashes: Sequence[BlockHash]) -> None:
+        assert self.house is not None
+        self.asked.append((worker, len(hashes)))
+        view = self.house.fleet.get(worker)
+        if self._blocks is not None and view is not None:
+            self.house.hear_outputs(Outputs(worker, view.epoch, [Located(request_id, self._blocks)]))
+
+    def lend(self, worker: WorkerId, request_id: RequestId, hashes: Sequence[BlockHash]) -> None: ...
+
+    def submit(self, worker: WorkerId, work: Work) -> None: ...
+
+    def abort(self, worker: WorkerId, request_id: RequestId) -> None: ...
+
+    def release(self, worker: WorkerId, lease_id: str, end: LeaseEnd) -> None: ...
+
+
+def decide(calls: Calls, *beats: Heartbeat) -> tuple[RouteDecision, dict[WorkerId, int]]:
+    """Where a request goes after the stores were asked, and what they are taken to have."""
+    config = Deployment(workers=(WorkerConfig(Role.DECODE),))
+
+    async def decided() -> tuple[RouteDecision, dict[WorkerId, int]]:
+        house = House(config, cast(Tokenizer, NumberTokenizer()), calls, Counts(), random=Random(0))
+        calls.house = house
+        for beat in beats:
+            house.hear_heartbeat(beat, 0.0)
+        try:
+            prompt = house.prompt(PROMPT, "")
+            stored = await house.look_in_stores(prompt, WorkerId("decode")) if house.has_stores else {}
+            choice = house.choose(prompt, Wish.AUTO, Slo(), 16, set(), stored)
+            assert choice is not None
+            return choice.decision, stored
+        finally:
+            house.close()
+
+    return asyncio.run(decided())
+
+
+def beat(name: str, role: Role = Role.DECODE, *, host: str = "here", **fields: object) -> Heartbeat:
+    return msgspec.structs.replace(heartbeat(name, role, **fields), host=host)  # type: ignore[arg-type]
+
+
+PREFILL = beat("prefill", Role.PREFILL)
+
+
+def test_without_stores_nobody_is_asked() -> None:
+    calls = Calls(FULL_BLOCKS)
+    assert decide(calls, PREFILL, beat("decode"))[1] == {}
+    assert calls.asked == []
+
+
+@pytest.mark.parametrize("blocks", [FULL_BLOCKS, 2, 0, None])
+def test_what_the_stores_have_is_not_computed(blocks: int | None) -> None:
+    calls = Calls(blocks)
+    decision, stored = decide(calls, PREFILL, beat("decode", stores=["remote"]), beat("other"))
+    tokens = 16 * (blocks or 0)
+    assert stored == ({"decode": tokens} if tokens else {})
+    assert calls.asked == [("decode", FULL_BLOCKS)]
+    if blocks == FULL_BLOCKS:
+        assert (decision.way, decision.decode, decision.prefill_tokens) == (Way.CACHED, "decode", 4)
+        assert "96 of 100 tokens in the stores" in decision.why
+
+
+@pytest.mark.parametrize(("place", "host", "shares"), [("/a", "here", True), ("/a", "there", False), ("/b", "here", False)])
+def test_a_node_store_is_of_its_host_alone(place: str, host: str, shares: bool) -> None:
+    one = msgspec.structs.replace(beat("one", stores=["node", "remote"]), node_place="/a")
+    other = msgspec.structs.replace(beat("other", stores=["node", "remote"], host=host), node_place=place)
+    assert _has_stores_of(one, other) is shares
+    assert _has_stores_of(one, one)
+    afar = msgspec.structs.replace(one, stores={"remote": StoreCounts()}, node_place="")
+    assert _has_stores_of(afar, other), "a remote store is everybody's"
+    assert not _has_stores_of(one, msgspec.structs.replace(other, fingerprint="another"))
