@@ -112,6 +112,9 @@ class TinyRunner:
     def export_blocks(self, blocks: Sequence[int]) -> None:
         """The pool memory is where it computes."""
 
+    def rest(self) -> None:
+        """It takes no cores."""
+
     def import_blocks(self, blocks: Sequence[int]) -> None:
         """The pool memory is where it computes."""
 

@@ -133,6 +133,7 @@ def test_cores_that_come_and_go_change_no_bit(directory: Path, tmp_path: Path) -
     tokens = _prompt(700, seed=5)
     first = PagedSequence(list(tokens))
     decode.work()
+    served.runner.rest()  # it has loaded: from now on it borrows
     expected = served.logits(first, 700)
     served.free += first.blocks
     ended = threading.Event()

@@ -33,6 +33,7 @@ class CoreBoard:
         """rows: the board, [workers, ROW_INTS]; `row` of it is this worker's. `membership` keeps it, and is closed with it."""
         self.rows = rows
         self.row = row
+        self.borrows = False  # from the first rest on: what is measured while loading is what the share alone can do
         self._membership = membership
         rows[row, SHARE] = share
         rows[row, AT_WORK] = 0
@@ -42,8 +43,11 @@ class CoreBoard:
         """Threads that this worker may ever compute with."""
         others = sum(int(share) for number, share in enumerate(self.rows[:, SHARE]) if number != self.row)
         unknown = int((self.rows[:, SHARE] == 0).sum())  # not started yet; shares are even
-        share = int(self.rows[self.row, SHARE])
-        return share + others + unknown * share
+        return self.share + others + unknown * self.share
+
+    @property
+    def share(self) -> int:
+        return int(self.rows[self.row, SHARE])
 
     def work(self) -> None:
         """There is something to compute: cores lent to others are wanted back."""
@@ -51,6 +55,7 @@ class CoreBoard:
 
     def rest(self) -> None:
         """There is nothing to compute: others may use the cores."""
+        self.borrows = True
         self.rows[self.row, AT_WORK] = 0
 
     def close(self) -> None:

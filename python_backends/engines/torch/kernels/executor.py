@@ -61,6 +61,7 @@ class CompiledExecutor:
         self._group = architecture.num_heads // architecture.num_kv_heads
         self._frequencies: Floats = inverse_frequencies(architecture.rope, architecture.head_dim).numpy()
         self._decoder, self._mapped_weights = load_decoder(checkpoint, architecture, precision, cache)
+        self._board = board
         self._cores = Cores(board.rows.ctypes.data, len(board.rows), board.row)
         self._team = Team(min(board.most, len(os.sched_getaffinity(0))))
         self._buffers = _Buffers(self._decoder, self._team.threads)
@@ -90,7 +91,7 @@ class CompiledExecutor:
         step = self._step(slices, tables)
         work = self._buffers.workspace(step, self._group)
         cores, decoder, pool = self._cores, self._decoder, self._pool
-        threads = min(cores_now(cores), self._team.threads)
+        threads = min(cores_now(cores) if self._board.borrows else self._board.share, self._team.threads)
         self._team.run(lambda thread: forward(thread, threads, cores, decoder, pool, step, work), threads)
         return torch.from_numpy(work.logits[: len(step.drawing), : self._vocab_size])
 
