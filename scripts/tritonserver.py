@@ -130,8 +130,10 @@ class TritonServer:
     def stop(self, grace_s: float = 0.0) -> None:
         """End the server and every process of its models, within about 8 s; remove all it left. Idempotent.
 
-        `grace_s`: before that, requests that run may end within so long; new ones are refused.
+        `grace_s`: before that, requests that run may end within so long; new ones are refused. A server without a router does
+        not wait: routers elsewhere go on with other workers.
         """
+        grace_s = grace_s if self.deployment.cluster.router else 0.0
         if self._guardian is not None:
             self._say(f"stop {grace_s}" if grace_s else "stop")
             try:

@@ -25,7 +25,6 @@ import yaml
 
 from loadtest.options import read_options
 from python_backends.core.config import load_deployment
-from python_backends.core.deployment_key import deployment_key, operator_secret
 from python_backends.core.paths import repository_root
 from scripts.tritonserver import TritonServer
 
@@ -98,10 +97,10 @@ class Reader:
             "chat": f"--server 127.0.0.1:{server.grpc_port}",
             "demo": f"--server 127.0.0.1:{server.grpc_port}",
             "trace": f"--server 127.0.0.1:{server.openai_port}",
+            "rolling-restart": f"decode --run-dir {server.run_dir}",  # of several servers, one of its workers
             "doctor": f"--no-measuring --ports {_free_port()}",
         }
-        secret = operator_secret(deployment_key("", server.run_dir))
-        self._environment = {**os.environ, "BATON_PYTHON": sys.executable, "COLUMNS": "120", "SECRET": secret}
+        self._environment = {**os.environ, "BATON_PYTHON": sys.executable, "COLUMNS": "120"}
         for path in ROOT.iterdir():
             if not path.name.startswith("."):
                 (clone / path.name).symlink_to(path)
@@ -129,13 +128,13 @@ class Reader:
             for line in self._run(["make", "-n", *command.split()[1:]]).splitlines():
                 self.do(line)
             return
-        script = re.match(r"scripts/(\w+)", command)
+        script = re.match(r"scripts/([\w-]+)", command)
         if script and script[1] in OPTIONS_ONLY:
             self._read_options(script[1], shlex.split(command)[1:])
             return
         more = self._appended.get(script[1], "") if script and "--server" not in command else ""
         told = self._shell(f"{self._here(command)} {more}")
-        assert told.strip() or "curl -s -f" in command, command
+        assert told.strip() or command == "scripts/rolling-restart", command
         assert '"error"' not in told, told
 
     def _write(self, block: Block) -> None:
@@ -177,7 +176,7 @@ class Reader:
 
     def _execute(self, arguments: list[str]) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            arguments, input=TYPED, capture_output=True, text=True, timeout=60, env=self._environment, cwd=self.clone
+            arguments, input=TYPED, capture_output=True, text=True, timeout=120, env=self._environment, cwd=self.clone
         )
 
 

@@ -393,7 +393,7 @@ def test_a_killed_worker_costs_no_request_and_comes_back(fake_server: TritonServ
     answers = asking.collect(*[f"{role}{i}" for i in range(6)])
     assert [answer.ids for answer in answers] == expected
     end = time.monotonic() + 20
-    while total(metrics(fake_server), "baton_worker_up") < 3 or not _is_up_again(fake_server, role, victim.pid):
+    while total(metrics(fake_server), "baton_worker_available") < 3 or not _is_up_again(fake_server, role, victim.pid):
         assert time.monotonic() < end, f"{role} did not come back"
         time.sleep(0.1)
     again = asking.ask(text_input=f"again {role} {PROMPT}", route="remote", return_proof=True, max_tokens=5)

@@ -204,7 +204,7 @@ def test_a_wedged_worker_is_restarted_by_triton(served: Served, trtllm: Asking) 
 def _wait_until_back(served: Served, client: Asking, role: str, old: int) -> None:
     def is_back() -> bool:
         try:
-            return served.process(role).pid != old and total(metrics(served.server), "baton_worker_up") == 3
+            return served.process(role).pid != old and total(metrics(served.server), "baton_worker_available") == 3
         except (AssertionError, psutil.NoSuchProcess):
             return False
 
