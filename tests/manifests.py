@@ -16,15 +16,20 @@ from tests.tools import require_program
 
 KUBERNETES = repository_root() / "configs" / "kubernetes"
 BASE = KUBERNETES / "base"
+REDIS = KUBERNETES / "redis"
 OVERLAYS = sorted(path for path in (KUBERNETES / "overlays").iterdir() if path.is_dir())
 
 Document = dict[str, Any]
 
 
 def base_documents() -> list[Document]:
-    """What the base holds, without kubectl: it patches nothing."""
-    files = yaml.safe_load((BASE / "kustomization.yaml").read_text())["resources"]
-    return [document for file in files for document in yaml.safe_load_all((BASE / file).read_text())]
+    """What base and store hold, without kubectl: they patch nothing."""
+    return [
+        document
+        for folder in (BASE, REDIS)
+        for file in yaml.safe_load((folder / "kustomization.yaml").read_text())["resources"]
+        for document in yaml.safe_load_all((folder / file).read_text())
+    ]
 
 
 def find(documents: list[Document], kind: str, name: str) -> Document:

@@ -18,5 +18,5 @@ RUN python -c 'from scripts.tritonserver import find_tritonserver; find_tritonse
  && BATON_CACHE=/build scripts/weights && mv /build/models /models && rmdir /build \
  && useradd --uid 1000 --no-create-home baton && mkdir -p /var/cache/baton && chown baton /var/cache/baton
 USER 1000
-EXPOSE 9000 8000 8001 8002 7000
+EXPOSE 9000 8000 8001 8002 7000 7100
 CMD ["/opt/baton/scripts/serve", "--config", "/opt/baton/configs/docker/demo.yaml", "--address", "0.0.0.0"]

@@ -10,5 +10,5 @@ RUN /opt/venv-tritonserver/bin/python -m pip install --no-cache-dir -r requireme
 
 COPY . .
 ENV BATON_CACHE=/var/cache/baton
-EXPOSE 9000 8000 8001 8002 7000
+EXPOSE 9000 8000 8001 8002 7000 7100
 CMD ["/opt/baton/scripts/serve", "--config", "/opt/baton/configs/trtllm-1p1d.yaml", "--address", "0.0.0.0"]

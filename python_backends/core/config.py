@@ -106,6 +106,13 @@ class EngineConfig(Section, frozen=True):
             "own operators; compiled: an error where they can't."
         ),
     ] = "auto"
+    elastic_cores: Annotated[
+        bool,
+        Meta(
+            description="CPU, compiled kernels: a worker with nothing to compute lends its cores to others of this host, and "
+            "has them back within one layer of their model. Workers with `cpus` or `threads` keep to those."
+        ),
+    ] = True
     max_queue: Annotated[Positive, Meta(description="Requests that may wait in one worker; more are refused.")] = 1024
     fake: FakeConfig = FakeConfig()
     trtllm: TrtllmConfig = TrtllmConfig()

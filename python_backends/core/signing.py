@@ -13,6 +13,7 @@ class Domain(bytes, Enum):
     HANDOFF = b"baton-handoff\0"
     WORK = b"baton-work\0"
     NODE_STORE = b"baton-node-store\0"
+    CORES = b"baton-cores\0"
     TRANSFER_CLIENT = b"baton-transfer-client\0"
     TRANSFER_SERVER = b"baton-transfer-server\0"
     REGISTRATION = b"baton-registration\0"

@@ -84,6 +84,9 @@ class FakeRunner:
         logprob = TokenLogprob(token_id, 0.0) if sampling.logprobs is not None else None
         return Sampled(token_id, logprob)
 
+    def rest(self) -> None:
+        """It takes no cores."""
+
     def export_blocks(self, blocks: Sequence[int]) -> None:
         """The pool memory is where it computes."""
 

@@ -17,7 +17,7 @@ from python_backends.core.paths import repository_root
 from python_backends.core.types import Role
 from router.metrics import exported_names
 from scripts.serve import parse_options
-from tests.manifests import BASE, KUBERNETES, OVERLAYS, Document, base_documents, container, find, rendered
+from tests.manifests import BASE, KUBERNETES, OVERLAYS, REDIS, Document, base_documents, container, find, rendered
 from tests.tools import require_program
 
 ROOT = repository_root()
@@ -40,7 +40,7 @@ def test_the_base_is_valid(document: Document) -> None:
 
 
 def test_every_file_is_used() -> None:
-    for folder in (BASE, *OVERLAYS):
+    for folder in (BASE, REDIS, *OVERLAYS):
         kustomization = yaml.safe_load((folder / "kustomization.yaml").read_text())
         used = {*kustomization["resources"], *(patch["path"] for patch in kustomization.get("patches", []))}
         used |= {file for generator in kustomization.get("configMapGenerator", []) for file in generator["files"]}
@@ -55,12 +55,8 @@ def test_deployment_files_fit_together_and_to_the_pods(overlay: Path) -> None:
     router = files["router"]
     assert router.workers == ()
     for each in files.values():
-        assert (each.model, each.engine, each.transfer, each.security) == (
-            router.model,
-            router.engine,
-            router.transfer,
-            router.security,
-        )
+        for section in ("model", "engine", "transfer", "store", "security"):
+            assert getattr(each, section) == getattr(router, section), section
     pools = {pool.dns: pool for pool in router.cluster.pools}
     for role in ("prefill", "decode"):
         (worker,) = files[role].workers
@@ -69,9 +65,21 @@ def test_deployment_files_fit_together_and_to_the_pods(overlay: Path) -> None:
         assert (cluster.router, cluster.listen) == (False, "0.0.0.0")
         ports = {port["name"]: port["containerPort"] for port in container(_deployments(documents)[role])["ports"]}
         assert (ports["channel"], ports["grpc"]) == (cluster.channel_port, cluster.grpc_port)
+        assert files[role].transfer.ports in ("", str(ports["kv"]))
         service = find(documents, "Service", f"baton-{role}")
         assert service["spec"]["clusterIP"] == "None"
         assert pools[service["metadata"]["name"]].channel_ports == (cluster.channel_port,)
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.name)
+def test_the_store_is_where_the_pods_look_for_it(overlay: Path) -> None:
+    documents = base_documents()
+    redis = find(documents, "StatefulSet", "baton-redis")
+    for server in load_deployment(overlay / "deployment" / "router.yaml").store.remote.servers:
+        pod, service, port = re.fullmatch(r"redis://([\w-]+)\.([\w-]+):(\d+)/0", server).groups()  # type: ignore[union-attr]
+        assert pod in [f"baton-redis-{number}" for number in range(redis["spec"]["replicas"])]
+        assert service == redis["spec"]["serviceName"]
+        assert find(documents, "Service", service)["spec"]["ports"][0]["port"] == int(port)
 
 
 def test_pods_start_what_there_is() -> None:
@@ -95,14 +103,16 @@ def test_pods_start_what_there_is() -> None:
 
 def test_everything_selects_somebody() -> None:
     documents = base_documents()
-    pods = [each["spec"]["template"]["metadata"]["labels"] for each in documents if each["kind"] == "Deployment"]
+    pods = [
+        each["spec"]["template"]["metadata"]["labels"] for each in documents if each["kind"] in ("Deployment", "StatefulSet")
+    ]
     selectors = [
         each["spec"].get("selector", {}).get("matchLabels") or each["spec"].get("podSelector", {}).get("matchLabels")
         for each in documents
         if each["kind"] in ("Deployment", "PodDisruptionBudget", "NetworkPolicy")
     ]
     selectors += [each["spec"]["selector"] for each in documents if each["kind"] == "Service"]
-    assert len(selectors) == 11
+    assert len(selectors) == 13
     for selector in selectors:
         assert selector
         assert any(selector.items() <= labels.items() for labels in pods)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from python_backends.core.config import ModelConfig, WorkerConfig
 from python_backends.core.errors import ConfigError, EngineFailure
 from python_backends.core.types import Role
 from python_backends.engines.paged.runner import Draw, Sampled, Slice
+from python_backends.engines.torch.cores import AT_WORK, CoreBoard, shared_cores
 from python_backends.engines.torch.kernels import sampler as sampler_module
 from python_backends.engines.torch.kernels.executor import CompiledExecutor
 from python_backends.engines.torch.kernels.tile import GROUP
@@ -66,9 +68,10 @@ class ArgmaxSampler:
 
 
 class Served(SequencePool):
-    def __init__(self, directory: Path, threads: int = 1, **model: Any) -> None:
+    def __init__(self, directory: Path, threads: int = 1, board: CoreBoard | None = None, **model: Any) -> None:
         torch.set_num_threads(threads)
-        runner = TorchRunner(ModelConfig(**model), WorkerConfig(role=Role.AGGREGATED), 16, directory, "compiled")
+        worker = WorkerConfig(role=Role.AGGREGATED)
+        runner = TorchRunner(ModelConfig(**model), worker, 16, directory, "compiled", board)
         super().__init__(runner, NUM_BLOCKS)
         torch.set_num_threads(1)
 
@@ -121,6 +124,40 @@ def test_chunks_equal_transformers(model: tuple[Any, Path]) -> None:
     for count in (1, 3, 50, 17, 400, 100, 29):
         _assert_close(served.logits(sequence, count), expected[sequence.computed - 1])
     served.close()
+
+
+def test_cores_that_come_and_go_change_no_bit(directory: Path, tmp_path: Path) -> None:
+    names = ("prefill", "decode")
+    prefill, decode = (shared_cores(names, name, 1, b"k" * 32, tmp_path) for name in names)
+    served = Served(directory, board=prefill)
+    tokens = _prompt(700, seed=5)
+    first = PagedSequence(list(tokens))
+    decode.work()
+    served.runner.rest()  # it has loaded: from now on it borrows
+    expected = served.logits(first, 700)
+    served.free += first.blocks
+    ended = threading.Event()
+
+    def come_and_go() -> None:
+        while not ended.is_set():
+            decode.rest()
+            decode.work()
+
+    owner = threading.Thread(target=come_and_go)
+    owner.start()
+    try:
+        for _ in range(20):
+            decode.rest()  # else the borrower might never begin
+            sequence = PagedSequence(list(tokens))
+            assert torch.equal(served.logits(sequence, 700), expected)
+            served.free += sequence.blocks
+    finally:
+        ended.set()
+        owner.join()
+    served.runner.rest()
+    assert decode.rows[prefill.row, AT_WORK] == 0
+    served.close()
+    decode.close()
 
 
 def test_chunks_batches_and_threads_change_no_bit(model: tuple[Any, Path]) -> None:

@@ -78,7 +78,8 @@ def prefill_with(bench: EngineBench, request_id: str, tokens: list[int], loan: b
 @pytest.mark.parametrize("lender_role", [Role.PREFILL, Role.DECODE])
 @pytest.mark.parametrize("transport", ["auto", "tcp"])
 def test_what_a_peer_has_is_not_computed(make: Make, lender_role: Role, transport: str) -> None:
-    lender, borrower = make(lender_role, transport=transport), make(Role.PREFILL, transport=transport)
+    transfer: dict[str, Any] = {"transport": transport, "timeout_s": 5.0}
+    lender, borrower = make(lender_role, **transfer), make(Role.PREFILL, **transfer)
     if lender_role is Role.DECODE:
         lender.decode(make_request("a", PROMPT))
     else:

@@ -12,6 +12,7 @@ import pytest
 from tests.manifests import base_documents, find
 from tests.network.hosts import Network, require_namespaces
 from tests.network.pods import Pod, make_pods, start_all, write_deployment
+from tests.tools import require_program
 from tests.triton.asking import Asking
 
 _START_S = 100.0
@@ -29,6 +30,7 @@ class Cluster:
     router: Pod
     prefill: list[Pod]
     decode: list[Pod]
+    redis: Pod
 
     @property
     def pods(self) -> list[Pod]:
@@ -38,17 +40,19 @@ class Cluster:
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory, smollm2_dir: Path) -> Iterator[Cluster]:
     require_namespaces()
+    require_program("redis-server", "redis-server")
     directory = tmp_path_factory.mktemp("pods")
     write_deployment(directory, CHANGES)
     documents = base_documents()
     network = Network()
     pods: dict[str, list[Pod]] = {}
     try:
+        pods["redis"] = make_pods(network, find(documents, "StatefulSet", "baton-redis"), 1, directory)
         for role, count in (("prefill", 2), ("decode", 2), ("router", 1)):
             pods[role] = make_pods(network, find(documents, "Deployment", f"baton-{role}"), count, directory)
         everybody = [pod for each in pods.values() for pod in each]
         start_all(everybody, _START_S)
-        yield Cluster(network, pods["router"][0], pods["prefill"], pods["decode"])
+        yield Cluster(network, pods["router"][0], pods["prefill"], pods["decode"], pods["redis"][0])
     finally:
         network.heal()
         with ThreadPoolExecutor(8) as threads:

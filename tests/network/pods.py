@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import socket
 import time
 from collections.abc import Sequence
 from contextlib import closing, suppress
@@ -18,7 +19,7 @@ from tests.network.hosts import Host, Network, Process, last_lines, python_envir
 
 ROOT = repository_root()
 _DEMO = KUBERNETES / "overlays" / "cpu-demo" / "deployment"
-_IMAGE_ROOT, _CONFIG_ROOT = "/opt/baton", "/etc/baton/deployment"
+_IMAGE_ROOT, _CONFIG_ROOT, _STORE_ROOT = "/opt/baton", "/etc/baton/deployment", "/etc/baton/redis"
 
 
 @dataclass
@@ -31,8 +32,9 @@ class Pod:
     process: Process | None = None
 
     def start(self) -> None:
-        command = [*self.spec["command"], *self.spec["args"]]
-        local = [word.replace(_IMAGE_ROOT, str(ROOT)).replace(_CONFIG_ROOT, str(self.directory)) for word in command]
+        local = [*self.spec["command"], *self.spec["args"]]
+        for inside, outside in ((_IMAGE_ROOT, ROOT), (_CONFIG_ROOT, self.directory), (_STORE_ROOT, self.directory)):
+            local = [word.replace(inside, str(outside)) for word in local]
         environment = {each["name"]: each["value"] for each in self.spec.get("env", [])}
         log = self.directory / f"{self.machine.name}.log"
         self.process = self.machine.start(local, python_environment() | environment, log)
@@ -42,8 +44,12 @@ class Pod:
             self.process.stop()
 
     def probe(self, kind: str) -> bool:
-        """Ask once, as the kubelet does: 200 to 399 is a success."""
+        """Ask once, as the kubelet does: 200 to 399, or a connection, is a success."""
         probe = self.spec[kind]
+        if "tcpSocket" in probe:
+            with suppress(OSError), socket.create_connection((self.host, self.port(probe["tcpSocket"]["port"])), timeout=1):
+                return True
+            return False
         port = self.port(probe["httpGet"]["port"])
         connection = http.client.HTTPConnection(self.machine.address, port, timeout=probe.get("timeoutSeconds", 1))
         with closing(connection), suppress(OSError, http.client.HTTPException):
@@ -81,12 +87,14 @@ class Pod:
 
 
 def write_deployment(directory: Path, changes: dict[str, Any]) -> None:
-    """The overlay's deployment files, with engine fake, the demo model from the cache, a key from a file, and `changes`."""
+    """The overlay's deployment files, with engine fake, the cache's demo model, secrets in `directory`, and `changes`."""
     (directory / "key").write_bytes(bytes(range(32)))
+    (directory / "password").write_text("of the tests alone")
     for file in _DEMO.glob("*.yaml"):
         deployment = yaml.safe_load(file.read_text())
         deployment["model"] = {"path": "smollm2-135m-instruct"}
         deployment["security"] = {"key_file": str(directory / "key")}
+        deployment["store"]["remote"]["password_file"] = str(directory / "password")
         for worker in deployment["workers"]:
             worker["engine"] = "fake"
         for section, keys in changes.items():
@@ -94,11 +102,16 @@ def write_deployment(directory: Path, changes: dict[str, Any]) -> None:
         (directory / file.name).write_text(yaml.safe_dump(deployment))
 
 
-def make_pods(network: Network, deployment: Document, count: int, directory: Path) -> list[Pod]:
-    """Its pods, not started, under the name of the Service that is called like the Deployment."""
-    name = deployment["metadata"]["name"]
-    pods = [Pod(network.add(f"{name}-{number}"), container(deployment), directory) for number in range(count)]
+def make_pods(network: Network, controller: Document, count: int, directory: Path) -> list[Pod]:
+    """Of a Deployment or StatefulSet: its pods, not started, under the name of the Service that is called like it.
+
+    Those of a StatefulSet have names of their own, too.
+    """
+    name = controller["metadata"]["name"]
+    pods = [Pod(network.add(f"{name}-{number}"), container(controller), directory) for number in range(count)]
     network.name(name, [pod.machine for pod in pods])
+    for pod in pods if controller["kind"] == "StatefulSet" else []:
+        network.name(f"{pod.machine.name}.{name}", [pod.machine])
     return pods
 
 

@@ -106,7 +106,7 @@ def _pairs(cluster: Cluster) -> dict[str, tuple[Host, Host]]:
 
 
 def test_probes_succeed(cluster: Cluster) -> None:
-    for pod in cluster.pods:
+    for pod in (*cluster.pods, cluster.redis):
         pod.await_probe("readinessProbe", 20)
         assert pod.probe("livenessProbe")
         hook = pod.spec.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", ["true"])
@@ -121,6 +121,14 @@ def test_a_request_goes_through_both_pools(cluster: Cluster, asking: Asking) -> 
     assert proof["decode_worker"] in {f"decode@{pod.host}:8001" for pod in cluster.decode}
     assert proof["kv_tokens_received"] > 50
     assert proof["kv_tokens_recomputed"] == 0
+    assert proof["transport"] == "tcp"
+
+
+def test_the_store_is_found_and_filled(cluster: Cluster, asking: Asking) -> None:
+    """Redis by the name of its pod, with the password of its secret."""
+    asking.ask(text_input="nine ten eleven " * 40, max_tokens=8, seed=1, route="remote")
+    _wait_for(lambda: total(metrics(cluster.router), "baton_store_blocks_total", tier="remote", event="written") > 0, 10)
+    assert total(metrics(cluster.router), "baton_store_up", tier="remote") == 4
 
 
 def test_the_openai_api_answers_where_the_service_points(cluster: Cluster) -> None:
@@ -174,6 +182,16 @@ def test_packets_are_lost(cluster: Cluster, asking: Asking, expected: list[list[
 def test_a_slow_link(cluster: Cluster, asking: Asking, expected: list[list[int]]) -> None:
     """All that the router sends and is sent goes through 40 Mbit/s."""
     _under(asking, expected, lambda: cluster.network.slow(cluster.router.machine, "40mbit"), route="remote")
+
+
+def test_the_store_is_cut_off(cluster: Cluster, asking: Asking, expected: list[list[int]]) -> None:
+    """Only hits are lost."""
+
+    def trouble() -> None:
+        for pod in cluster.pods:
+            cluster.network.cut(pod.machine, cluster.redis.machine)
+
+    _under(asking, expected, trouble)
 
 
 def test_all_workers_are_cut_off_and_come_back_at_once(cluster: Cluster, asking: Asking, expected: list[list[int]]) -> None:

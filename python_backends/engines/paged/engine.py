@@ -229,6 +229,8 @@ class PagedEngine:
 
     def _turn(self, wait: bool) -> bool:
         """Take in what was asked for, end what is over, compute one batch. Returns whether there was anything to compute."""
+        if wait:
+            self._runner.rest()
         self._take_inbox(wait)
         self._end_overdue()
         for sequence in self._scheduler.admit():

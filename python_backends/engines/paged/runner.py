@@ -100,6 +100,9 @@ class ModelRunner(Protocol):
         Sequences in one batch never share a block that is written in this step.
         """
 
+    def rest(self) -> None:
+        """There is nothing to compute for now: others may have the cores. The next step wants them back."""
+
     def export_blocks(self, blocks: Sequence[int]) -> None:
         """Make the pool memory hold these blocks' KV (GPU: copy to the host mirror; CPU: nothing to do)."""
 

@@ -10,11 +10,12 @@ from python_backends.core.errors import ConfigError
 from python_backends.core.paths import resolve_model
 from python_backends.core.types import Epoch, Role
 from python_backends.engines.paged.engine import PagedEngine
+from python_backends.engines.torch.cores import shared_cores
 
 
 def create(deployment: Deployment, worker: WorkerConfig, epoch: Epoch, key: bytes) -> PagedEngine:
     """Raises ConfigError when cores, device or model directory are wrong."""
-    threads = _claim_cores(worker, deployment.workers)
+    threads = _claim_cores(worker, _sharing(worker, deployment.workers))
     import torch  # only now: OpenMP reads its environment when torch is loaded
 
     from python_backends.engines.torch.runner import TorchRunner
@@ -23,11 +24,25 @@ def create(deployment: Deployment, worker: WorkerConfig, epoch: Epoch, key: byte
     if worker.device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"workers: {worker.name}: device {worker.device!r}, but torch sees no GPU here; use device: cpu")
     engine, model_path = deployment.engine, resolve_model(deployment.model.path)
-    runner = TorchRunner(deployment.model, worker, engine.block_size, model_path, engine.kernels)
+    lenders = [other.name for other in _sharing(worker, deployment.workers) if _may_lend(other)]
+    board = None
+    if engine.elastic_cores and worker.name in lenders:
+        board = shared_cores(lenders, worker.name, threads, key)
+    runner = TorchRunner(deployment.model, worker, engine.block_size, model_path, engine.kernels, board)
     return PagedEngine(deployment, worker, runner, epoch, key)
 
 
-def _claim_cores(worker: WorkerConfig, workers: Sequence[WorkerConfig]) -> int:
+def _sharing(worker: WorkerConfig, workers: Sequence[WorkerConfig]) -> list[WorkerConfig]:
+    """Prefill and decode workers share the machine; an aggregated one beside them is idle as long as they live."""
+    return [other for other in workers if (other.role is Role.AGGREGATED) == (worker.role is Role.AGGREGATED)]
+
+
+def _may_lend(worker: WorkerConfig) -> bool:
+    """Not those whose cores or threads were chosen by hand: they keep to them."""
+    return worker.device == "cpu" and not worker.cpus and not worker.threads
+
+
+def _claim_cores(worker: WorkerConfig, sharing: Sequence[WorkerConfig]) -> int:
     """Pin this process if asked to, and say how many threads it computes with."""
     available = os.sched_getaffinity(0)
     cpus = set(parse_cpus(worker.cpus))
@@ -36,9 +51,7 @@ def _claim_cores(worker: WorkerConfig, workers: Sequence[WorkerConfig]) -> int:
         raise ConfigError(f"workers: {worker.name}: cpus {worker.cpus!r}: this machine does not give core {missing[0]}")
     if cpus:
         os.sched_setaffinity(0, cpus)
-    # Prefill and decode workers share the machine; an aggregated one beside them is idle as long as they live.
-    sharing = sum((other.role is Role.AGGREGATED) == (worker.role is Role.AGGREGATED) for other in workers)
-    threads = worker.threads or len(cpus) or max(1, len(available) // sharing)
+    threads = worker.threads or len(cpus) or max(1, len(available) // len(sharing))
     # Spinning OpenMP threads of one worker take the cores of the others.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ["OMP_NUM_THREADS"] = str(threads)

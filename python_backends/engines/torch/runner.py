@@ -21,6 +21,7 @@ from python_backends.core.layout import KVLayout, fingerprint
 from python_backends.core.paths import cache_dir
 from python_backends.engines.paged.runner import Sampled, Slice, accepted, draws_of
 from python_backends.engines.torch.architecture import Architecture, load_architecture
+from python_backends.engines.torch.cores import CoreBoard, own_cores
 from python_backends.engines.torch.plain import PlainExecutor
 from python_backends.engines.torch.sampler import Sampler
 from python_backends.engines.torch.weights import Checkpoint, exclusive, load_tensors, open_checkpoint
@@ -56,15 +57,25 @@ class TorchRunner:
     vocab_size: int
 
     def __init__(
-        self, model: ModelConfig, worker: WorkerConfig, block_size: int, model_path: Path, kernels: str = "auto"
+        self,
+        model: ModelConfig,
+        worker: WorkerConfig,
+        block_size: int,
+        model_path: Path,
+        kernels: str = "auto",
+        board: CoreBoard | None = None,
     ) -> None:
-        """`model_path` is the model directory; `model.path` is not looked at. kernels: as in `engine.kernels`."""
+        """`model_path` is the model directory; `model.path` is not looked at. kernels: as in `engine.kernels`.
+
+        board: the cores to compute with, the runner's from now on; None: torch's number of threads.
+        """
         self._config = model
         self._worker = worker
         self._device = torch.device(worker.device)
         self._block_size = block_size
         self._model_path = model_path
         self._kernels = kernels
+        self._board = board or own_cores(torch.get_num_threads())
         self._executor: Executor | None = None
         self._sampler: Sampler | None = None
         self._compile_lock: Path | None = None
@@ -120,9 +131,7 @@ class TorchRunner:
         precision = kept if precision == "auto" else precision
         kv_dtype = "float32" if self._config.kv_dtype == "auto" else self._config.kv_dtype
         self.layout = self._layout_of(architecture, kv_dtype, keys="columns")
-        self._executor = CompiledExecutor(
-            checkpoint, architecture, self.layout, precision, torch.get_num_threads(), cache_dir()
-        )
+        self._executor = CompiledExecutor(checkpoint, architecture, self.layout, precision, self._board, cache_dir())
         exact = precision in ("float32", kept)
         return checkpoint.digest if exact or self._config.mixed_weights else f"{checkpoint.digest}/{precision}"
 
@@ -162,10 +171,15 @@ class TorchRunner:
         """See ModelRunner. `batch` has at least one slice, and each slice one token."""
         if self._sampler is None or not self._attached:
             raise RuntimeError("step before start and attach, or after close")
+        self._board.work()
         logits = self._started().forward(batch)
         draws = [draw for piece in batch for draw in draws_of(piece)]
         sampled = iter(self._sampler.sample(logits, draws) if draws else [])
         return [accepted(piece, [next(sampled) for _ in range(piece.drafts + 1)]) if piece.draw else None for piece in batch]
+
+    def rest(self) -> None:
+        """See ModelRunner."""
+        self._board.rest()
 
     def export_blocks(self, blocks: Sequence[int]) -> None:
         self._started().export_blocks(blocks)
@@ -178,6 +192,7 @@ class TorchRunner:
         if self._executor is not None:
             self._executor.close()
         self._executor = self._sampler = None
+        self._board.close()
         self._attached = False
 
     @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from python_backends.core.errors import EngineFailure
 from python_backends.core.layout import KVLayout
 from python_backends.engines.paged.runner import Slice
 from python_backends.engines.torch.architecture import Architecture
+from python_backends.engines.torch.cores import CoreBoard
 from python_backends.engines.torch.kernels.attention import SPAN, TILE_QUERIES, KVPool, head_bytes
 from python_backends.engines.torch.kernels.forward import (
     OTHER_PHASES,
@@ -27,6 +29,7 @@ from python_backends.engines.torch.kernels.forward import (
     forward,
     scratch_floats,
 )
+from python_backends.engines.torch.kernels.lending import Cores, cores_now
 from python_backends.engines.torch.kernels.packing import load_decoder, padded
 from python_backends.engines.torch.kernels.team import control_memory
 from python_backends.engines.torch.kernels.tile import FLOAT16, FLOAT32, INT8
@@ -45,15 +48,23 @@ class CompiledExecutor:
     """See runner.Executor. All calls come from one thread."""
 
     def __init__(
-        self, checkpoint: Checkpoint, architecture: Architecture, layout: KVLayout, precision: str, threads: int, cache: Path
+        self,
+        checkpoint: Checkpoint,
+        architecture: Architecture,
+        layout: KVLayout,
+        precision: str,
+        board: CoreBoard,
+        cache: Path,
     ) -> None:
         self._layout = layout
         self._vocab_size = architecture.vocab_size
         self._group = architecture.num_heads // architecture.num_kv_heads
         self._frequencies: Floats = inverse_frequencies(architecture.rope, architecture.head_dim).numpy()
         self._decoder, self._mapped_weights = load_decoder(checkpoint, architecture, precision, cache)
-        self._team = Team(threads)
-        self._buffers = _Buffers(self._decoder, threads)
+        self._board = board
+        self._cores = Cores(board.rows.ctypes.data, len(board.rows), board.row)
+        self._team = Team(min(board.most, len(os.sched_getaffinity(0))))
+        self._buffers = _Buffers(self._decoder, self._team.threads)
         self._pool: KVPool | None = None
         self._memory: PoolMemory | None = None
 
@@ -79,8 +90,9 @@ class CompiledExecutor:
         tables = [np.asarray(piece.block_table, np.int64) for piece in slices]  # kept alive during the step
         step = self._step(slices, tables)
         work = self._buffers.workspace(step, self._group)
-        threads, decoder, pool = self._team.threads, self._decoder, self._pool
-        self._team.run(lambda thread: forward(thread, threads, decoder, pool, step, work))
+        cores, decoder, pool = self._cores, self._decoder, self._pool
+        threads = min(cores_now(cores) if self._board.borrows else self._board.share, self._team.threads)
+        self._team.run(lambda thread: forward(thread, threads, cores, decoder, pool, step, work), threads)
         return torch.from_numpy(work.logits[: len(step.drawing), : self._vocab_size])
 
     def export_blocks(self, blocks: Sequence[int]) -> None:
@@ -137,7 +149,7 @@ class CompiledExecutor:
 
 
 class Team:
-    """The worker's threads. The caller's is one of them; the others sleep between runs."""
+    """The threads a worker may have. The caller's is one of them; the others sleep between runs."""
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
@@ -149,10 +161,10 @@ class Team:
         for helper in self._helpers:
             helper.start()
 
-    def run(self, task: Callable[[int], None]) -> None:
+    def run(self, task: Callable[[int], None], threads: int) -> None:
         """Call the task with 0 .. threads - 1. When it returns here all its work is done, though a thread may come late and
         find that out."""
-        for tasks in self._tasks:
+        for tasks in self._tasks[: threads - 1]:
             tasks.put(task)
         task(0)
 

@@ -27,6 +27,7 @@ from python_backends.engines.torch.kernels.attention import (
 )
 from python_backends.engines.torch.kernels.attention import scratch_floats as attention_floats
 from python_backends.engines.torch.kernels.compiler import kernel, part
+from python_backends.engines.torch.kernels.lending import Cores, cores_now
 from python_backends.engines.torch.kernels.linear import multiply
 from python_backends.engines.torch.kernels.team import claim, finish
 from python_backends.engines.torch.kernels.tile import ROWS, expand_panel
@@ -123,8 +124,11 @@ def scratch_floats(head_dim: int, deepest: int) -> int:
 
 
 @kernel
-def forward(thread: int, threads: int, model: Decoder, pool: KVPool, step: Step, work: Workspace) -> None:
-    """Compute the step's tokens, write their keys and values to the pool, and the logits of `drawing`."""
+def forward(thread: int, threads: int, cores: Cores, model: Decoder, pool: KVPool, step: Step, work: Workspace) -> None:
+    """Compute the step's tokens, write their keys and values to the pool, and the logits of `drawing`.
+
+    One of about `threads` threads; it leaves between layers when its core is wanted back (never the first one).
+    """
     control, phase = work.control.ctypes.data, 0
     scratch = work.scratch[thread].ctypes.data
     rows = step.tokens.size
@@ -132,6 +136,8 @@ def forward(thread: int, threads: int, model: Decoder, pool: KVPool, step: Step,
     embed(control, phase, model, step, work.hidden, scratch)
     phase += 1
     for layer in range(model.num_layers):
+        if thread > 0 and thread >= cores_now(cores):
+            return
         normalise(control, phase, threads, rows, work.hidden, model.input_norms[layer], model.eps, work.normed)
         linear(control, phase + 1, threads, rows, work.normed, model.qkv, layer, work.qkv, 0, scratch)
         rotate_and_store(control, phase + 2, layer, model, pool, step, work.qkv)

@@ -78,6 +78,12 @@ def _futex(_context: Any, _address: Any, _operation: Any, _value: Any) -> Any:
 
 
 @kernel
+def look(address: int) -> int:
+    """The int64 at the address, which another thread or process may be changing."""
+    return _add_at(address, 0)
+
+
+@kernel
 def claim(control: int, phase: int) -> int:
     """The next unit of the phase; at or beyond its number of units when none is left."""
     return _add_at(control + phase * _PHASE_BYTES + _CLAIMED, 1)
