@@ -21,6 +21,7 @@ class Box:
         self.request_id = request_id
         self.worker = worker
         self.worker_died = False
+        self.not_taken = False  # the work could not be handed over
         self._outputs: asyncio.Queue[Output] = asyncio.Queue()
 
     async def get(self) -> Output:
@@ -64,4 +65,8 @@ class Mailroom:
 
     def fail(self, request_ids: Iterable[RequestId], why: str) -> None:
         """Work that could not be handed over."""
+        request_ids = list(request_ids)
+        for request_id in request_ids:
+            if request_id in self._boxes:
+                self._boxes[request_id].not_taken = True
         self.deliver(RequestFailed(id, TritonCode.UNAVAILABLE, why, retryable=True) for id in request_ids)

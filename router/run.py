@@ -54,6 +54,7 @@ from router.types import ClientRequest, Outcome, Piece, RouteDecision, Wish
 log = logging.getLogger(__name__)
 
 _RETRY_PAUSE_S = 0.05  # doubled with every attempt, when there is no other worker to try ...
+_DEATH_TOLD_S = 0.05  # after work could not be handed over it is known whether the worker died
 _DOUBLINGS = 5  # ... but not beyond 1.6 s
 
 
@@ -364,6 +365,8 @@ class Run:
         if not isinstance(output, RequestFailed):
             return output
         self._avoid.add(box.worker)
+        if box.not_taken and not box.worker_died:
+            await asyncio.sleep(_DEATH_TOLD_S)
         self._worker_died = box.worker_died
         if output.code is TritonCode.INVALID_ARG:
             raise InvalidRequest(output.message)
