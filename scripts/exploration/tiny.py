@@ -118,9 +118,6 @@ class TinyRunner:
     def import_blocks(self, blocks: Sequence[int]) -> None:
         """The pool memory is where it computes."""
 
-    def rest(self) -> None:
-        """It takes no cores."""
-
     def close(self) -> None:
         """There is nothing to free."""
 
