@@ -130,7 +130,7 @@ def ask_server(address: str) -> Iterator[Finding]:
             answer, proof = "", None
             salt = secrets.token_hex(8)  # so that the prompt's KV is in no cache
             # min_tokens: a real model may want to say nothing, and then there would be no KV to hand over.
-            fields = {"max_tokens": _CANARY_TOKENS, "min_tokens": _CANARY_TOKENS, "cache_salt": salt}
+            fields = {"max_tokens": _CANARY_TOKENS, "min_tokens": _CANARY_TOKENS, "cache_salt": salt, "route": "remote"}
             with client.stream(_CANARY, timeout_s=_CANARY_TIMEOUT_S, **fields) as stream:
                 for chunk in stream:
                     answer, proof = answer + chunk.text, chunk.proof

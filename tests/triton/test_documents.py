@@ -100,7 +100,10 @@ class Reader:
             "rolling-restart": f"decode --run-dir {server.run_dir}",  # of several servers, one of its workers
             "doctor": f"--no-measuring --ports {_free_port()}",
         }
-        self._environment = {**os.environ, "BATON_PYTHON": sys.executable, "COLUMNS": "120"}
+        outside = {
+            name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))
+        }  # of `make test`
+        self._environment = {**outside, "BATON_PYTHON": sys.executable, "COLUMNS": "120"}
         for path in ROOT.iterdir():
             if not path.name.startswith("."):
                 (clone / path.name).symlink_to(path)

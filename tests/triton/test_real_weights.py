@@ -62,7 +62,7 @@ def test_a_factual_question_gets_a_sensible_answer(real: Asking, real_server: Tr
     wait_until_nothing_is_held(real_server, within_s=2)
 
 
-def test_thirty_two_in_flight_on_two_and_two_workers(real: Asking, smollm2_dir: Path) -> None:
+def test_thirty_two_in_flight_on_two_and_two_workers(real: Asking, smollm2_dir: Path, tmp_path: Path) -> None:
     """Half greedy, half seeded, a third with a shared prefix: the same tokens as from one worker alone, one by one."""
     wanted: list[dict[str, Any]] = []
     for i in range(32):
@@ -70,7 +70,9 @@ def test_thirty_two_in_flight_on_two_and_two_workers(real: Asking, smollm2_dir: 
         drawn = {"temperature": 0.8, "top_p": 0.95, "seed": i} if i % 2 else {}
         wanted.append({"text_input": text, "max_tokens": 12, "return_output_ids": True, **drawn})
     expected = [real.ask(**fields, route="aggregated").ids for fields in wanted]
-    with TritonServer(repository_root() / "configs" / "2p2d.yaml") as server:
+    config = tmp_path / "2p2d.yaml"
+    config.write_text((repository_root() / "configs" / "2p2d.yaml").read_text() + "router: {mode: always-remote}\n")
+    with TritonServer(config) as server:
         client = Asking(server)
         names = [f"r{i}" for i in range(32)]
         for name, fields in zip(names, wanted, strict=True):

@@ -342,7 +342,7 @@ def show(results: list[dict[str, Any]], console: Console) -> None:
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m scripts.bench_transfer", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="scripts/bench transfer", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--block-kib", type=int, nargs="+", default=[32, 256, 2048], metavar="N", help="block sizes")
     parser.add_argument("--mib", type=int, default=64, metavar="N", help="moved at once, MiB (64)")

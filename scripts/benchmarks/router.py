@@ -239,7 +239,7 @@ def measure(workers: int, prefixes: int, prompt_tokens: int, count: int, rounds:
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="scripts/bench_router", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        prog="scripts/bench router", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--workers", type=int, default=64, help="half prefill, half decode")
     parser.add_argument("--prefixes", type=int, default=10_000, help="cached prefixes, each with two of the workers")

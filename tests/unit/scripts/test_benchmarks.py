@@ -1,0 +1,46 @@
+"""Figures of benchmarks: medians, ratios within rounds, and every part's own help."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from scripts import bench
+from scripts.benchmarks.figures import Figure, draw, ratio_to, table
+
+SLOW = Figure("serving", "32 streams", "engine alone", "tokens/s", (100.0, 200.0, 400.0))
+FAST = Figure("serving", "32 streams", "served", "tokens/s", (90.0, 150.0, 380.0))
+
+
+def test_median_and_spread() -> None:
+    assert (SLOW.median, SLOW.spread) == (200.0, (100.0, 400.0))
+
+
+def test_a_ratio_is_taken_within_each_round() -> None:
+    """The machine was twice as fast each time; the contenders' relation hardly changed."""
+    assert ratio_to(SLOW, FAST) == pytest.approx(0.9)
+
+
+def test_the_table_has_a_row_per_figure_and_a_ratio_to_the_first() -> None:
+    shown = table([SLOW, FAST])
+    assert list(shown.columns[-1].cells) == ["", "0.90"]
+    assert list(shown.columns[3].cells) == ["200", "150"]
+
+
+def test_a_picture_is_drawn(tmp_path: Path) -> None:
+    draw([SLOW, FAST], tmp_path / "bench.png")
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("part", ["served", "engine", "transfer", "router"])
+def test_every_part_explains_itself(part: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        bench.main([part, "--help"])
+    assert end.value.code == 0
+    assert f"scripts/bench {part}" in capsys.readouterr().out
+
+
+def test_an_unknown_part_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(["nonsense"]) == 2
+    assert "'nonsense' is no benchmark" in capsys.readouterr().err
