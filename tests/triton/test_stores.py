@@ -30,7 +30,7 @@ workers:
   - {{role: decode, engine: fake}}
 engine: {{kv_pool_mib: 32, fake: {{prefill_us_per_token: 100, step_us: 1000}}}}
 store: {{node_mib: {node_mib}, read_timeout_s: 1.0, locate_timeout_s: 1.0, remote: {{servers: {servers}}}}}
-router: {{worker_wait_s: 20}}
+router: {{worker_wait_s: 20, mode: always-remote}}
 """
 
 

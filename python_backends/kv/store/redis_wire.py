@@ -36,7 +36,7 @@ class ReplyError(Exception):
     """An error reply; the connection is as good as before."""
 
 
-FAILURES = (OSError, WireError, redis.RedisError)
+FAILURES = (OSError, WireError, redis.RedisError, ValueError)  # the last of redis-py, for a length that is no number
 """What a server that is down, slow or mad causes."""
 
 

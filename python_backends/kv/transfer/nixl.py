@@ -176,6 +176,8 @@ class _Agent:
         self._lock = threading.Lock()
         with _environment(settings):
             api = import_module("nixl._api")
+            if "NIXL_LOG_LEVEL" not in os.environ or os.environ["NIXL_LOG_LEVEL"] == "ERROR":
+                logging.getLogger("nixl").setLevel(logging.ERROR)  # whoever has imported it before us
             config = api.nixl_agent_config(enable_prog_thread=False, backends=["UCX"])
             self._agent: Any = api.nixl_agent(self.name, config)
 
