@@ -30,7 +30,7 @@ workers:
   - {{role: decode, engine: fake}}
 engine: {{kv_pool_mib: 32, fake: {{prefill_us_per_token: 100, step_us: 1000}}}}
 store: {{node_mib: {node_mib}, read_timeout_s: 1.0, locate_timeout_s: 1.0, remote: {{servers: {servers}}}}}
-router: {{worker_wait_s: 20, mode: always-remote}}
+router: {{worker_wait_s: 20}}
 """
 
 
@@ -47,8 +47,8 @@ def place_of(server: TritonServer) -> Path:
     return place
 
 
-def ask(asking: Asking) -> tuple[list[int], dict[str, Any]]:
-    answer = asking.ask(text_input=PROMPT, max_tokens=12, return_output_ids=True, return_proof=True)
+def ask(asking: Asking, route: str = "auto") -> tuple[list[int], dict[str, Any]]:
+    answer = asking.ask(text_input=PROMPT, max_tokens=12, return_output_ids=True, return_proof=True, route=route)
     return answer.ids, json.loads(answer.last("proof"))
 
 
@@ -77,7 +77,7 @@ def wait_for_blocks(server: TritonServer, blocks: int, tier: str) -> None:
 def test_all_workers_killed_find_their_kv_in_the_node_store(tmp_path: Path, smollm2_dir: Path) -> None:
     with deployment(tmp_path / "node.yaml", node_mib=16) as server:
         asking = Asking(server)
-        expected, first = ask(asking)
+        expected, first = ask(asking, "remote")
         assert first["route"] == "remote"
         full_blocks = (first["kv_tokens_received"] - 1) // 16
         wait_for_blocks(server, full_blocks, "node")
@@ -91,7 +91,9 @@ def test_all_workers_killed_find_their_kv_in_the_node_store(tmp_path: Path, smol
             time.sleep(0.05)
         ids, proof = ask(asking)
         assert ids == expected
-        assert (proof["route"], proof["kv_tokens_node"]) == ("cached", full_blocks * 16)
+        # "local": the decode worker was back first, and asked the store before the router had
+        assert proof["route"] in ("cached", "local")
+        assert proof["kv_tokens_node"] == full_blocks * 16
         assert proof["kv_tokens_computed"] < 16
         wait_for(server, lambda m: total(m, "baton_prompt_tokens_total", source="node") == full_blocks * 16)
         wait_for(server, lambda m: total(m, "baton_store_up", tier="node") == 2)
@@ -127,7 +129,7 @@ def test_a_second_server_finds_in_redis_what_the_first_has_computed(tmp_path: Pa
     try:
         with deployment(tmp_path / "one.yaml", servers=f"['{redis.url}']") as server:
             asking = Asking(server)
-            expected, first = ask(asking)
+            expected, first = ask(asking, "remote")
             full_blocks = (first["kv_tokens_received"] - 1) // 16
             end = time.monotonic() + 10
             while redis.client().dbsize() < full_blocks:

@@ -689,8 +689,10 @@ def test_lost_events_reset_what_was_told(engines: Trtllm) -> None:
     assert not _hashes(engine, PROMPT) & _told(engine)
     assert engine.engine.load().tells_blocks
     engine.knobs.set()
+    engine.decode(make_request("z", _prompt(20)))  # a loss is noticed with the event after it
+    engine.wait(lambda: _hashes(engine, _prompt(20)) <= _told(engine), timeout_s=10)
     engine.decode(make_request("again", PROMPT))
-    engine.wait(lambda: _hashes(engine, PROMPT) <= _told(engine), timeout_s=3)
+    engine.wait(lambda: _hashes(engine, PROMPT) <= _told(engine), timeout_s=10)
 
 
 def test_a_busy_engine_tells_everything_when_asked(engines12: Trtllm) -> None:
