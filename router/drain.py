@@ -1,4 +1,4 @@
-"""Workers that are to be stopped without anybody noticing: drained, restarted one after the other, or used again.
+"""Workers that are to be stopped without anybody noticing: drained, restarted, given another role, or used again.
 
 A drained worker says so in its heartbeats, so every router stops giving it work. What it has it finishes within the grace
 period; after that it hands the rest back, and routers have it continued elsewhere, exactly.
@@ -40,6 +40,7 @@ class Drains:
         self._say = say
         self._supervisor = supervisor
         self._control = control
+        self._role_changes = asyncio.Lock()  # two at once might each count on the other's worker to decode
 
     async def drain(self, worker: WorkerId, grace_s: float) -> None:
         """Return when the worker does nothing any more. Where nobody else can do its work, nothing is waited for."""
@@ -56,14 +57,40 @@ class Drains:
 
     async def restart(self, worker: WorkerId, grace_s: float) -> None:
         """Drain the worker, load its model anew, and return when it is given work again."""
-        epoch = self._up(worker).epoch
+        self._up(worker)
+        await self._reload(worker, grace_s, None)
+        log.info("worker %s was restarted as asked", worker)
+
+    async def change_role(self, worker: WorkerId, role: Role, grace_s: float) -> None:
+        """Restart the worker in another role, which it keeps. If it can't be loaded in that, it comes back in the old one."""
+        async with self._role_changes:
+            former = self._up(worker).role
+            if former is role:
+                raise Unavailable(f"worker {worker} is {role.value} already; name another role or another worker")
+            if role is Role.PREFILL and not self._others_decode(worker):
+                raise Unavailable(
+                    f"worker {worker} can't become prefill: no other decode or aggregated worker is in use; "
+                    "make another one decode or aggregated first, or resume a drained one"
+                )
+            try:
+                await self._reload(worker, grace_s, role)
+            except BatonError as error:
+                raise Unavailable(f"worker {worker} did not become {role.value}: {error}") from error
+            now = self._house.fleet.get(worker)
+            if now is not None and now.role is not role:
+                raise Unavailable(f"worker {worker} is still {now.role.value}: its server runs another version of Baton")
+        log.info("worker %s, which was %s, is %s as asked", worker, former.value, role.value)
+
+    async def _reload(self, worker: WorkerId, grace_s: float, role: Role | None) -> None:
+        """Drained, loaded - in `role`, if one is given - and used again."""
         destination = self._house.destination(worker)
         if self._control is None or destination is None:
             raise Unavailable("nothing here can restart models: see ModelControl")
         await self.drain(worker, grace_s)
+        epoch = destination.epoch
         self._supervisor.left(worker, epoch)
         try:
-            await asyncio.get_running_loop().run_in_executor(None, self._control.restart, destination)
+            await asyncio.get_running_loop().run_in_executor(None, self._control.restart, destination, role)
         except BatonError:
             self._supervisor.bring_back(worker)
             raise
@@ -73,7 +100,6 @@ class Drains:
             return now is not None and now.available and now.epoch != epoch
 
         await self._until(is_back, _BACK_S, f"worker {worker} was restarted and is not used yet")
-        log.info("worker %s was restarted as asked", worker)
 
     def _up(self, worker: WorkerId) -> WorkerView:
         view = self._house.fleet.get(worker)
@@ -81,6 +107,9 @@ class Drains:
             known = ", ".join(sorted(other.id for other in self._house.fleet.up())) or "none"
             raise Unavailable(f"no worker {worker} is up; those that are: {known}")
         return view
+
+    def _others_decode(self, worker: WorkerId) -> bool:
+        return any(other.role is not Role.PREFILL and other.id != worker for other in self._house.fleet.available())
 
     def _replaceable(self, view: WorkerView) -> bool:
         """Whether another worker can take its work now: prefill can be done by anybody who decodes."""

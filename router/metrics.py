@@ -298,8 +298,12 @@ class Meter:
         them would never shrink. baton_kv_block_bytes 0 tells it from a worker that is down.
         """
         del self._epochs[worker]
+        self._end_series(worker)
+
+    def _end_series(self, worker: WorkerId, but_of: Role | None = None) -> None:
+        """Of the worker in every role, or in every other."""
         for name, labels in self._gauges:
-            if ("worker", worker) in labels:
+            if ("worker", worker) in labels and (but_of is None or ("role", but_of.value) not in labels):
                 self._set(name, 0, **dict(labels))
 
     def _look_at(self, worker: WorkerView) -> None:
@@ -307,6 +311,7 @@ class Meter:
         load, labels = worker.heartbeat.load if worker.up else WorkerLoad(), {"worker": worker.id, "role": worker.role.value}
         if self._epochs.get(worker.id) != worker.epoch:
             self._epochs[worker.id] = worker.epoch
+            self._end_series(worker.id, but_of=worker.role)
             self.count("baton_worker_starts_total", 1, **labels)
         self._set("baton_worker_up", worker.up, **labels)
         self._set("baton_worker_available", worker.available, **labels)

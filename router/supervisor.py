@@ -20,7 +20,7 @@ from python_backends.core.config import HealthConfig
 from python_backends.core.errors import BatonError
 from python_backends.core.host import host_id
 from python_backends.core.messages import Heartbeat
-from python_backends.core.types import Epoch, WorkerId
+from python_backends.core.types import Epoch, Role, WorkerId
 from router.house import House
 from router.seams import Destination
 
@@ -40,8 +40,11 @@ class ModelControl(Protocol):
         A restart that is sent off into a broken network arrives when it is whole again, and ends a worker that is well.
         """
 
-    def restart(self, worker: Destination) -> None:
-        """Load the worker's model anew; blocks until it is up. Raises BatonError."""
+    def restart(self, worker: Destination, role: Role | None = None) -> None:
+        """Load the worker's model anew; blocks until it is up. Raises BatonError.
+
+        `role`: what it is from then on, also after restarts that don't say. If that fails, its next restart is in the old one.
+        """
 
 
 class Supervisor:

@@ -12,6 +12,7 @@ import zmq
 
 from python_backends.core.errors import InvalidRequest, Unavailable
 from python_backends.core.paths import run_base
+from python_backends.core.types import Role, WorkerId
 from router.door.messages import (
     FromRouter,
     Hello,
@@ -57,10 +58,20 @@ class RouterDoor:
         answer = self._ask(Hello(os.getpid()), _ANSWER_S)
         return answer.pid if isinstance(answer, Welcome) else None
 
-    def manage(self, action: Literal["drain", "resume", "restart"], worker: str, grace_s: float, timeout_s: float) -> None:
-        """Returns when it is done. Raises Unavailable, in the router's words or because it does not answer."""
+    def manage(
+        self,
+        action: Literal["drain", "resume", "restart"],
+        worker: str,
+        grace_s: float,
+        timeout_s: float,
+        role: Role | None = None,
+    ) -> None:
+        """Returns when it is done. Raises Unavailable, in the router's words or because it does not answer.
+
+        `role`: that a restarted worker is to have.
+        """
         self._managed += 1
-        answer = self._ask(Manage(self._managed, action, worker, grace_s), timeout_s)  # type: ignore[arg-type]
+        answer = self._ask(Manage(self._managed, action, WorkerId(worker), grace_s, role), timeout_s)
         if not isinstance(answer, Managed):
             raise Unavailable(f"the router did not say within {timeout_s:.0f} s what became of {action} {worker}")
         if answer.error:

@@ -394,6 +394,11 @@ class Deployment(Section, frozen=True, kw_only=True):
         known = ", ".join(worker.name for worker in self.workers)
         raise ConfigError(f"workers: the deployment has no worker {name!r} (it has {known}); load only these models")
 
+    def with_worker(self, changed: WorkerConfig) -> Deployment:
+        """The same, but for the worker of this name."""
+        workers = tuple(changed if worker.name == changed.name else worker for worker in self.workers)
+        return msgspec.structs.replace(self, workers=workers)
+
 
 def load_deployment(path: Path) -> Deployment:
     """Read and validate a deployment file. Raises ConfigError that names file, key and fix."""

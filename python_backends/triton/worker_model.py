@@ -6,11 +6,14 @@ import json
 import logging
 from typing import Any
 
+import msgspec
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from python_backends.core.errors import BatonError
-from python_backends.core.tensors import ACCEPTED, WORK
+from python_backends.core.config import WorkerConfig
+from python_backends.core.errors import BatonError, ConfigError
+from python_backends.core.tensors import ACCEPTED, ROLE_PARAMETER, WORK
+from python_backends.core.types import Role
 from python_backends.triton.errors import triton_error
 from python_backends.triton.home import find_home
 from python_backends.triton.logs import log_to_triton
@@ -24,10 +27,12 @@ class WorkerModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         log_to_triton()
-        name = json.loads(args["model_config"])["name"]
+        model = json.loads(args["model_config"])
+        name = model["name"]
         try:
             home = find_home()
-            self._worker = Worker(home.deployment, home.deployment.worker(name), home.channel_address(name), home.key)
+            config = _in_role(home.deployment.worker(name), model)
+            self._worker = Worker(home.deployment, config, home.channel_address(name), home.key)
             self._worker.start()
         except BatonError as error:
             raise pb_utils.TritonModelException(f"Baton worker {name}: {error}") from None
@@ -45,3 +50,15 @@ class WorkerModel:
 
     def finalize(self) -> None:
         self._worker.close()
+
+
+def _in_role(worker: WorkerConfig, model: dict[str, Any]) -> WorkerConfig:
+    """The worker as the deployment has it, but for the role when it was loaded in another. Raises ConfigError."""
+    given = model.get("parameters", {}).get(ROLE_PARAMETER, {}).get("string_value")
+    if given is None:
+        return worker
+    try:
+        return msgspec.structs.replace(worker, role=Role(given))
+    except ValueError:
+        known = ", ".join(role.value for role in Role)
+        raise ConfigError(f"parameters: {ROLE_PARAMETER} {given!r} is no role; give one of {known}") from None

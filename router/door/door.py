@@ -136,6 +136,8 @@ class Door:
         try:
             if message.action == "drain":
                 await drains.drain(message.worker, message.grace_s)
+            elif message.role is not None:
+                await drains.change_role(message.worker, message.role, message.grace_s)
             elif message.action == "restart":
                 await drains.restart(message.worker, message.grace_s)
             else:

@@ -52,12 +52,16 @@ class Find(msgspec.Struct, frozen=True, tag=True):
 
 
 class Manage(msgspec.Struct, frozen=True, tag=True):
-    """Drain a worker, use it again, or restart it once it is drained. The answer is Managed, when that is done."""
+    """Drain a worker, use it again, or restart it once it is drained. The answer is Managed, when that is done.
+
+    role: that it is to have when it is restarted; None: as before.
+    """
 
     number: int  # of the sender's choice
     action: Literal["drain", "resume", "restart"]
     worker: WorkerId
     grace_s: float = 0.0
+    role: Role | None = None
 
 
 ToRouter = Hello | Ask | Drop | Watch | Find | Manage

@@ -6,11 +6,13 @@ and holds up only that worker's. Work that queues up meanwhile goes out together
 
 from __future__ import annotations
 
+import json
 import queue
 import threading
 import urllib.request
 from collections.abc import Callable, Collection, Mapping
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
@@ -19,12 +21,14 @@ from python_backends.core.errors import Unavailable
 from python_backends.core.messages import Work
 from python_backends.core.orders import OrderBook
 from python_backends.core.tensors import ACCEPTED, WORK
-from python_backends.core.types import WorkerId
+from python_backends.core.types import Role, WorkerId
 from router.seams import Destination
+from router.triton.model_config import ModelConfigs
 from router.triton.remote import HOW_TO_RESTART, RemoteServers
 
 _MOST_PER_CALL = 64
 _LOAD_S = 300.0  # as scripts/serve waits at the start
+_READ_S = 2.0
 
 _Item = tuple[Destination, Work, Callable[[str], None]]
 
@@ -90,32 +94,47 @@ class TritonModelControl:
         self._headers = dict(headers)
         self._own = own
         self._remote = remote
+        self._configs = ModelConfigs(self._read_config)
 
     def reach(self, worker: Destination) -> None:
         """See router.supervisor.ModelControl."""
         if worker.worker not in self._own:
             self._remote.reach(worker)
 
-    def restart(self, worker: Destination) -> None:
-        """Blocks until the model is up. Raises Unavailable.
+    def restart(self, worker: Destination, role: Role | None = None) -> None:
+        """See router.supervisor.ModelControl. Raises Unavailable.
 
         Loading a model whose process died does nothing as long as Triton counts it as loaded, hence unload first.
         """
         if worker.worker not in self._own:
-            self._remote.restart(worker)
+            self._remote.restart(worker, role)
             return
+        config = self._configs.to_load(worker, role)
         try:
             if self._address:
-                for action in ("unload", "load"):
-                    self._post(worker.model, action)
+                self._post(worker.model, "unload", {})
+                self._post(worker.model, "load", {} if config is None else {"parameters": {"config": json.dumps(config)}})
             else:
                 pb_utils.unload_model(worker.model)
                 pb_utils.load_model(worker.model)
         except (OSError, pb_utils.TritonModelException) as error:
             raise Unavailable(f"{error}; {HOW_TO_RESTART}") from error
 
-    def _post(self, model: str, action: str) -> None:
+    def _read_config(self, worker: Destination) -> dict[str, Any] | None:
+        """See ModelConfigs."""
+        if not self._address:
+            return None
+        url = f"http://{self._address}/v2/models/{worker.model}/config"
+        try:
+            with urllib.request.urlopen(urllib.request.Request(url, headers=self._headers), timeout=_READ_S) as response:
+                config: dict[str, Any] = json.load(response)
+        except (OSError, ValueError):
+            return None
+        return config
+
+    def _post(self, model: str, action: str, body: dict[str, Any]) -> None:
         """Raises OSError, which urllib's errors are."""
         url = f"http://{self._address}/v2/repository/models/{model}/{action}"
-        with urllib.request.urlopen(urllib.request.Request(url, b"{}", self._headers), timeout=_LOAD_S) as response:
+        request = urllib.request.Request(url, json.dumps(body).encode(), self._headers)
+        with urllib.request.urlopen(request, timeout=_LOAD_S) as response:
             response.read()

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import grpc  # type: ignore[import-untyped]
+from google.protobuf.json_format import MessageToDict
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from python_backends.core.config import ClusterConfig
 from python_backends.core.deployment_key import OPERATOR_METADATA, operator_secret
 from python_backends.core.errors import ConfigError, Unavailable
 from python_backends.core.tensors import ACCEPTED, WORK
+from python_backends.core.types import Role
 from router.seams import Destination
+from router.triton.model_config import ModelConfigs
 
 HOW_TO_RESTART = "restarts need tritonserver --model-control-mode=explicit --load-model=* (scripts/serve does that)"
 
@@ -39,6 +43,7 @@ class RemoteServers:
         self._credentials = _credentials(cluster)
         self._operator = ((OPERATOR_METADATA, operator_secret(key)),)
         self._stubs: dict[str, Any] = {}
+        self._configs = ModelConfigs(self._read_config)
         self._lock = threading.Lock()
 
     def submit(self, worker: Destination, sealed: bytes, failed: Callable[[str], None]) -> None:
@@ -62,16 +67,29 @@ class RemoteServers:
         except grpc.RpcError as error:
             raise Unavailable(f"{worker.server}: {_words(error)}") from error
 
-    def restart(self, worker: Destination) -> None:
-        """Blocks until the model is up. Raises Unavailable."""
+    def restart(self, worker: Destination, role: Role | None = None) -> None:
+        """See router.supervisor.ModelControl. Raises Unavailable."""
         stub = self._stub(worker.server)
+        config = self._configs.to_load(worker, role)
         try:
             unload = service_pb2.RepositoryModelUnloadRequest(model_name=worker.model)
             stub.RepositoryModelUnload(unload, timeout=_RESTART_TIMEOUT_S, metadata=self._operator)
             load = service_pb2.RepositoryModelLoadRequest(model_name=worker.model)
+            if config is not None:
+                load.parameters["config"].string_param = json.dumps(config)
             stub.RepositoryModelLoad(load, timeout=_RESTART_TIMEOUT_S, metadata=self._operator)
         except grpc.RpcError as error:
             raise Unavailable(f"{worker.server}: {_words(error)}; {HOW_TO_RESTART}") from error
+
+    def _read_config(self, worker: Destination) -> dict[str, Any] | None:
+        """See ModelConfigs."""
+        request = service_pb2.ModelConfigRequest(name=worker.model)
+        try:
+            answer = self._stub(worker.server).ModelConfig(request, timeout=_REACH_TIMEOUT_S, metadata=self._operator)
+        except grpc.RpcError:
+            return None
+        config: dict[str, Any] = MessageToDict(answer.config, preserving_proto_field_name=True)
+        return config
 
     def _stub(self, server: str) -> Any:
         with self._lock:

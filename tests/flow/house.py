@@ -24,6 +24,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import msgspec
 import numpy as np
 
 from python_backends.core.config import (
@@ -340,6 +341,7 @@ class FlowHouse:
         self.config = config or deployment()
         self.counts = Counts()
         self.workers: dict[str, Any] = {}
+        self._loaded: dict[str, WorkerConfig] = {}  # those that were restarted, as Triton knows them
         self._own_processes = processes
         self._restarts = restart
         self._workers_up = workers_up
@@ -413,16 +415,19 @@ class FlowHouse:
     def reach(self, worker: Destination) -> None:
         """See router.supervisor.ModelControl."""
 
-    def restart(self, worker: Destination) -> None:
+    def restart(self, worker: Destination, role: Role | None = None) -> None:
         """See router.supervisor.ModelControl."""
         name = worker.model
+        former = self._loaded.get(name) or self.config.worker(name)
+        config = former if role is None else msgspec.structs.replace(former, role=role)
         self.workers[name].unload()
         self.workers[name].close()
-        made = self.workers[name] = OwnProcess(self.config, self.config.worker(name), self.address(name), self.key)
+        made = self.workers[name] = OwnProcess(self.config, config, self.address(name), self.key)
         try:
             made.ready()
         except (AssertionError, EOFError) as error:
             raise Unavailable(str(error)) from error
+        self._loaded[name] = config
 
     # --- the router ---
 

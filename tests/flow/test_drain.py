@@ -17,6 +17,7 @@ from python_backends.core.types import Role, SamplingParams, WorkerId
 from python_backends.worker.drain import DrainState
 from router.lifecycle import State
 from router.seams import Destination
+from router.types import Wish
 from tests.flow.house import TIMEOUT_S, Answer, FlowHouse, deployment, eventually, fake_engine, prompt, reference
 
 SAMPLING = SamplingParams(seed=4, max_tokens=60)
@@ -146,7 +147,7 @@ def test_a_restart_that_does_not_work_is_told_and_tried_again(monkeypatch: pytes
         before = house.epoch("decode_0")
         restart = house.restart
 
-        def once(worker: Destination) -> None:
+        def once(worker: Destination, role: Role | None) -> None:
             monkeypatch.setattr(house, "restart", restart)
             raise Unavailable("the server does not load it")
 
@@ -154,6 +155,64 @@ def test_a_restart_that_does_not_work_is_told_and_tried_again(monkeypatch: pytes
         with pytest.raises(Unavailable, match="does not load it"):
             _wait(house, house.service.drains.restart(WorkerId("decode_0"), 1.0))
         assert eventually(lambda: house.is_up("decode_0", other_than=before), TIMEOUT_S)
+        assert house.ask(prompt(50, 0), SAMPLING).ids == reference(prompt(50, 0), SAMPLING)
+
+
+def _change_role(house: FlowHouse, worker: str, role: Role) -> None:
+    _wait(house, house.service.drains.change_role(WorkerId(worker), role, 5.0))
+
+
+def _role(house: FlowHouse, worker: str) -> Role:
+    view = house.service.house.fleet.get(WorkerId(worker))
+    assert view is not None
+    return view.role
+
+
+def test_a_worker_takes_every_role_under_load_and_keeps_it_when_it_dies() -> None:
+    engine = fake_engine(prefill_us_per_token=100, step_us=3000)
+    config = deployment(1, 2, router=ROUTER, engine=engine, canary_s=0.1, canary_timeout_s=5.0)
+    with FlowHouse(config, processes=True, restart=True) as house:
+        with _under_load(house) as asked:
+            _change_role(house, "decode_1", Role.PREFILL)
+            before = house.epoch("decode_1")
+            house.kill("decode_1")
+            assert eventually(lambda: house.is_up("decode_1", other_than=before), TIMEOUT_S)
+            assert _role(house, "decode_1") is Role.PREFILL
+            _wait(house, house.service.drains.restart(WorkerId("prefill_0"), 5.0))
+            _change_role(house, "decode_1", Role.AGGREGATED)
+            aggregated = house.ask(prompt(50, 999), SAMPLING, Wish.AGGREGATED)
+            _change_role(house, "decode_1", Role.DECODE)
+        for ids, answer in asked:
+            assert answer.wait().error is None, repr(answer.error)
+            assert answer.ids == reference(ids, SAMPLING)
+        assert aggregated.ids == reference(prompt(50, 999), SAMPLING)
+        assert aggregated.proof.decode_worker == "decode_1"
+        assert "decode_1" in {answer.proof.prefill_worker for _, answer in asked}
+        assert _role(house, "decode_1") is Role.DECODE
+        house.assert_nothing_held()
+
+
+def test_role_changes_that_are_refused_or_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    with FlowHouse(deployment(1, 1, router=ROUTER), processes=True, restart=True) as house:
+        before = house.epoch("decode_0")
+        with pytest.raises(Unavailable, match="no worker nobody is up; those that are: decode_0, prefill_0"):
+            _change_role(house, "nobody", Role.DECODE)
+        with pytest.raises(Unavailable, match="decode_0 is decode already; name another"):
+            _change_role(house, "decode_0", Role.DECODE)
+        with pytest.raises(Unavailable, match=r"can't become prefill: no other .* make another one decode or aggregated first"):
+            _change_role(house, "decode_0", Role.PREFILL)
+        assert house.epoch("decode_0") == before
+        restart = house.restart
+
+        def once(worker: Destination, role: Role | None) -> None:
+            monkeypatch.setattr(house, "restart", restart)
+            raise Unavailable("gpus '0' are 1, but 2 are needed")
+
+        monkeypatch.setattr(house, "restart", once)
+        with pytest.raises(Unavailable, match="decode_0 did not become aggregated: gpus '0' are 1"):
+            _change_role(house, "decode_0", Role.AGGREGATED)
+        assert eventually(lambda: house.is_up("decode_0", other_than=before), TIMEOUT_S)
+        assert _role(house, "decode_0") is Role.DECODE
         assert house.ask(prompt(50, 0), SAMPLING).ids == reference(prompt(50, 0), SAMPLING)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,7 +12,9 @@ from pathlib import Path
 import pytest
 from tritonclient.utils import InferenceServerException
 
-from scripts import drain, rolling_restart
+from python_backends.core.types import Role
+from router.door.messages import WorkerNews
+from scripts import drain, role, rolling_restart
 from scripts.injection.load import Load, known_requests
 from scripts.router_door import RouterDoor, find_server
 from scripts.tritonserver import TritonServer
@@ -44,10 +48,7 @@ def test_drained_resumed_and_restarted_under_load(server: TritonServer, capsys: 
         assert "decode_1 is drained" in capsys.readouterr().err
         _wait_for(lambda: total(metrics(server), "baton_worker_available", worker="decode_1") == 0)
         assert total(metrics(server), "baton_worker_up", worker="decode_1") == 1
-        with RouterDoor(server.run_dir) as door:
-            news = door.news()
-        assert news is not None
-        (drained,) = [worker for worker in news.workers if worker.id == "decode_1"]
+        drained = _news_of(server, "decode_1")
         assert drained.resting == "drained"
         assert drained.requests == 0
         assert drain.main(["decode_1", "--resume", *run_dir]) == 0
@@ -64,6 +65,35 @@ def test_drained_resumed_and_restarted_under_load(server: TritonServer, capsys: 
     assert not any(sample.wrong for sample in samples)
     assert total(metrics(server), "baton_worker_starts_total") == 5
     assert total(metrics(server), "baton_retries_total") == 0
+    wait_until_nothing_is_held(server, within_s=2)
+
+
+def test_another_role_under_load_is_kept_when_the_worker_dies(server: TritonServer, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = ["--run-dir", str(server.run_dir)]
+    load = Load(server, 4, known_requests(8))
+    load.learn()
+    load.begin()
+    try:
+        began = time.monotonic()
+        assert role.main(["decode_1", "prefill", *run_dir]) == 0
+        assert "decode_1 is prefill, after" in capsys.readouterr().err
+        news = _news_of(server, "decode_1")
+        assert news.role is Role.PREFILL
+        os.kill(news.pid, signal.SIGKILL)
+        _wait_for(lambda: _news_of(server, "decode_1").pid != news.pid and _news_of(server, "decode_1").up, 20)
+        assert _news_of(server, "decode_1").role is Role.PREFILL
+        _wait_for(lambda: total(metrics(server), "baton_worker_available", worker="decode_1", role="prefill") == 1)
+        assert total(metrics(server), "baton_worker_up", worker="decode_1", role="decode") == 0
+        assert role.main(["decode", "prefill", *run_dir]) == 1
+        assert "worker decode can't become prefill" in " ".join(capsys.readouterr().err.split())
+        assert role.main(["decode_1", "decode", *run_dir]) == 0
+        assert _news_of(server, "decode_1").role is Role.DECODE
+    finally:
+        load.stop()
+    samples = load.between(began, time.monotonic())
+    assert len(samples) > 10
+    assert [sample.error for sample in samples if sample.error] == []
+    assert not any(sample.wrong for sample in samples)
     wait_until_nothing_is_held(server, within_s=2)
 
 
@@ -94,6 +124,14 @@ def test_a_stopped_server_lets_streams_end(server: TritonServer) -> None:
     stopping.join(15)
     assert not stopping.is_alive()
     assert not server.run_dir.exists()
+
+
+def _news_of(server: TritonServer, name: str) -> WorkerNews:
+    with RouterDoor(server.run_dir) as door:
+        news = door.news()
+    assert news is not None
+    (worker,) = [worker for worker in news.workers if worker.id == name]
+    return worker
 
 
 def _wait_for(condition: Callable[[], bool], within_s: float = 5.0) -> None:

@@ -33,8 +33,12 @@ def create(deployment: Deployment, worker: WorkerConfig, epoch: Epoch, key: byte
 
 
 def _sharing(worker: WorkerConfig, workers: Sequence[WorkerConfig]) -> list[WorkerConfig]:
-    """Prefill and decode workers share the machine; an aggregated one beside them is idle as long as they live."""
-    return [other for other in workers if (other.role is Role.AGGREGATED) == (worker.role is Role.AGGREGATED)]
+    """Prefill and decode workers share the machine; an aggregated one beside them is idle as long as they live.
+
+    That follows the deployment: a worker whose role was changed since keeps its place, where the others expect it.
+    """
+    standby = {other.name for other in workers if other.role is Role.AGGREGATED}
+    return [other for other in workers if (other.name in standby) == (worker.name in standby)]
 
 
 def _may_lend(worker: WorkerConfig) -> bool:

@@ -359,6 +359,7 @@ def _await_shut(future: Future[None]) -> None:
 
 def create(deployment: Deployment, worker: WorkerConfig, epoch: Epoch, key: bytes) -> TrtllmEngine:
     """Raises ConfigError when deployment or model directory are wrong; nothing is loaded yet."""
+    deployment = deployment.with_worker(worker)  # its role may have been changed since
     check_trtllm(deployment)
     _warn(deployment)
     return TrtllmEngine(deployment, worker, epoch, key, resolve_model(deployment.model.path))

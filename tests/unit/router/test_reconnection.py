@@ -13,7 +13,7 @@ import pytest
 from python_backends.core.config import HealthConfig
 from python_backends.core.errors import Unavailable
 from python_backends.core.messages import Heartbeat
-from python_backends.core.types import WorkerId
+from python_backends.core.types import Role, WorkerId
 from router import supervisor as module
 from router.house import House
 from router.seams import Destination
@@ -37,7 +37,7 @@ class Control:
         if not self.reachable:
             raise Unavailable("no route to host")
 
-    def restart(self, worker: Destination) -> None:
+    def restart(self, worker: Destination, role: Role | None = None) -> None:
         self.restarts += 1
 
 
