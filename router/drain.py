@@ -78,7 +78,7 @@ class Drains:
                 raise Unavailable(f"worker {worker} did not become {role.value}: {error}") from error
             now = self._house.fleet.get(worker)
             if now is not None and now.role is not role:
-                raise Unavailable(f"worker {worker} is still {now.role.value}: its server runs another version of Baton")
+                raise Unavailable(f"worker {worker} is {now.role.value}: somebody else has restarted it meanwhile; try again")
         log.info("worker %s, which was %s, is %s as asked", worker, former.value, role.value)
 
     async def _reload(self, worker: WorkerId, grace_s: float, role: Role | None) -> None:

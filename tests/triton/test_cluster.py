@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from scripts import role
 from scripts.tritonserver import TritonServer
 from tests.triton.asking import Asking, metrics, total, wait_until_nothing_is_held, worker_process
 
@@ -146,6 +147,20 @@ def test_a_killed_worker_elsewhere_costs_no_request_and_comes_back(cluster: Clus
     _wait_for(lambda: total(metrics(cluster.two), "baton_worker_up") == 4, 40)
     assert worker_process(cluster.prefill, "prefill").pid != victim.pid
     wait_until_nothing_is_held(cluster.two, within_s=2)
+
+
+def test_a_worker_elsewhere_takes_another_role(cluster: Cluster, one: Asking) -> None:
+    """Every router hears of it, and no server is restarted."""
+    name = f"prefill_1@127.0.0.1:{cluster.prefill.grpc_port}"
+    expected = one.ask(text_input=PROMPT, max_tokens=20, seed=2).text
+    assert role.main([name, "aggregated", "--run-dir", str(cluster.two.run_dir)]) == 0
+    for server in (cluster.one, cluster.two):
+        _wait_for(lambda: total(metrics(server), "baton_worker_available", worker=name, role="aggregated") == 1, 5)  # noqa: B023
+        assert total(metrics(server), "baton_worker_up", worker=name, role="prefill") == 0
+    answer = one.ask(text_input=PROMPT, max_tokens=20, seed=2, route="aggregated", return_proof=True)
+    assert answer.text == expected
+    assert json.loads(answer.last("proof"))["decode_worker"] == name
+    assert role.main([name, "prefill", "--run-dir", str(cluster.two.run_dir)]) == 0
 
 
 def test_a_server_that_is_stopped_costs_the_requests_of_other_routers_nothing(cluster: Cluster, two: Asking) -> None:

@@ -15,7 +15,7 @@ import pytest
 from python_backends.core.config import HealthConfig
 from python_backends.core.host import host_id
 from python_backends.core.messages import Heartbeat
-from python_backends.core.types import Epoch, WorkerId
+from python_backends.core.types import Epoch, Role, WorkerId
 from router.house import House
 from router.seams import Destination
 from router.supervisor import Supervisor
@@ -34,7 +34,7 @@ class Control:
     def reach(self, worker: Destination) -> None:
         """It can be reached."""
 
-    def restart(self, worker: Destination) -> None:
+    def restart(self, worker: Destination, role: Role | None = None) -> None:
         self.restarted.append((time.monotonic(), worker.model))
 
 
