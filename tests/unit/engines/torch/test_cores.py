@@ -7,9 +7,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from python_backends.core.config import WorkerConfig
+from python_backends.core.types import Role
 from python_backends.engines.torch.cores import CoreBoard, own_cores, shared_cores
+from python_backends.engines.torch.engine import _sharing
 from python_backends.engines.torch.kernels.lending import Cores, cores_now
 
 KEY = b"k" * 32
@@ -86,3 +90,11 @@ def test_nothing_is_left_and_strangers_share_nothing(tmp_path: Path) -> None:
     ours.close()
     theirs.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_worker_in_another_role_stays_where_the_others_expect_it() -> None:
+    workers = [WorkerConfig(Role(name), name) for name in ("prefill", "decode", "aggregated")]
+    changed = msgspec.structs.replace(workers[1], role=Role.AGGREGATED)
+    assert [other.name for other in _sharing(changed, workers)] == ["prefill", "decode"]
+    changed = msgspec.structs.replace(workers[2], role=Role.DECODE)
+    assert [other.name for other in _sharing(changed, workers)] == ["aggregated"]
