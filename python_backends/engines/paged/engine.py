@@ -791,6 +791,8 @@ class PagedEngine:
             digest=sequence.refusal,
             transport=sequence.fetched.transport if sequence.was_handed else "",
             transport_why=sequence.fetched.why,
+            codec=sequence.fetched.codec if sequence.received_bytes else "",
+            wire_bytes=sequence.fetched.wire_bytes if sequence.received_bytes else 0,
             prefix=sequence.prefix,
         )
 
