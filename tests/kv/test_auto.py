@@ -61,13 +61,17 @@ def test_within_a_process_and_a_host_it_is_shared_memory(made: list[Rig]) -> Non
 
 def test_to_another_host_it_is_tcp(made: list[Rig]) -> None:
     rig = make(made, Elsewhere(ShmTransport(), tcp(), None, ()))
-    assert fetched(rig, rig.publish([3, 4])) == Fetched("tcp", "another host; no other fabric in common", wire_bytes=2 * LAYOUT.block_bytes)
+    assert fetched(rig, rig.publish([3, 4])) == Fetched(
+        "tcp", "another host; no other fabric in common", wire_bytes=2 * LAYOUT.block_bytes
+    )
 
 
 def test_with_rdma_on_both_hosts_it_is_nixl(made: list[Rig]) -> None:
     rig = make(made, Elsewhere(ShmTransport(), None, nixl(), ["mlx5_0"]))
     handoff = rig.publish([3, 4])
-    assert fetched(rig, handoff) == Fetched("nixl", "another host; RDMA by mlx5_0 and mlx5_0", wire_bytes=2 * LAYOUT.block_bytes)
+    assert fetched(rig, handoff) == Fetched(
+        "nixl", "another host; RDMA by mlx5_0 and mlx5_0", wire_bytes=2 * LAYOUT.block_bytes
+    )
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [([], ["mlx5_1"]), (["mlx5_0"], [])])

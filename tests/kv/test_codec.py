@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -73,10 +74,8 @@ def test_a_damaged_frame_is_an_error_or_other_numbers_and_never_more_of_them(whe
     data = bytearray(encode("float32", block))
     (length,) = LENGTH.unpack_from(data)
     data[LENGTH.size + where % length] ^= change
-    try:
+    with contextlib.suppress(BadEncoding):
         assert len(decode("float32", bytes(data), len(block))) == len(block)
-    except BadEncoding:
-        pass
 
 
 @pytest.mark.parametrize("size", [0, 1, 255, 257, 1 << 30])

@@ -1,4 +1,4 @@
-"""The lossless codec of KV on the wire: of each number's bytes only the highest one is compressed, the others travel as they are.
+"""The lossless codec of KV on the wire: of each number only the highest byte is compressed, the others travel as they are.
 
 The highest byte of a float holds its sign and most of its exponent, which are much alike in KV; the lower bytes are noise
 that no compressor makes smaller, so they are only set apart (the byte shuffle of HDF5 and Blosc). An encoded block is
@@ -7,8 +7,8 @@ that no compressor makes smaller, so they are only set apart (the byte shuffle o
     n bytes   one zstd frame: the highest bytes, in order
     rest      the lower bytes, plane by plane, their length known from the layout
 
-so it is never longer than the block and these four bytes, and what is to be decompressed is known beforehand. The digests of the
-ticket are of the decoded block: they protect what arrives, whatever happened to it on the way.
+so it is never longer than the block and these four bytes, and what is to be decompressed is known beforehand. The digests of
+the ticket are of the decoded block: they protect what arrives, whatever happened to it on the way.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ _WEIGHT = 0.25  # of a new measurement
 _FORGOTTEN_S = 60.0  # a codec that did not pay is tried again after so long, where its first guess says so
 _MOST_LINKS = 1024
 
-# First guesses, from docs/transports.md: both ends together, and float32.
+# First guesses, somewhat worse than what docs/transports.md has measured: both ends together.
 _CODEC_S_PER_BYTE = 1 / (256 << 20)
 _SHARE = 0.87
 

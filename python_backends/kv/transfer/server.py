@@ -297,9 +297,7 @@ class TransferServer:
             session.send_file(memory.fd, memory.offset_of(block), memory.block_bytes, deadline)
 
 
-def _send_encoded(
-    session: Session, memory: PoolMemory, blocks: Sequence[int], codec: PlaneCodec, deadline: float
-) -> float:
+def _send_encoded(session: Session, memory: PoolMemory, blocks: Sequence[int], codec: PlaneCodec, deadline: float) -> float:
     """Seconds spent on encoding. The kernel sends one block while the next one is encoded."""
     spent = 0.0
     for block in blocks:

@@ -13,7 +13,15 @@ from router.types import RouteDecision, Way
 
 REMOTE = RouteDecision(Way.REMOTE, WorkerId("p"), WorkerId("d"), 100, "because")
 LOCAL = RouteDecision(Way.LOCAL, None, WorkerId("d"), 100, "because")
-RECEIVED = KVReport(received_tokens=100, received_bytes=700, transfer_ms=2.0, digest="verified", transport="shm", codec="lossless", wire_bytes=600)
+RECEIVED = KVReport(
+    received_tokens=100,
+    received_bytes=700,
+    transfer_ms=2.0,
+    digest="verified",
+    transport="shm",
+    codec="lossless",
+    wire_bytes=600,
+)
 TIMES = ("queue_ms", "prefill_ms", "handoff_ms", "first_decode_ms", "ttft_ms", "e2e_ms")
 
 
