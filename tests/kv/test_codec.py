@@ -145,12 +145,6 @@ def test_a_source_that_does_not_encode_says_so() -> None:
     rig.close()
 
 
-def test_on_loopback_auto_sends_the_bytes_as_they_are() -> None:
-    rig = Rig(tcp())
-    assert [fetch(rig).codec for _ in range(3)] == ["raw"] * 3
-    rig.close()
-
-
 def _longer(pieces: list[memoryview]) -> list[memoryview]:
     return [memoryview(LENGTH.pack(1 << 30)), *pieces[1:]]
 
