@@ -88,6 +88,8 @@ class Account:
             transfer_ms=report.transfer_ms,
             transport=report.transport,
             transport_why=report.transport_why,
+            kv_codec=report.codec,
+            kv_wire_bytes=report.wire_bytes,
             store_bytes=sum(prefix.bytes for prefix in both),
             store_ms=sum(prefix.ms for prefix in both),
             digest=report.digest,

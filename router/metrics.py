@@ -91,6 +91,7 @@ FAMILIES: tuple[Family, ...] = (
     _counter("baton_prompt_tokens_total", "Prompt tokens by where the decode worker had their KV from", "source"),
     _counter("baton_prefill_tokens_total", "Prompt tokens by where whoever prefilled had their KV from", "source"),
     _counter("baton_kv_received_bytes_total", "KV bytes moved and verified"),
+    _counter("baton_kv_wire_bytes_total", "Bytes that travelled for them", "codec"),
     _histogram("baton_transfer_seconds", "Duration of a transfer of KV", _TRANSFER_SECONDS, "transport"),
     _counter("baton_handoffs_total", "Handoffs by verdict: verified, or why the KV was not used", "verdict"),
     _gauge("baton_kv_blocks", "KV blocks of the worker, by state; free + cached + held is the pool", *_WORKER, "state"),
@@ -267,6 +268,8 @@ class Meter:
         self.count("baton_kv_received_bytes_total", proof.kv_bytes)
         if proof.digest != "none":
             self.count("baton_handoffs_total", verdict=proof.digest)
+        if proof.kv_codec:
+            self.count("baton_kv_wire_bytes_total", proof.kv_wire_bytes, codec=proof.kv_codec)
         if proof.kv_bytes:
             self._observe("baton_transfer_seconds", proof.transfer_ms / 1e3, transport=proof.transport)
         for what, predicted, measured in _PREDICTIONS:

@@ -3,6 +3,7 @@
     scripts/bench served     what a deployment is like to use: serving, prefix cache, handoff, scale, start, memory
     scripts/bench engine     how fast the CPU engine computes, against the machine's limits, PyTorch and transformers
     scripts/bench transfer   how fast KV moves between processes, by every way, against memcpy, a socket and Redis
+    scripts/bench codec      what the lossless codec makes of real KV, and on which links it pays
     scripts/bench router     what a decision of the router costs
 
 The mixed load, on two deployments or on a rival's server in turn: scripts/compare --scenario mixed
@@ -14,7 +15,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-_PARTS = ("served", "engine", "transfer", "router")
+_PARTS = ("served", "engine", "transfer", "codec", "router")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -72,7 +72,8 @@ def transfer(proof: Proof) -> str:
     if not proof.kv_bytes:
         return f"{milliseconds(proof.transfer_ms)} ms by {proof.transport}"
     seconds = max(proof.transfer_ms, 1e-3) / 1e3
-    return f"{size(proof.kv_bytes)} in {milliseconds(proof.transfer_ms)} ms ({size(proof.kv_bytes / seconds)}/s)"
+    encoded = f" as {size(proof.kv_wire_bytes)} {proof.kv_codec}" if proof.kv_codec not in ("", "raw") else ""
+    return f"{size(proof.kv_bytes)}{encoded} in {milliseconds(proof.transfer_ms)} ms ({size(proof.kv_bytes / seconds)}/s)"
 
 
 def size(num_bytes: float) -> str:

@@ -143,6 +143,13 @@ class TransferConfig(Section, frozen=True):
         ),
     ] = ""
     streams: Annotated[Positive, Meta(description="tcp: connections that share one handoff.")] = 2
+    codec: Annotated[
+        Literal["auto", "raw", "lossless"],
+        Meta(
+            description="tcp: how KV travels: raw (as it lies in the pool), lossless (the numbers' highest bytes compressed: "
+            "fewer bytes, more work), or auto: lossless where the measured link is so slow that this is faster."
+        ),
+    ] = "auto"
     tls_cert_file: Annotated[
         str,
         Meta(description="tcp, nixl: this side's certificate. With the next two, connections are in TLS on both sides' word."),

@@ -44,6 +44,11 @@ class KVLayout(msgspec.Struct, frozen=True):
         """Of the keys, or the values, of one token and head."""
         return self.head_dim * DTYPE_BYTES[self.dtype] + (_SCALE_BYTES if self.dtype == "int8" else 0)
 
+    def differences(self, other: KVLayout) -> str:
+        """`dtype float16 and float32, block_size 32 and 16`: what is not equal, this one's first. Empty: nothing."""
+        ours, theirs = msgspec.to_builtins(self), msgspec.to_builtins(other)
+        return ", ".join(f"{name} {ours[name]} and {theirs[name]}" for name in ours if ours[name] != theirs[name])
+
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks needed to hold `num_tokens`, the last one perhaps partial."""
         return -(-num_tokens // self.block_size)

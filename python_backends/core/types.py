@@ -177,6 +177,8 @@ class KVReport(msgspec.Struct, frozen=True):
     digest: str = "none"
     transport: str = ""  # that moved the bytes
     transport_why: str = ""  # it was taken, where there was a choice
+    codec: str = ""  # raw | lossless: how received_bytes travelled
+    wire_bytes: int = 0  # that travelled for them
     prefix: PrefixReport = PrefixReport()
 
 

@@ -98,6 +98,7 @@ def deployment(
     router: RouterConfig | None = None,
     transport: Transport = "auto",
     listen: str = "",
+    codec: Literal["auto", "raw", "lossless"] = "auto",
     faults: Mapping[Fault, float] | None = None,
     lease_s: float = 10.0,
     transfer_timeout_s: float = 2.0,
@@ -114,7 +115,12 @@ def deployment(
         ),
         engine=engine or fake_engine(),
         transfer=TransferConfig(
-            transport=transport, listen=listen, lease_s=lease_s, timeout_s=transfer_timeout_s, faults=dict(faults or {})
+            transport=transport,
+            listen=listen,
+            codec=codec,
+            lease_s=lease_s,
+            timeout_s=transfer_timeout_s,
+            faults=dict(faults or {}),
         ),
         store=store or StoreConfig(),
         router=router or RouterConfig(mode="always-remote", worker_wait_s=5.0, default_deadline_s=TIMEOUT_S),

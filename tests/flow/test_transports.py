@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from typing import Literal
 
 import pytest
 
@@ -35,6 +36,20 @@ def test_workers_of_two_hosts_hand_over_by_tcp() -> None:
         assert (proof.transport, proof.transport_why) == ("tcp", "another host; no other fabric in common")
         assert (proof.kv_tokens_received, proof.kv_tokens_recomputed, proof.digest) == (200, 0, "verified")
         flow.assert_nothing_held()
+
+
+@pytest.mark.parametrize("codec", ["auto", "lossless"])
+def test_the_text_is_the_same_however_kv_travels_and_the_proof_says_how(codec: Literal["auto", "lossless"]) -> None:
+    with FlowHouse(deployment(1, 1, transport="tcp", codec=codec)) as flow:
+        answer = flow.ask(prompt(200), SAMPLING)
+        assert answer.ids == reference(prompt(200), SAMPLING)
+        proof = answer.proof
+        assert (proof.kv_tokens_received, proof.kv_tokens_recomputed, proof.digest) == (200, 0, "verified")
+        if codec == "lossless":
+            assert proof.kv_codec == "lossless"
+            assert 0 < proof.kv_wire_bytes < proof.kv_bytes * 1.01
+        else:
+            assert (proof.kv_codec, proof.kv_wire_bytes) == ("raw", proof.kv_bytes)
 
 
 @pytest.mark.parametrize("transport", [*TRANSPORTS, "nixl"])

@@ -20,7 +20,7 @@ from python_backends.kv.transfer.base import CheckedTransport, Fetched
 from python_backends.kv.transfer.nixl import NixlTransport
 from python_backends.kv.transfer.shm import ShmTransport
 from python_backends.kv.transfer.tcp import TcpTransport
-from tests.kv.test_transports import KEY, Elsewhere, Rig, changed, kill, nixl, soon, start_owner, tcp
+from tests.kv.test_transports import KEY, LAYOUT, Elsewhere, Rig, changed, kill, nixl, soon, start_owner, tcp
 
 
 @pytest.fixture
@@ -51,23 +51,27 @@ def with_ways(handoff: KVHandoff, **fields: Any) -> KVHandoff:
 
 def test_within_a_process_and_a_host_it_is_shared_memory(made: list[Rig]) -> None:
     rig = make(made, AutoTransport(ShmTransport(), tcp(), None, ()))
-    assert fetched(rig, rig.publish([3, 4])) == Fetched("shm", "same process")
+    assert fetched(rig, rig.publish([3, 4])) == Fetched("shm", "same process", wire_bytes=2 * LAYOUT.block_bytes)
     owner, handoff = start_owner("auto")
     try:
-        assert fetched(rig, handoff) == Fetched("shm", "same host")
+        assert fetched(rig, handoff) == Fetched("shm", "same host", wire_bytes=len(handoff.blocks) * LAYOUT.block_bytes)
     finally:
         kill(owner)
 
 
 def test_to_another_host_it_is_tcp(made: list[Rig]) -> None:
     rig = make(made, Elsewhere(ShmTransport(), tcp(), None, ()))
-    assert fetched(rig, rig.publish([3, 4])) == Fetched("tcp", "another host; no other fabric in common")
+    assert fetched(rig, rig.publish([3, 4])) == Fetched(
+        "tcp", "another host; no other fabric in common", wire_bytes=2 * LAYOUT.block_bytes
+    )
 
 
 def test_with_rdma_on_both_hosts_it_is_nixl(made: list[Rig]) -> None:
     rig = make(made, Elsewhere(ShmTransport(), None, nixl(), ["mlx5_0"]))
     handoff = rig.publish([3, 4])
-    assert fetched(rig, handoff) == Fetched("nixl", "another host; RDMA by mlx5_0 and mlx5_0")
+    assert fetched(rig, handoff) == Fetched(
+        "nixl", "another host; RDMA by mlx5_0 and mlx5_0", wire_bytes=2 * LAYOUT.block_bytes
+    )
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [([], ["mlx5_1"]), (["mlx5_0"], [])])
@@ -166,7 +170,7 @@ def test_who_does_not_listen_fetches_from_who_does(made: list[Rig]) -> None:
     handoff = source.publish([3, 4])
     reader = AutoTransport(ShmTransport(), TcpTransport(None, KEY, None, 2), None, ())
     how = reader.fetch(handoff, range(2), source.target, range(2), soon())
-    assert how == Fetched("tcp", "another host; no other fabric in common")
+    assert how == Fetched("tcp", "another host; no other fabric in common", wire_bytes=2 * LAYOUT.block_bytes)
     reader.close()
 
 

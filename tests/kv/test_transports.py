@@ -119,8 +119,8 @@ def outcome(rig: Rig, handoff: KVHandoff, seconds: float = 5.0) -> RefusalReason
     return None
 
 
-def tcp(streams: int = 2, tls: TlsContexts | None = None) -> TcpTransport:
-    return TcpTransport(TransferServer("127.0.0.1", (), KEY, tls, timeout_s=5.0), KEY, tls, streams)
+def tcp(streams: int = 2, tls: TlsContexts | None = None, codec: str = "auto") -> TcpTransport:
+    return TcpTransport(TransferServer("127.0.0.1", (), KEY, tls, timeout_s=5.0), KEY, tls, streams, codec)
 
 
 def nixl(**settings: str) -> NixlTransport:
@@ -147,6 +147,7 @@ TRANSPORTS: dict[str, Callable[[], CheckedTransport]] = {
     "shm": ShmTransport,
     "inline": InlineTransport,
     "tcp": tcp,
+    "tcp lossless": lambda: tcp(codec="lossless"),
     "auto": lambda: AutoTransport(ShmTransport(), tcp(), None, ()),
     "auto elsewhere": lambda: Elsewhere(ShmTransport(), tcp(), None, ()),
     "nixl": nixl,

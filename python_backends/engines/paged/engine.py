@@ -632,7 +632,10 @@ class PagedEngine:
 
     def _check_origin(self, handoff: KVHandoff) -> None:
         if (handoff.fingerprint, handoff.layout) != (self.info.fingerprint, self.info.layout):
-            raise HandoffRefused(RefusalReason.FOREIGN_FINGERPRINT, "KV of another model, layout or version")
+            differ = handoff.layout.differences(self.info.layout)
+            what = f"its KV and that of {self._worker} differ in {differ}" if differ else "KV of another model or version"
+            detail = f"{handoff.source}: {what}; set model.* and engine.block_size alike on both sides"
+            raise HandoffRefused(RefusalReason.FOREIGN_FINGERPRINT, detail)
         if handoff.lease_id in self._used_leases:
             raise HandoffRefused(RefusalReason.REPLAYED, "this ticket was used before")
 
@@ -791,6 +794,8 @@ class PagedEngine:
             digest=sequence.refusal,
             transport=sequence.fetched.transport if sequence.was_handed else "",
             transport_why=sequence.fetched.why,
+            codec=sequence.fetched.codec if sequence.received_bytes else "",
+            wire_bytes=sequence.fetched.wire_bytes if sequence.received_bytes else 0,
             prefix=sequence.prefix,
         )
 

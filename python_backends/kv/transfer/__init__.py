@@ -43,11 +43,11 @@ def _create(config: TransferConfig, key: bytes, cluster: ClusterConfig) -> Check
         return AutoTransport(ShmTransport(), None, None, ())
     tls = _tls(config)
     if config.transport == "auto" and not listens:  # fetches from other hosts, and hands over to none
-        return AutoTransport(ShmTransport(), TcpTransport(None, key, tls, config.streams), None, ())
+        return AutoTransport(ShmTransport(), TcpTransport(None, key, tls, config.streams, config.codec), None, ())
     server = _server(config, key, tls, cluster)
     if config.transport == "nixl":
         return NixlTransport(server, key, tls)
-    tcp = TcpTransport(server, key, tls, config.streams)
+    tcp = TcpTransport(server, key, tls, config.streams, config.codec)
     if config.transport == "tcp":
         return tcp
     devices = rdma_devices()
@@ -59,7 +59,8 @@ def _server(config: TransferConfig, key: bytes, tls: TlsContexts | None, cluster
     listen = config.listen or cluster.listen or _LOOPBACK
     of_cluster = listen in WILDCARDS or (cluster.listen and not config.listen)
     told = own_address(listen, cluster.advertise) if of_cluster else listen
-    return TransferServer("0.0.0.0" if listen == "*" else listen, _ports(config.ports), key, tls, config.timeout_s, told)
+    where = "0.0.0.0" if listen == "*" else listen
+    return TransferServer(where, _ports(config.ports), key, tls, config.timeout_s, told, encodes=config.codec != "raw")
 
 
 def _ports(text: str) -> range:

@@ -87,13 +87,14 @@ class AutoTransport(CheckedTransport):
                 why = f"{why} ({refused.detail})"
             ticket = msgspec.structs.replace(handoff, transport=part.name, locator=locator, opaque=b"")
             try:
-                part.copy(ticket, wanted, into, blocks, deadline, arrived)
+                how = part.copy(ticket, wanted, into, blocks, deadline, arrived)
             except HandoffRefused as error:
                 if error.reason is not RefusalReason.TRANSFER_FAILED:
                     raise
                 refused = error
             else:
-                return Fetched(part.name, why)
+                plain = Fetched(part.name, wire_bytes=len(wanted) * into.block_bytes)
+                return msgspec.structs.replace(how or plain, why=why)
         raise refused or failed(f"{handoff.source} is on another host, and one of the two does not listen (transfer.listen)")
 
     def close(self) -> None:

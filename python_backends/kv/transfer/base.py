@@ -35,6 +35,8 @@ class Fetched(msgspec.Struct, frozen=True):
 
     transport: str  # the one that moved the bytes
     why: str = ""  # it was taken, where there was a choice
+    codec: str = "raw"  # raw | lossless: how the bytes travelled
+    wire_bytes: int = 0  # that travelled
 
 
 Arrived = Callable[[Sequence[int]], None]
@@ -104,7 +106,7 @@ class CheckedTransport(ABC):
     ) -> Fetched | None:
         """Copy as `fetch` does, and check that the source still meant the bytes *after* they were copied.
 
-        Returns how, if that is not just by this transport.
+        Returns how, if that is not just by this transport and as the bytes are.
         """
 
     @abstractmethod
@@ -121,7 +123,7 @@ class CheckedTransport(ABC):
         check = _DigestCheck(handoff, wanted, into, blocks)
         how = self.copy(handoff, wanted, into, blocks, deadline, check.arrived)
         check.finish(deadline)
-        return how or Fetched(self.name)
+        return how or Fetched(self.name, wire_bytes=len(wanted) * into.block_bytes)
 
 
 def block_digest(block: npt.NDArray[np.uint8]) -> bytes:

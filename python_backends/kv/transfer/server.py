@@ -20,7 +20,9 @@ from python_backends.core.errors import ConfigError, HandoffRefused, RefusalReas
 from python_backends.core.handoff import KVHandoff, unseal
 from python_backends.kv.memory import PoolMemory
 from python_backends.kv.transfer.base import failed
+from python_backends.kv.transfer.codec import PlaneCodec
 from python_backends.kv.transfer.session import (
+    CODEC_VERSION,
     Claim,
     Fetch,
     Landing,
@@ -110,15 +112,24 @@ class TransferServer:
     """Listens from construction to `close`. Publishing and releasing is the engine's thread's."""
 
     def __init__(
-        self, host: str, ports: Sequence[int], key: bytes, tls: TlsContexts | None, timeout_s: float, told: str = ""
+        self,
+        host: str,
+        ports: Sequence[int],
+        key: bytes,
+        tls: TlsContexts | None,
+        timeout_s: float,
+        told: str = "",
+        *,
+        encodes: bool = True,
     ) -> None:
         """Listens at `host`, the first free one of `ports`; none given: any. `timeout_s`: for one request.
 
-        `told`: the host that others are told; empty: the same. Raises ConfigError.
+        `told`: the host that others are told; empty: the same. `encodes`: for readers who ask for it. Raises ConfigError.
         """
         self._key = key
         self._tls = tls
         self._timeout_s = timeout_s
+        self._encodes = encodes
         self._leases: dict[str, _Lease] = {}
         self._sessions: dict[Session, threading.Thread] = {}
         self._lock = threading.Lock()  # of leases and sessions
@@ -208,8 +219,14 @@ class TransferServer:
         status = Status()
         try:
             handoff, memory = self._check(state.claim, request.positions)
-            session.send_message(Status(), deadline)
-            self._send_blocks(session, memory, [handoff.blocks[position] for position in request.positions], deadline)
+            encoded = self._encodes and request.codec == "lossless" and session.version >= CODEC_VERSION
+            blocks = [handoff.blocks[position] for position in request.positions]
+            session.send_message(Status(codec="lossless" if encoded else "raw"), deadline)
+            if encoded:
+                codec = PlaneCodec(handoff.layout.dtype, memory.block_bytes)
+                status = Status(encode_s=_send_encoded(session, memory, blocks, codec, deadline))
+            else:
+                self._send_blocks(session, memory, blocks, deadline)
             self._check_generations(handoff, request.positions, memory)  # what was sent was meant to the end
         except HandoffRefused as refused:
             status = _refusal(refused)
@@ -278,6 +295,17 @@ class TransferServer:
             return
         for block in blocks:
             session.send_file(memory.fd, memory.offset_of(block), memory.block_bytes, deadline)
+
+
+def _send_encoded(session: Session, memory: PoolMemory, blocks: Sequence[int], codec: PlaneCodec, deadline: float) -> float:
+    """Seconds spent on encoding. The kernel sends one block while the next one is encoded."""
+    spent = 0.0
+    for block in blocks:
+        began = time.monotonic()
+        pieces = codec.encode(memory.blocks[block])
+        spent += time.monotonic() - began
+        session.send_pieces(pieces, deadline)
+    return spent
 
 
 def _refusal(refused: HandoffRefused) -> Status:

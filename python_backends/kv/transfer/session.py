@@ -23,13 +23,14 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from hmac import compare_digest
+from typing import ClassVar
 
 import msgspec
 
 from python_backends.core.errors import UNREADABLE
 from python_backends.core.signing import MAC_BYTES, Domain, mac
 
-VERSIONS = (1, 1)  # lowest and highest that this end speaks
+CODEC_VERSION = 2  # of the protocol; from it on blocks may be encoded
 _MAGIC = b"BATON-KV"
 _HELLO = struct.Struct("<8sHH32s")
 _ANSWER = struct.Struct("<8sH32s")
@@ -50,9 +51,13 @@ class Claim(msgspec.Struct, frozen=True, tag=True):
 
 
 class Fetch(msgspec.Struct, frozen=True, tag=True):
-    """Send the bytes of these positions of the ticket, in this order. Answered by a Status, the bytes, another Status."""
+    """Send the bytes of these positions of the ticket, in this order. Answered by a Status, the bytes, another Status.
+
+    `codec`: in which the bytes are welcome, raw | lossless (codec.py). The first Status says what comes: that, or raw.
+    """
 
     positions: list[int]
+    codec: str = "raw"
 
 
 class Landing(msgspec.Struct, frozen=True, tag=True):
@@ -72,11 +77,16 @@ class Push(msgspec.Struct, frozen=True, tag=True):
 
 
 class Status(msgspec.Struct, frozen=True, tag=True):
-    """`reason` is a RefusalReason's value, or empty when all is well. `late`: bytes of a push may still arrive."""
+    """`reason` is a RefusalReason's value, or empty when all is well. `late`: bytes of a push may still arrive.
+
+    Of a Fetch: `codec` of the bytes that follow; `encode_s` that the source spent on encoding, when they are over.
+    """
 
     reason: str = ""
     detail: str = ""
     late: bool = False
+    codec: str = "raw"
+    encode_s: float = 0.0
 
 
 Message = Claim | Fetch | Landing | Push | Status
@@ -105,10 +115,13 @@ class Session:
     Every method raises SessionError, or OSError: TimeoutError when the deadline has passed.
     """
 
+    versions: ClassVar[tuple[int, int]] = (1, CODEC_VERSION)  # lowest and highest that this end speaks
+
     def __init__(self, sock: socket.socket) -> None:
         """The session owns the socket from now on."""
         self._socket = sock
         self.is_secret = False
+        self.version = 0  # of the protocol, once both have agreed
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             sock.setsockopt(socket.SOL_SOCKET, option, _BUFFER_BYTES)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -121,17 +134,19 @@ class Session:
         """The reader's part: know the other end for a worker of this deployment, and be known."""
         if tls is not None:
             self._encrypt(tls.client, deadline, host)
-        hello = _HELLO.pack(_MAGIC, *VERSIONS, secrets.token_bytes(32))
+        hello = _HELLO.pack(_MAGIC, *self.versions, secrets.token_bytes(32))
         self.send_pieces([memoryview(hello)], deadline)
         answer = self.receive(_ANSWER.size, deadline)
         magic, version, _ = _ANSWER.unpack(answer)
         if magic != _MAGIC:
             raise SessionError("it does not speak this protocol")
-        if not VERSIONS[0] <= version <= VERSIONS[1]:
-            raise SessionError(f"it speaks no version from {VERSIONS[0]} to {VERSIONS[1]} of the protocol")
+        lowest, highest = self.versions
+        if not lowest <= version <= highest:
+            raise SessionError(f"it speaks no version from {lowest} to {highest} of the protocol")
         if not compare_digest(self.receive(MAC_BYTES, deadline), mac(Domain.TRANSFER_SERVER, hello + answer, key)):
             raise SessionError("it has another deployment's key")
         self.send_pieces([memoryview(mac(Domain.TRANSFER_CLIENT, hello + answer, key))], deadline)
+        self.version = version
 
     def welcome(self, key: bytes, tls: TlsContexts | None, deadline: float) -> None:
         """The source's part."""
@@ -141,8 +156,8 @@ class Session:
         magic, lowest, highest, _ = _HELLO.unpack(hello)
         if magic != _MAGIC:
             raise SessionError("it does not speak this protocol")
-        version = min(highest, VERSIONS[1])
-        fits = version >= max(lowest, VERSIONS[0])
+        version = min(highest, self.versions[1])
+        fits = version >= max(lowest, self.versions[0])
         answer = _ANSWER.pack(_MAGIC, version if fits else 0, secrets.token_bytes(32))
         proof = mac(Domain.TRANSFER_SERVER, hello + answer, key)
         self.send_pieces([memoryview(answer + proof)], deadline)
@@ -150,6 +165,7 @@ class Session:
             raise SessionError(f"it speaks versions {lowest} to {highest} of the protocol")
         if not compare_digest(self.receive(MAC_BYTES, deadline), mac(Domain.TRANSFER_CLIENT, hello + answer, key)):
             raise SessionError("it has another deployment's key")
+        self.version = version
 
     def _encrypt(self, context: ssl.SSLContext, deadline: float, host: str | None = None) -> None:
         self._socket = encrypted = context.wrap_socket(

@@ -17,9 +17,19 @@ from itertools import pairwise
 from python_backends.core.errors import HandoffRefused, RefusalReason
 from python_backends.core.handoff import KVHandoff, seal
 from python_backends.kv.memory import PoolMemory
-from python_backends.kv.transfer.base import Arrived, CheckedTransport, Published, check_time, failed
+from python_backends.kv.transfer.base import Arrived, CheckedTransport, Fetched, Published, check_time, failed
+from python_backends.kv.transfer.codec import LENGTH, BadEncoding, PlaneCodec
+from python_backends.kv.transfer.codec_choice import CodecChoice, Moved
 from python_backends.kv.transfer.server import TransferServer
-from python_backends.kv.transfer.session import Claim, Fetch, Session, SessionError, Status, TlsContexts
+from python_backends.kv.transfer.session import (
+    CODEC_VERSION,
+    Claim,
+    Fetch,
+    Session,
+    SessionError,
+    Status,
+    TlsContexts,
+)
 
 _STREAM_BYTES = 2 << 20  # a share of less is not worth another connection
 _PIECE_BYTES = 4 << 20  # received before it is digested, while it is in the processor's cache
@@ -94,15 +104,18 @@ class Sessions:
 
 
 class TcpTransport(CheckedTransport):
-    def __init__(self, server: TransferServer | None, key: bytes, tls: TlsContexts | None, streams: int) -> None:
+    def __init__(
+        self, server: TransferServer | None, key: bytes, tls: TlsContexts | None, streams: int, codec: str = "auto"
+    ) -> None:
         """`server`: of this worker; it is closed with the transport. None: it only fetches, and tells no locator.
 
-        `streams`: connections per handoff, at most.
+        `streams`: connections per handoff, at most. `codec`: as in `transfer.codec`.
         """
         self.name = "tcp"
         self._server = server
         self._key = key
         self._streams = streams
+        self._choice = CodecChoice(codec)
         self._sessions = Sessions(key, tls)
         self._threads = ThreadPoolExecutor(max(1, 4 * streams), thread_name_prefix="tcp")
 
@@ -126,17 +139,20 @@ class TcpTransport(CheckedTransport):
         blocks: Sequence[int],
         deadline: float,
         arrived: Arrived,
-    ) -> None:
+    ) -> Fetched | None:
         """See CheckedTransport.copy."""
         check_time(deadline)
         if not wanted:
-            return
+            return None
+        began = time.monotonic()
+        encoded = self._choice.encoded(handoff.locator, len(wanted) * into.block_bytes)
         ticket = seal(handoff, self._key)
         size = into.block_bytes
         count = max(1, min(self._streams, len(wanted) * size // _STREAM_BYTES, len(wanted)))
         bounds = [len(wanted) * i // count for i in range(count + 1)]
         shares = [
-            _Share(ticket, handoff, wanted, into, blocks, range(first, last), arrived) for first, last in pairwise(bounds)
+            _Share(ticket, handoff, wanted, into, blocks, range(first, last), arrived, encoded=encoded)
+            for first, last in pairwise(bounds)
         ]
         others = [self._threads.submit(self._receive, share, deadline) for share in shares[1:]]
         try:
@@ -145,6 +161,15 @@ class TcpTransport(CheckedTransport):
             wait(others)  # they have the same deadline, and nobody may write into the pool after us
         for other in others:
             other.result()
+        moved = Moved(
+            kv_bytes=len(wanted) * size,
+            wire_bytes=sum(share.wire_bytes for share in shares),
+            seconds=time.monotonic() - began,
+            codec_s=max(share.encode_s + share.decode_s for share in shares),
+            encoded=any(share.was_encoded for share in shares),
+        )
+        self._choice.learn(handoff.locator, moved)
+        return Fetched(self.name, codec="lossless" if moved.encoded else "raw", wire_bytes=moved.wire_bytes)
 
     def close(self) -> None:
         self._sessions.close()
@@ -188,11 +213,18 @@ class _Share:
         blocks: Sequence[int],
         indices: Sequence[int],
         arrived: Arrived,
+        *,
+        encoded: bool,
     ) -> None:
-        """`indices` into `wanted` and `blocks`."""
+        """`indices` into `wanted` and `blocks`. `encoded`: blocks are asked for in the lossless codec."""
         self.handoff = handoff
         self.left = list(indices)
         self.answered = True  # whether the connection owes nothing
+        self.wire_bytes = 0
+        self.encode_s = 0.0  # spent by the source
+        self.decode_s = 0.0
+        self.was_encoded = False
+        self._encoded = encoded
         self._ticket = ticket
         self._wanted = wanted
         self._into = into
@@ -203,24 +235,55 @@ class _Share:
         """Ask for what is missing and take it in. Raises HandoffRefused, OSError or SessionError."""
         self.answered = False
         session.send_message(Claim(self._ticket), deadline)
-        session.send_message(Fetch([self._wanted[index] for index in self.left]), deadline)
-        self._read_status(session, deadline)
-        step = max(1, _PIECE_BYTES // self._into.block_bytes)
+        codec = "lossless" if self._encoded and session.version >= CODEC_VERSION else "raw"
+        session.send_message(Fetch([self._wanted[index] for index in self.left], codec), deadline)
+        status = self._read_status(session, deadline)
         self.answered = False
+        if status.codec == "raw":
+            self._receive_raw(session, deadline)
+        elif status.codec == codec:
+            self._receive_encoded(session, deadline)
+        else:
+            raise SessionError(f"it answers in codec {status.codec!r}, and was asked for {codec}")
+        self.encode_s += max(0.0, self._read_status(session, deadline).encode_s)
+
+    def _receive_raw(self, session: Session, deadline: float) -> None:
+        step = max(1, _PIECE_BYTES // self._into.block_bytes)
         while self.left:
             some = self.left[:step]
             session.receive_into([self._into.blocks[self._blocks[index]].data for index in some], deadline)
+            self.wire_bytes += len(some) * self._into.block_bytes
             self._arrived(some)
             self.left = self.left[step:]
-        self._read_status(session, deadline)
 
-    def _read_status(self, session: Session, deadline: float) -> None:
+    def _receive_encoded(self, session: Session, deadline: float) -> None:
+        codec = PlaneCodec(self.handoff.layout.dtype, self._into.block_bytes)
+        self.was_encoded = True
+        while self.left:
+            index = self.left[0]
+            block = self._into.blocks[self._blocks[index]]
+            (length,) = LENGTH.unpack(session.receive(LENGTH.size, deadline))
+            try:
+                pieces = codec.landing(length, block)
+                session.receive_into(pieces, deadline)
+                began = time.monotonic()
+                codec.decode(length, block)
+            except BadEncoding as error:
+                detail = f"block {self._wanted[index]} of {self.handoff.source} arrived damaged: {error}"
+                raise HandoffRefused(RefusalReason.DIGEST_MISMATCH, detail) from error
+            self.decode_s += time.monotonic() - began
+            self.wire_bytes += LENGTH.size + sum(piece.nbytes for piece in pieces)
+            self._arrived([index])
+            self.left = self.left[1:]
+
+    def _read_status(self, session: Session, deadline: float) -> Status:
         status = session.receive_message(deadline)
         if not isinstance(status, Status):
             raise SessionError("it answers with something else")
         self.answered = True
         if status.reason:
             raise refusal(status)
+        return status
 
 
 def refusal(status: Status) -> HandoffRefused:

@@ -34,6 +34,12 @@ def test_blocks_for_rounds_up(tokens: int, blocks: int) -> None:
     assert SMOLLM2.blocks_for(tokens) == blocks
 
 
+def test_what_differs_is_named_with_both_values() -> None:
+    other = msgspec.structs.replace(SMOLLM2, dtype="float16", block_size=32)
+    assert SMOLLM2.differences(other) == "block_size 16 and 32, dtype float32 and float16"
+    assert SMOLLM2.differences(SMOLLM2) == ""
+
+
 def test_fingerprint_is_a_stable_name() -> None:
     one, again = fingerprint(SMOLLM2, "config", "weights"), fingerprint(SMOLLM2, "config", "weights")
     assert one == again

@@ -45,6 +45,8 @@ PROOF = Proof(
     first_decode_ms=6.0,
     e2e_ms=100.0,
     arrival_ns=0,
+    kv_codec="lossless",
+    kv_wire_bytes=900_000,
 )
 
 

@@ -13,7 +13,15 @@ from router.types import RouteDecision, Way
 
 REMOTE = RouteDecision(Way.REMOTE, WorkerId("p"), WorkerId("d"), 100, "because")
 LOCAL = RouteDecision(Way.LOCAL, None, WorkerId("d"), 100, "because")
-RECEIVED = KVReport(received_tokens=100, received_bytes=700, transfer_ms=2.0, digest="verified", transport="shm")
+RECEIVED = KVReport(
+    received_tokens=100,
+    received_bytes=700,
+    transfer_ms=2.0,
+    digest="verified",
+    transport="shm",
+    codec="lossless",
+    wire_bytes=600,
+)
 TIMES = ("queue_ms", "prefill_ms", "handoff_ms", "first_decode_ms", "ttft_ms", "e2e_ms")
 
 
@@ -76,6 +84,7 @@ def test_the_parts_of_a_handed_over_request(clock: StoppedClock) -> None:
     measured = [getattr(proof, name) for name in TIMES]
     assert measured == pytest.approx([8, 12, 4, 6, 20, 100])
     assert (proof.kv_tokens_received, proof.kv_bytes, proof.digest, proof.transport) == (100, 700, "verified", "shm")
+    assert (proof.kv_codec, proof.kv_wire_bytes) == ("lossless", 600)
     assert (proof.prefill_tokens_reused, proof.prefill_tokens_computed) == (16, 84)
     assert (proof.route, proof.prefill_worker, proof.decode_worker, proof.attempts) == ("remote", "p", "d", 1)
     assert proof.arrival_ns == pytest.approx(100e9)

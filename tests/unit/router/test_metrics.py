@@ -61,6 +61,7 @@ def test_a_request_is_counted_by_outcome_and_route() -> None:
     assert values['baton_prompt_tokens_total{source="received"}'] == 84
     assert values['baton_prefill_tokens_total{source="reused"}'] == 32
     assert values["baton_kv_received_bytes_total"] == 1 << 20
+    assert values['baton_kv_wire_bytes_total{codec="lossless"}'] == 900_000
     assert values['baton_handoffs_total{verdict="verified"}'] == 1
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from scripts import bench
+from scripts.benchmarks.codec import measure
 from scripts.benchmarks.figures import Figure, draw, ratio_to, table
 
 SLOW = Figure("serving", "32 streams", "engine alone", "tokens/s", (100.0, 200.0, 400.0))
@@ -33,7 +35,7 @@ def test_a_picture_is_drawn(tmp_path: Path) -> None:
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("part", ["served", "engine", "transfer", "router"])
+@pytest.mark.parametrize("part", ["served", "engine", "transfer", "codec", "router"])
 def test_every_part_explains_itself(part: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         bench.main([part, "--help"])
@@ -44,3 +46,10 @@ def test_every_part_explains_itself(part: str, capsys: pytest.CaptureFixture[str
 def test_an_unknown_part_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.main(["nonsense"]) == 2
     assert "'nonsense' is no benchmark" in capsys.readouterr().err
+
+
+def test_the_codec_is_measured_over_blocks_that_come_back() -> None:
+    blocks = np.random.default_rng(1).normal(size=(4, 2048)).astype(np.float32).view(np.uint8)
+    measured = measure("float32", blocks, 64, rounds=2)
+    assert 1.05 < measured.ratio < 1.4
+    assert min(measured.encode, measured.decode, measured.pays_below) > 0

@@ -104,3 +104,9 @@ def test_numbers_for_people() -> None:
     assert [size(n) for n in (5, 2048, 3 << 20, 5 << 30)] == ["5 B", "2.0 KiB", "3.0 MiB", "5.0 GiB"]
     assert [milliseconds(n) for n in (0.74, 42.11, 256.4)] == ["0.7", "42.1", "256"]
     assert transfer(_changed(transfer_ms=0.0)).startswith("4.0 MiB in 0.0 ms")
+
+
+def test_encoded_kv_is_told() -> None:
+    moved = _changed(kv_codec="lossless", kv_wire_bytes=3 << 20)
+    assert transfer(moved).startswith("4.0 MiB as 3.0 MiB lossless in ")
+    assert " as " not in transfer(_changed(kv_codec="raw", kv_wire_bytes=4 << 20))
