@@ -354,7 +354,7 @@ class Run:
             prompt_ids=self._prompt_ids,
             output_ids=list(self._output_ids),
             sampling=self._sampling,
-            deadline=self._clock.wall() + self.deadline - self._clock.now(),
+            deadline=self.deadline,
             salt=self._request.salt,
             priority=self._request.priority,
         )

@@ -3,13 +3,15 @@
 The signature says that a router of the deployment asks. An order names its worker and epoch, so one that was captured is
 worth nothing at another worker or after a restart; and it has a number, so it is worth nothing a second time: what has
 been taken is remembered in a window that slides with the highest number, as in IPsec (RFC 4303, section 3.4.3). Nothing
-here depends on clocks, and what is remembered has a bounded size.
+here depends on wall clocks, which hosts need not share and which jump: deadlines are carried over as what is left of them.
+What is remembered has a bounded size.
 """
 
 from __future__ import annotations
 
 import secrets
 import threading
+import time
 from collections import Counter, OrderedDict
 
 import msgspec
@@ -29,6 +31,7 @@ class Order(msgspec.Struct, frozen=True):
     epoch: Epoch
     sender: str  # another one in every life of a router
     number: int  # counts by one per sender and worker
+    sent: float  # monotonic seconds of the sender, as are the deadlines of the work
     work: list[Work]
 
 
@@ -50,7 +53,7 @@ class OrderBook:
         with self._lock:
             self._numbers[worker, epoch] += 1
             number = self._numbers[worker, epoch]
-        return sign(Domain.WORK, _encoder.encode(Order(worker, epoch, self._sender, number, work)), self._key)
+        return sign(Domain.WORK, _encoder.encode(Order(worker, epoch, self._sender, number, time.monotonic(), work)), self._key)
 
 
 class OrderReader:
@@ -64,7 +67,10 @@ class OrderReader:
         self._lock = threading.Lock()
 
     def take(self, sealed: bytes) -> list[Work]:
-        """Raises InvalidRequest when no router of this deployment signed it, or not for this worker, or it came before."""
+        """Work with deadlines by this process's clock; the way here is not counted.
+
+        Raises InvalidRequest when no router of this deployment signed it, or not for this worker, or it came before.
+        """
         body = verify(Domain.WORK, sealed, self._key)
         if body is None:
             raise InvalidRequest("this is an internal model of a Baton deployment: send requests to the model 'router'")
@@ -77,7 +83,8 @@ class OrderReader:
         with self._lock:
             if not self._window(order.sender).take(order.number):
                 raise InvalidRequest(f"work: worker {self._worker} has taken order {order.number} before")
-        return order.work
+        passed = time.monotonic() - order.sent
+        return [_shifted(piece, passed) for piece in order.work]
 
     def _window(self, sender: str) -> _Window:
         window = self._taken.setdefault(sender, _Window())
@@ -85,6 +92,11 @@ class OrderReader:
         if len(self._taken) > _MOST_SENDERS:
             self._taken.popitem(last=False)
         return window
+
+
+def _shifted(work: Work, by_s: float) -> Work:
+    request = msgspec.structs.replace(work.request, deadline=work.request.deadline + by_s)
+    return msgspec.structs.replace(work, request=request)
 
 
 class _Window:

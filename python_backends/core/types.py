@@ -127,7 +127,7 @@ class GenerateRequest(msgspec.Struct, frozen=True):
     request_id: RequestId
     prompt_ids: list[int]
     sampling: SamplingParams
-    deadline: float  # wall clock, seconds since the epoch; engines drop the request after it
+    deadline: float  # monotonic seconds of the process that has the request (orders carry it over); engines drop it then
     output_ids: list[int] = []
     salt: str = ""  # tenant isolation: part of every block hash
     priority: int = 0  # lower is served first

@@ -262,7 +262,7 @@ class Worker:
 
     def _forget_overdue(self) -> None:
         """A request whose abort came before it ends in silence: nothing else strikes it off."""
-        now = time.time()
+        now = time.monotonic()
         with self._live_lock:
             for requests in self._live.values():
                 for request_id in [request_id for request_id, deadline in requests.items() if deadline < now]:

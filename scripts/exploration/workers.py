@@ -415,7 +415,7 @@ class WorkersWorld:
             RequestId(f"{router or self._routers[-1]}.{self._count}.x"),
             prompt,
             sampling,
-            self._clock.wall() + seconds,
+            self._clock.monotonic() + seconds,
             output,
             salt,
             self._rng.choice([0, 0, 1]),
@@ -545,7 +545,7 @@ class WorkersWorld:
 
     def _hear_failure(self, asked: Asked, failure: RequestFailed) -> None:
         asked.ends += 1
-        overdue = asked.request.deadline <= self._clock.wall()
+        overdue = asked.request.deadline <= self._clock.monotonic()
         allowed = {
             "deadline passed": overdue,
             "is shutting down": True,

@@ -26,7 +26,9 @@ def make_request(
     **sampling: Any,
 ) -> GenerateRequest:
     params = SamplingParams(**({"max_tokens": 8, "temperature": 0.0, "seed": 7} | sampling))
-    return GenerateRequest(RequestId(request_id), list(prompt), params.validated(), time.time() + timeout_s, list(output), salt)
+    return GenerateRequest(
+        RequestId(request_id), list(prompt), params.validated(), time.monotonic() + timeout_s, list(output), salt
+    )
 
 
 class EngineBench:

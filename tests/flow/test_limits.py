@@ -144,7 +144,7 @@ def test_a_worker_that_sees_the_deadline_first_ends_the_request_with_the_same_er
         submit = house._submit
 
         def hurried(worker: Destination, work: Work, failed: Callable[[str], None]) -> None:
-            request = msgspec.structs.replace(work.request, deadline=time.time() + 0.1)
+            request = msgspec.structs.replace(work.request, deadline=time.monotonic() + 0.1)
             submit(worker, msgspec.structs.replace(work, request=request), failed)
 
         house.service._submit = hurried

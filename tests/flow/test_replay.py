@@ -68,7 +68,7 @@ def test_work_of_a_router_that_is_gone_is_refused() -> None:
         house.replace_router()
         worker = house.workers["prefill_0"].worker
         assert eventually(lambda: name not in worker._live)
-        request = GenerateRequest(RequestId(f"{name}.77.1p"), prompt(40), SamplingParams(seed=1), time.time() + 600)
+        request = GenerateRequest(RequestId(f"{name}.77.1p"), prompt(40), SamplingParams(seed=1), time.monotonic() + 600)
         with pytest.raises(InvalidRequest, match="hears nothing from router"):
             worker.submit(OrderBook(house.key).seal(WorkerId("prefill_0"), worker._epoch, [PrefillWork(request)]))
         assert house.ask(prompt(40)).error is None
@@ -80,7 +80,7 @@ def test_a_request_whose_abort_came_first_leaves_no_entry() -> None:
         assert house.ask(prompt(40)).error is None
         worker = house.workers["decode_0"].worker
         name = house.service.house.name
-        request = GenerateRequest(RequestId(f"{name}.77.1d"), prompt(40), SamplingParams(seed=1), time.time() + 0.2)
+        request = GenerateRequest(RequestId(f"{name}.77.1d"), prompt(40), SamplingParams(seed=1), time.monotonic() + 0.2)
         house.on_loop(lambda: house.service.abort(WorkerId("decode_0"), request.request_id))
         assert eventually(lambda: request.request_id in worker._engine._aborted)
         worker.submit(OrderBook(house.key).seal(WorkerId("decode_0"), worker._epoch, [DecodeWork(request)]))

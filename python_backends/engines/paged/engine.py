@@ -462,12 +462,12 @@ class PagedEngine:
         self._leases.release(lease_id)
 
     def _end_overdue(self) -> None:
-        self._leases.expire(time.monotonic())
-        now = time.time()
+        now = time.monotonic()
+        self._leases.expire(now)
         for sequence in [s for s in self._scheduler.all() if s.request.deadline <= now and not s.doomed]:
             self._abort(sequence.id)
             self._outputs.append(RequestFailed(sequence.id, TritonCode.UNAVAILABLE, "the request's deadline passed", False))
-        while self._used_leases and next(iter(self._used_leases.values())) < now:
+        while self._used_leases and next(iter(self._used_leases.values())) < time.time():
             self._used_leases.popitem(last=False)
 
     def _fail_batch(self, batch: list[tuple[Sequence, int]], error: Exception) -> None:

@@ -145,7 +145,7 @@ class Dispatcher:
 
     def tick(self) -> None:
         """Called a few times a second while busy."""
-        now = time.time()
+        now = time.monotonic()
         for job in [job for job in self._jobs.values() if job.request.deadline <= now]:
             self._end(job)
             self._output(RequestFailed(job.id, TritonCode.UNAVAILABLE, "the request's deadline passed", False))

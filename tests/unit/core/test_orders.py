@@ -20,6 +20,20 @@ REQUEST = GenerateRequest(RequestId("r1"), [1, 2, 3], SamplingParams(seed=1), de
 WORK: list[Work] = [PrefillWork(REQUEST), DecodeWork(REQUEST, b"ticket"), DecodeWork(REQUEST)]
 
 
+@pytest.fixture(autouse=True)
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("python_backends.core.orders.time", clock)
+    return clock
+
+
+class Clock:
+    now = 5.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
 def sealed(key: bytes = KEY, worker: WorkerId = WORKER, epoch: Epoch = EPOCH) -> bytes:
     return OrderBook(key).seal(worker, epoch, WORK)
 
@@ -30,6 +44,14 @@ def reader() -> OrderReader:
 
 def test_work_survives_the_call() -> None:
     assert reader().take(sealed()) == WORK
+
+
+def test_deadlines_are_carried_over_to_the_clock_of_another_host(clock: Clock) -> None:
+    order = sealed()  # four seconds are left
+    clock.now = 86_400.0
+    work = reader().take(order)
+    assert [piece.request.deadline for piece in work] == [86_404.0] * 3
+    assert [msgspec.structs.replace(piece, request=REQUEST) for piece in work] == WORK
 
 
 def test_work_of_a_foreign_caller_is_refused_with_the_way_in() -> None:
@@ -54,13 +76,13 @@ def test_random_bytes_are_no_work(order: bytes) -> None:
 
 
 def test_signed_text_that_is_no_utf8_is_no_work() -> None:
-    body = msgspec.msgpack.encode(Order(WORKER, EPOCH, "sender", 1, WORK)).replace(b"sender", b"sende\xff")
+    body = msgspec.msgpack.encode(Order(WORKER, EPOCH, "sender", 1, 0.0, WORK)).replace(b"sender", b"sende\xff")
     with pytest.raises(InvalidRequest, match="of the same version"):
         reader().take(sign(Domain.WORK, body, KEY))
 
 
 def test_ticket_is_no_work() -> None:
-    body = msgspec.msgpack.encode(Order(WORKER, EPOCH, "s", 1, WORK))
+    body = msgspec.msgpack.encode(Order(WORKER, EPOCH, "s", 1, 0.0, WORK))
     with pytest.raises(InvalidRequest, match="router"):
         reader().take(sign(Domain.HANDOFF, body, KEY))
 
@@ -113,7 +135,7 @@ def test_no_number_is_taken_twice_and_none_in_the_window_is_lost(numbers: list[i
     taker = reader()
     taken: set[int] = set()
     for number in numbers:
-        order = sign(Domain.WORK, msgspec.msgpack.encode(Order(WORKER, EPOCH, "s", number, [])), KEY)
+        order = sign(Domain.WORK, msgspec.msgpack.encode(Order(WORKER, EPOCH, "s", number, 0.0, [])), KEY)
         new = number not in taken and number > max(taken, default=0) - WINDOW
         try:
             taker.take(order)
