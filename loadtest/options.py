@@ -110,9 +110,7 @@ def add_options(parser: argparse._ActionsContainer, **defaults: object) -> None:
     """One flag per field of Options. `defaults` replace theirs."""
     hints = get_type_hints(Options, include_extras=True)
     for field in msgspec.structs.fields(Options):
-        bare, meta = get_args(hints[field.name])[:2]
-        if hasattr(bare, "__metadata__"):
-            bare = get_args(bare)[0]
+        bare, *notes = get_args(hints[field.name])  # nested ones come flat, the field's own last
         choices = get_args(bare) or None
         parser.add_argument(
             _flag(field.name),
@@ -120,7 +118,7 @@ def add_options(parser: argparse._ActionsContainer, **defaults: object) -> None:
             choices=choices,
             default=defaults.get(field.name, field.default),
             metavar=None if choices else "SECONDS" if field.name in _SECONDS else field.name.upper(),
-            help=str(meta.description),
+            help=str(notes[-1].description).replace("%", "%%"),
         )
 
 

@@ -24,7 +24,7 @@ from types import TracebackType
 from python_backends.core.config import load_deployment
 from python_backends.core.deployment_key import OPERATOR_HEADER, deployment_key, operator_secret
 from python_backends.core.errors import ConfigError, Unavailable
-from python_backends.core.paths import repository_root, run_base
+from python_backends.core.paths import repository_root, resolve_model, run_base
 from scripts import guardian
 from scripts.guardian import remove_traces
 
@@ -117,6 +117,7 @@ class TritonServer:
         Raises ConfigError with the server's own reason when it gives up, Unavailable when it takes too long; nothing
         is left running then. Of a failed start the log is kept.
         """
+        resolve_model(self.deployment.model.path)  # before anything is loaded for nothing
         self.run_dir.mkdir(mode=0o700)
         try:
             self._assemble()

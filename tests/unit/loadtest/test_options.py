@@ -53,3 +53,11 @@ def test_structured_values_name_the_flag() -> None:
     ):
         with pytest.raises(ConfigError, match=said):
             _ = (options.wanted_slo, options.extra_fields, options.token_range)
+
+
+def test_every_flag_has_its_help() -> None:
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    told = parser.format_help()
+    assert "None" not in told
+    assert "mixed: seconds from one long prompt to the next" in " ".join(told.split())
