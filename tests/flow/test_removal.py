@@ -6,6 +6,7 @@ import pytest
 
 from python_backends.core.types import Role, SamplingParams
 from router.lifecycle import State
+from router.types import Wish
 from tests.flow.house import FlowHouse, deployment, eventually, fake_engine, prompt, reference
 
 SAMPLING = SamplingParams(seed=4, max_tokens=200)
@@ -25,9 +26,10 @@ def test_removed_under_a_request_and_taken_in_again(state: State) -> None:
         house.on_loop(lambda: house.service._channel.connect(others))
         assert house.service.house.fleet.get(victim) is None
         assert answer.wait(20).ids == reference(prompt(60, 1), SAMPLING)
-        house.on_loop(lambda: house.service._channel.connect(everybody))
+        rivals = [house.address(view.id) for view in house.service.house.fleet if view.role is role]
+        house.on_loop(lambda: house.service._channel.connect([address for address in everybody if address not in rivals]))
         assert eventually(lambda: house.is_up(victim), 5)
-        answers = [house.begin(prompt(60, number), SAMPLING) for number in range(2, 6)]
+        answers = [house.begin(prompt(60, number), SAMPLING, Wish.REMOTE) for number in range(2, 6)]
         assert [answer.wait(20).ids for answer in answers] == [reference(prompt(60, i), SAMPLING) for i in range(2, 6)]
-        assert any(victim in (answer.proof.prefill_worker, answer.proof.decode_worker) for answer in answers)
+        assert all(victim in (answer.proof.prefill_worker, answer.proof.decode_worker) for answer in answers)
         house.assert_nothing_held(within=2.5)

@@ -52,6 +52,7 @@ OPTIONS_ONLY = {
     "loadtest": "tests/triton/test_loadtest.py::test_the_mixed_load",
     "compare": "tests/triton/test_loadtest.py::test_a_comparison_of_two_deployments",
     "soak": "tests/unit/scripts/test_soak.py::test_growth_beyond_noise_is_named",
+    "role": "tests/triton/test_drain.py::test_another_role_under_load_is_kept_when_the_worker_dies",
     "profile": "tests/triton/test_profile.py::test_a_running_server_is_profiled",
 }
 """Scripts that take long or start servers. Their options are read and the files they name opened; this test runs them."""

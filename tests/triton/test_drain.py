@@ -128,8 +128,7 @@ def test_a_stopped_server_lets_streams_end(server: TritonServer) -> None:
 
 def _news_of(server: TritonServer, name: str) -> WorkerNews:
     with RouterDoor(server.run_dir) as door:
-        news = door.news()
-    assert news is not None
+        news = next(filter(None, (door.news() for _ in range(10))))  # a busy router may be late
     (worker,) = [worker for worker in news.workers if worker.id == name]
     return worker
 

@@ -203,15 +203,15 @@ def _until(holds: Any, what: str) -> None:
 
 # --- servers of its own ------------------------------------------------------------------------------------------------
 
-DEPLOYMENT = "workers: [{workers}]\nengine: {{kv_pool_mib: 32, fake: {{prefill_us_per_token: 400, step_us: 5000}}}}\n"
-AGGREGATED = DEPLOYMENT.format(workers="{role: aggregated, engine: fake}")
-DISAGGREGATED = DEPLOYMENT.format(workers="{role: prefill, engine: fake}, {role: decode, engine: fake}")
+DISAGGREGATED = """
+workers: [{role: prefill, engine: fake}, {role: decode, engine: fake}]
+engine: {kv_pool_mib: 32, fake: {prefill_us_per_token: 400, step_us: 5000}}
+"""
 
 
-def test_a_comparison_of_two_deployments(tmp_path: Path) -> None:
-    (tmp_path / "one.yaml").write_text(AGGREGATED)
+def test_a_comparison_of_two_deployments(fake_server: TritonServer, tmp_path: Path) -> None:
     (tmp_path / "two.yaml").write_text(DISAGGREGATED)
-    sides = (f"together={tmp_path}/one.yaml", f"apart={tmp_path}/two.yaml")
+    sides = (f"together={_urls(fake_server)['gRPC']}", f"apart={tmp_path}/two.yaml")
     load = ("--streams", 3, "--period", 1.2, "--length-scale", 0.25, "--out", tmp_path / "out")
     done = _run("compare", *sides, "--rounds", 2, *load, *SHORT)
     assert done.returncode == 0, done.stdout + done.stderr

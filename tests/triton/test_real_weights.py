@@ -68,7 +68,7 @@ def test_thirty_two_in_flight_on_two_and_two_workers(real: Asking, smollm2_dir: 
     for i in range(32):
         text = f"{STORY[: 120 if i % 3 else 300]} Chapter {i}: the {('eldest', 'second', 'youngest')[i % 3]} son said"
         drawn = {"temperature": 0.8, "top_p": 0.95, "seed": i} if i % 2 else {}
-        wanted.append({"text_input": text, "max_tokens": 12, "return_output_ids": True, **drawn})
+        wanted.append({"text_input": text, "max_tokens": 8, "return_output_ids": True, **drawn})
     expected = [real.ask(**fields, route="aggregated").ids for fields in wanted]
     config = tmp_path / "2p2d.yaml"
     config.write_text((repository_root() / "configs" / "2p2d.yaml").read_text() + "router: {mode: always-remote}\n")

@@ -77,7 +77,7 @@ def test_arrivals_are_sent_on_time_and_recorded(server: tuple[str, Behaviour], t
     run, records = read_run(directory)
     assert 15 < len(records) == len(ended) < 80
     assert all(record.ok and len(record.arrival_s) == 4 and record.finish_reason == "length" for record in records)
-    assert all(0.05 <= record.ttft_ms / 1e3 < 1.0 for record in records)
+    assert all(0.05 <= record.ttft_ms / 1e3 < 10.0 for record in records)
     assert all(record.input_tokens_counted == 7 and record.cached_tokens == 3 for record in records)
     assert run.client.late_ms_p50 < 20
     assert run.client.cpu_s > 0
