@@ -71,7 +71,8 @@ def test_thirty_two_in_flight_on_two_and_two_workers(real: Asking, smollm2_dir: 
         wanted.append({"text_input": text, "max_tokens": 8, "return_output_ids": True, **drawn})
     expected = [real.ask(**fields, route="aggregated").ids for fields in wanted]
     config = tmp_path / "2p2d.yaml"
-    config.write_text((repository_root() / "configs" / "2p2d.yaml").read_text() + "router: {mode: always-remote}\n")
+    example = (repository_root() / "configs" / "2p2d.yaml").read_text()
+    config.write_text(example.replace("router:\n", "router:\n  mode: always-remote\n"))
     with TritonServer(config) as server:
         client = Asking(server)
         names = [f"r{i}" for i in range(32)]
