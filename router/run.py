@@ -383,13 +383,15 @@ class Run:
             "input_ids": self._prompt_ids,
             "output_ids": self._output_ids,
             "logit_bias": sampling.logit_bias,
-            "stop_token_ids": sampling.stop_token_ids,
         }
         for field, ids in named.items():
             if ids and not (min(ids) >= 0 and max(ids) < size):
                 outside = next(token for token in ids if not 0 <= token < size)
                 raise InvalidRequest(f"{field}: token id {outside} is not in the vocabulary of {size} tokens")
-        return sampling if sampling.seed is not None else msgspec.structs.replace(sampling, seed=secrets.randbits(64))
+        # A stop token outside the vocabulary never comes. Triton clients send the end_id of their own default model.
+        stops = tuple(token for token in sampling.stop_token_ids if token < size)
+        seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
+        return msgspec.structs.replace(sampling, seed=seed, stop_token_ids=stops)
 
     # --- giving back ---
 

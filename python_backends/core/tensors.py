@@ -40,7 +40,7 @@ ROUTER_INPUTS: tuple[TensorSpec, ...] = (
     _one("stream", "BOOL", "true: one response per piece of text. false (default): one response with the whole text."),
     _one("streaming", "BOOL", "Alias of stream."),
     _many("stop_words", "STRING", "Strings that end the text; they are not part of it. At most 16."),
-    _one("end_id", "INT32", "A token id that ends the text, besides the model's own."),
+    _one("end_id", "INT32", "A token id that ends the text, besides the model's own. One outside the vocabulary never does."),
     _one("exclude_input_in_output", "BOOL", "true (default): the completion alone. false: text_output begins with text_input."),
     # how tokens are chosen; without any of them the choice is greedy
     _one("temperature", "FP32", "0 is greedy. Default 1 when any of the others below is given."),

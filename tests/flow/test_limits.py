@@ -36,7 +36,6 @@ def house() -> Iterator[FlowHouse]:
         (ClientRequest(GREEDY, input_ids=[5, -1]), "input_ids"),
         (ClientRequest(GREEDY, input_ids=[5, VOCABULARY]), "input_ids"),
         (ClientRequest(SamplingParams(logit_bias={VOCABULARY: 1.0}), input_ids=[5]), "logit_bias"),
-        (ClientRequest(SamplingParams(stop_token_ids=(VOCABULARY,)), input_ids=[5]), "stop_token_ids"),
         (ClientRequest(GREEDY, input_ids=[5] * 8192), "8192"),
         (ClientRequest(GREEDY, text="x" * 1_000_001), "max_prompt_bytes"),
         (ClientRequest(GREEDY, input_ids=[5], salt="s" * (MAX_NAME_CHARS + 1)), "cache_salt"),
@@ -126,6 +125,11 @@ def test_requests_wait_for_the_first_worker() -> None:
         house.start("decode_0")
         for i, answer in enumerate(answers):
             assert answer.wait().ids == reference(prompt(60, i), GREEDY)
+
+
+def test_a_stop_token_outside_the_vocabulary_never_stops(house: FlowHouse) -> None:
+    sampling = msgspec.structs.replace(GREEDY, stop_token_ids=(VOCABULARY, 2**31 - 1), min_tokens=2)
+    assert house.ask(prompt(20), sampling).ids == house.ask(prompt(20)).ids
 
 
 def test_a_prompt_that_only_a_prefill_worker_can_take_is_refused_at_once() -> None:

@@ -108,7 +108,7 @@ def test_a_tensorrt_llm_ensemble_client_works_unchanged(fake_server: TritonServe
         "return_log_probs": True,
         "return_context_logits": False,
         "return_generation_logits": False,
-        "end_id": 2,
+        "end_id": 50256,  # of GPT-2, as such clients have it; no token here
         "pad_id": 2,
         "num_return_sequences": 1,
     }
