@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import random
-import time
 
 from python_backends.core.errors import TritonCode
 from python_backends.core.messages import DecodeWork, KVReady, Output, PrefillDone, PrefillWork, RequestFailed, TokenChunk, Work
 from python_backends.core.types import GenerateRequest, LeaseEnd, RequestId, Role, SamplingParams
 from router.fleet import WorkerView
 from router.house import House
+from router.mailroom import Box
 from router.run import lease_end
 
 _FIRST = -(1 << 31)  # priority: lower is served first
@@ -63,23 +63,32 @@ class Canary:
     ) -> GenerateRequest:
         request_id = RequestId(f"{self._house.new_request_id()}.c{leg}")
         sampling = SamplingParams(max_tokens=max_tokens, temperature=0, seed=0, ignore_eos=True)
-        return GenerateRequest(request_id, prompt, sampling, time.time() + timeout_s, output, self._salt, _FIRST)
+        return GenerateRequest(request_id, prompt, sampling, self._house.clock.now() + timeout_s, output, self._salt, _FIRST)
 
     async def _ask(self, worker: WorkerView, work: Work, timeout_s: float) -> list[Output]:
         """All outputs up to the last one; a RequestFailed of our own when that does not come in time."""
         outputs: list[Output] = []
         request_id = work.request.request_id
+        late = RequestFailed(request_id, TritonCode.UNAVAILABLE, "no answer in time", retryable=True)
         with self._house.mailroom.box(request_id, worker.id) as box:
             self._house.calls.submit(worker.id, work)
             try:
                 while not outputs or not _is_last(outputs[-1]):
-                    outputs.append(await asyncio.wait_for(box.get(), timeout_s))
-            except asyncio.TimeoutError:
-                outputs.append(RequestFailed(request_id, TritonCode.UNAVAILABLE, "no answer in time", retryable=True))
+                    outputs.append(await _next(box, timeout_s) or late)
             finally:
                 if not outputs or not isinstance(outputs[-1], PrefillDone | TokenChunk):
                     self._house.calls.abort(worker.id, request_id)
         return outputs
+
+
+async def _next(box: Box, timeout_s: float) -> Output | None:
+    """None: nothing came in time. Not wait_for: before Python 3.12 it loses a cancellation that comes with the output."""
+    getting = asyncio.ensure_future(box.get())
+    try:
+        await asyncio.wait({getting}, timeout=timeout_s)
+        return getting.result() if getting.done() else None
+    finally:
+        getting.cancel()
 
 
 def _is_last(output: Output) -> bool:

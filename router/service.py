@@ -38,7 +38,6 @@ log = logging.getLogger(__name__)
 
 _START_S = 10.0
 _STOP_S = 5.0
-_CANCEL_AGAIN_S = 0.2
 
 
 class Submit(Protocol):
@@ -196,11 +195,8 @@ class RouterService:
     async def _shut(self) -> None:
         self._end_requests()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
-        # More than once: up to Python 3.11 asyncio.wait_for loses a cancellation that comes together with what it waits for.
-        while running := [chore for chore in self._chores if not chore.done()]:
-            for chore in running:
-                chore.cancel()
-            await asyncio.wait(running, timeout=_CANCEL_AGAIN_S)
+        for chore in self._chores:
+            chore.cancel()
         await asyncio.gather(*self._chores, return_exceptions=True)
         self._supervisor.close()
         self._channel.close()

@@ -54,7 +54,7 @@ class BareEngine:
             self._running, self._tokens, self._first, self._failure = set(ids), 0, 0.0, ""
         began = time.monotonic()
         for request_id, prompt in zip(ids, prompts, strict=True):
-            self._engine.decode(GenerateRequest(request_id, prompt, sampling, time.time() + _TIMEOUT_S), None)
+            self._engine.decode(GenerateRequest(request_id, prompt, sampling, time.monotonic() + _TIMEOUT_S), None)
         with self._news:
             ended = self._news.wait_for(lambda: not self._running, _TIMEOUT_S)
             if self._failure or not ended:

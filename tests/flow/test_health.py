@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,9 +12,11 @@ from typing import Any
 import pytest
 
 from python_backends.core.config import RouterConfig
+from python_backends.core.messages import Work
 from python_backends.core.types import SamplingParams, WorkerId
 from router.health import Breaker, Circuit
 from router.lifecycle import State
+from router.seams import Destination
 from tests.flow.house import Answer, FlowHouse, deployment, eventually, fake_engine, prompt, reference
 
 SAMPLING = SamplingParams(seed=3, max_tokens=40)
@@ -110,6 +113,21 @@ def test_steps_that_take_longer_than_a_canary_may_are_learned() -> None:
             assert answer.wait().ids == reference(prompt(256, 10 + i), SAMPLING)
             assert eventually(_available(house, "decode_0"), 5)
         assert answer.proof.attempts == 1
+
+
+def test_canaries_end_at_the_worker_as_well() -> None:
+    """By the clock of the process, as of all requests: a router that forgets one leaves nothing behind."""
+    with FlowHouse(_deployment(1, 1)) as house:
+        left: list[float] = []
+        submit = house._submit
+
+        def seen(worker: Destination, work: Work, failed: Callable[[str], None]) -> None:
+            left.append(work.request.deadline - time.monotonic())
+            submit(worker, work, failed)
+
+        house.service._submit = seen
+        assert eventually(lambda: len(left) >= 4, 5)
+        assert all(0 < seconds < 120 for seconds in left), left
 
 
 def test_pairs_are_tried_and_told() -> None:
