@@ -7,15 +7,11 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from pathlib import Path
 
 from rich.console import Console
 
-from python_backends.core.errors import BatonError, Unavailable
-from scripts.router_door import RouterDoor, find_server
-from scripts.terminal import print_error
-
-_LOAD_S = 400.0  # for one worker to load its weights
+from python_backends.core.errors import Unavailable
+from scripts.router_door import LOAD_S, RouterDoor, add_door_options, at_door
 
 
 def parse_options(arguments: list[str] | None) -> argparse.Namespace:
@@ -23,8 +19,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
         prog="scripts/rolling-restart", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("workers", nargs="*", metavar="WORKER", help="in this order; none: all")
-    parser.add_argument("--grace", type=float, default=30.0, metavar="SECONDS", help="for what a worker has begun")
-    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="of the server, where several run")
+    add_door_options(parser, grace_help="for what a worker has begun")
     return parser.parse_args(arguments)
 
 
@@ -37,21 +32,14 @@ def rolling_restart(door: RouterDoor, workers: list[str], grace_s: float, consol
         workers = [worker.id for worker in news.workers]
     for number, worker in enumerate(workers, start=1):
         began = time.monotonic()
-        door.manage("restart", worker, grace_s, grace_s + _LOAD_S)
+        door.manage("restart", worker, grace_s, grace_s + LOAD_S)
         seconds = time.monotonic() - began
         console.print(f"{number}/{len(workers)} {worker} was restarted in {seconds:.1f} s", highlight=False)
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_options(arguments)
-    console = Console(stderr=True)
-    try:
-        with RouterDoor(find_server(options.run_dir)) as door:
-            rolling_restart(door, options.workers, options.grace, console)
-    except BatonError as error:
-        print_error(console, error)
-        return 1
-    return 0
+    return at_door(options.run_dir, lambda door, console: rolling_restart(door, options.workers, options.grace, console))
 
 
 if __name__ == "__main__":

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
 import zmq
+from rich.console import Console
 
-from python_backends.core.errors import InvalidRequest, Unavailable
+from python_backends.core.errors import BatonError, InvalidRequest, Unavailable
 from python_backends.core.paths import run_base
 from python_backends.core.types import Role, WorkerId
 from router.door.messages import (
@@ -25,9 +28,13 @@ from router.door.messages import (
     encode,
     from_router_decoder,
 )
+from scripts.terminal import print_error
 
 _ANSWER_S = 0.5
 _NEWEST = 1 << 62  # a sequence that nothing has come after
+
+LOAD_S = 400.0
+"""For a worker to load its weights: so long a restart may take beyond its grace period."""
 
 
 class RouterDoor:
@@ -104,3 +111,21 @@ def find_server(given: Path | None) -> Path:
     if len(found) > 1:
         raise InvalidRequest(f"several servers run: give one of them with --run-dir: {' '.join(map(str, sorted(found)))}")
     return found[0]
+
+
+def add_door_options(parser: argparse.ArgumentParser, grace_help: str) -> None:
+    """--grace and --run-dir of the scripts that manage workers."""
+    parser.add_argument("--grace", type=float, default=30.0, metavar="SECONDS", help=grace_help)
+    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="of the server, where several run")
+
+
+def at_door(run_dir: Path | None, manage: Callable[[RouterDoor, Console], None]) -> int:
+    """Let `manage` talk to the router of the server; what goes wrong is printed. Returns the exit status."""
+    console = Console(stderr=True)
+    try:
+        with RouterDoor(find_server(run_dir)) as door:
+            manage(door, console)
+    except BatonError as error:
+        print_error(console, error)
+        return 1
+    return 0

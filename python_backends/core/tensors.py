@@ -108,9 +108,9 @@ ROUTER_OUTPUTS: tuple[TensorSpec, ...] = (
 )
 
 WORK = TensorSpec("work", "UINT8", (-1,), "Signed work of a router (core/messages.py).", optional=False)
+ACCEPTED = TensorSpec("accepted", "INT32", (1,), "Pieces of work taken.", optional=False)
 ROLE_PARAMETER = "role"
 """Of a worker's model configuration: what it is loaded as, where that is not what the deployment says."""
-ACCEPTED = TensorSpec("accepted", "INT32", (1,), "Pieces of work taken.", optional=False)
 
 MODELS: dict[str, tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]] = {
     "router": (ROUTER_INPUTS, ROUTER_OUTPUTS),

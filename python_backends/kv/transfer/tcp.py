@@ -274,7 +274,7 @@ class _Share:
             self.decode_s += time.monotonic() - began
             self.wire_bytes += LENGTH.size + sum(piece.nbytes for piece in pieces)
             self._arrived([index])
-            self.left = self.left[1:]
+            self.left.pop(0)
 
     def _read_status(self, session: Session, deadline: float) -> Status:
         status = session.receive_message(deadline)
