@@ -43,6 +43,7 @@ class Record:
     input_tokens: int
     output_tokens_asked: int
     sent_s: float = 0.0
+    ended_s: float = float("nan")  # when the answer was complete or the error came; NaN while neither has happened
     arrival_s: array[float] = field(default_factory=lambda: array("d"))
     arrival_tokens: array[int] = field(default_factory=lambda: array("l"))
     input_tokens_counted: int = 0  # by the server; 0: it does not say
@@ -123,6 +124,7 @@ _COLUMNS = (
     "sent_s",
     "first_token_s",
     "last_token_s",
+    "ended_s",
     "input_tokens",
     "input_tokens_counted",
     "cached_tokens",
@@ -167,6 +169,7 @@ def _row(record: Record, slo: Slo) -> list[object]:
         "sent_s": record.sent_s,
         "first_token_s": first,
         "last_token_s": last,
+        "ended_s": record.ended_s,
         "ttft_ms": record.ttft_ms,
         "tpot_ms": record.tpot_ms,
         "itl_p99_ms": float(np.percentile(gaps, 99)) if gaps.size else float("nan"),
@@ -207,6 +210,7 @@ def _record(row: dict[str, str]) -> Record:
         input_tokens=int(row["input_tokens"]),
         output_tokens_asked=int(row["output_tokens_asked"]),
         sent_s=float(row["sent_s"]),
+        ended_s=float(row["ended_s"] or "nan"),
         input_tokens_counted=int(row["input_tokens_counted"]),
         cached_tokens=int(row["cached_tokens"]),
         output_tokens_counted=int(row["output_tokens"]),

@@ -158,6 +158,7 @@ class LoadTest:
             error = str(failure) or type(failure).__name__
         except Exception as failure:  # the server sent something that is no answer
             error = str(EngineFailure(f"the answer can't be read: {type(failure).__name__}: {failure}"))
+        record.ended_s = time.monotonic() - self._start
         usage = call.usage
         record.input_tokens_counted, record.cached_tokens = usage.input_tokens, usage.cached_tokens
         record.output_tokens_counted = usage.output_tokens

@@ -5,6 +5,7 @@
     scripts/bench transfer   how fast KV moves between processes, by every way, against memcpy, a socket and Redis
     scripts/bench codec      what the lossless codec makes of real KV, and on which links it pays
     scripts/bench router     what a decision of the router costs
+    scripts/bench overload   three times what can be served: who is accepted, who refused and how fast, and the memory
 
 The mixed load, on two deployments or on a rival's server in turn: scripts/compare --scenario mixed
 """
@@ -15,7 +16,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-_PARTS = ("served", "engine", "transfer", "codec", "router")
+_PARTS = ("served", "engine", "transfer", "codec", "router", "overload")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

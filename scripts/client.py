@@ -29,6 +29,7 @@ from python_backends.core.errors import (
     DeadlineExceeded,
     EngineFailure,
     InvalidRequest,
+    TritonCode,
     Unavailable,
 )
 from python_backends.core.tensors import ROUTER_INPUTS
@@ -53,7 +54,13 @@ _ERRORS: dict[grpc.StatusCode, type[BatonError]] = {
     grpc.StatusCode.CANCELLED: Cancelled,
     grpc.StatusCode.INTERNAL: EngineFailure,
 }
-_WITH_CODES = (("triton_grpc_error", "true"),)  # else a stream's errors are sentences without a code
+_BY_CODE: dict[str, type[BatonError]] = {
+    TritonCode.INVALID_ARG.value: InvalidRequest,
+    TritonCode.UNAVAILABLE.value: Unavailable,
+    TritonCode.CANCELLED.value: Cancelled,
+    TritonCode.INTERNAL.value: EngineFailure,
+}
+_MODEL_IS_AWAY = ("unknown model", "is not ready", "no available versions", "is unloading")  # Triton's own words
 _CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_reconnect_backoff_ms", 1000),
@@ -124,7 +131,7 @@ class Client:
             given = {"messages": json.dumps([dict(message) for message in prompt])}
         request = encode_request({**given, **fields, **_ALWAYS}, timeout_s)
         request.id = self._request_id
-        return Stream(self, self._stream_infer(request, timeout=timeout_s + _GRACE_S, metadata=_WITH_CODES))
+        return Stream(self, self._stream_infer(request, timeout=timeout_s + _GRACE_S))
 
     def explain(self, error: grpc.RpcError) -> BatonError:
         """The error as ours. A refused request and a missing server have the same code: only asking tells them apart."""
@@ -180,7 +187,7 @@ class Stream(Iterator[Chunk]):
         except grpc.RpcError as error:
             raise self._client.explain(error) from None
         if response.error_message:
-            raise EngineFailure(response.error_message)
+            raise stated_error(response.error_message)
         chunk = decode_response(response.infer_response)
         self._finished = bool(chunk.finish_reason)
         return chunk
@@ -198,6 +205,18 @@ class Stream(Iterator[Chunk]):
             return
 
 
+def stated_error(message: str) -> BatonError:
+    """An error that came as a message of the stream: the router's begins with its code, Triton's own has none.
+
+    Triton would end the stream with the code as the call's status, if the call's metadata said `triton_grpc_error`. Before
+    26.04 that may crash the server: it frees the stream's state and goes on using it.
+    """
+    code, colon, rest = message.partition(": ")
+    if colon and code in _BY_CODE:
+        return _BY_CODE[code](rest)
+    return (Unavailable if any(words in message for words in _MODEL_IS_AWAY) else EngineFailure)(message)
+
+
 def unreachable(address: str) -> str:
     return f"no server answers at {address}; start one with `make serve`"
 
@@ -206,6 +225,7 @@ def encode_request(fields: Mapping[str, object], timeout_s: float) -> Any:
     """ModelInferRequest with one tensor [1, n] per field. Raises InvalidRequest that names the field."""
     request = service_pb2.ModelInferRequest(model_name=_MODEL)
     request.parameters["timeout"].int64_param = int(timeout_s * 1e6)
+    request.parameters["error_codes"].bool_param = True
     for name, value in fields.items():
         if value is not None:
             _add_tensor(request, name, value)

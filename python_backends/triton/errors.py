@@ -9,5 +9,7 @@ import triton_python_backend_utils as pb_utils
 from python_backends.core.errors import BatonError
 
 
-def triton_error(error: BatonError) -> Any:
-    return pb_utils.TritonError(str(error), getattr(pb_utils.TritonError, error.code.value))
+def triton_error(error: BatonError, with_code: bool = False) -> Any:
+    """with_code: the message begins with the code's name."""
+    code = error.code.value
+    return pb_utils.TritonError(f"{code}: {error}" if with_code else str(error), getattr(pb_utils.TritonError, code))

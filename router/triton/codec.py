@@ -66,6 +66,7 @@ class Wanted:
     output_ids: bool
     proof: bool
     times: bool
+    error_codes: bool
 
 
 class _Tensors:
@@ -127,13 +128,22 @@ def decode_request(request: Any, default_max_tokens: int) -> tuple[ClientRequest
         client_id=request.request_id(),
         trace=continue_trace(*_trace_headers(request)),
     )
-    return client, _wanted(tensors, text)
+    return client, _wanted(tensors, text, wants_error_codes(request))
+
+
+def wants_error_codes(request: Any) -> bool:
+    """Whether errors are to name their code in the message: in a gRPC stream Triton gives the message alone."""
+    return _parameters(request).get("error_codes") is True
+
+
+def _parameters(request: Any) -> dict[str, Any]:
+    parameters = request.parameters()
+    return json.loads(parameters) if parameters else {}
 
 
 def _trace_headers(request: Any) -> tuple[str | None, str | None]:
     """traceparent and tracestate: the request's parameters, or else the server's own trace, if it makes one of it."""
-    parameters = request.parameters()
-    given = json.loads(parameters) if parameters else {}
+    given = _parameters(request)
     if "traceparent" not in given:
         context = request.trace().get_context()
         given = json.loads(context) if context else {}
@@ -267,7 +277,7 @@ def _check_unsupported(tensors: _Tensors) -> None:
         raise InvalidRequest("bad_words is not supported; use logit_bias in sampling_parameters")
 
 
-def _wanted(tensors: _Tensors, text: str | None) -> Wanted:
+def _wanted(tensors: _Tensors, text: str | None, error_codes: bool) -> Wanted:
     keep_input = tensors.scalar("exclude_input_in_output") is False
     return Wanted(
         stream=tensors.flag("stream") or tensors.flag("streaming"),
@@ -281,6 +291,7 @@ def _wanted(tensors: _Tensors, text: str | None) -> Wanted:
         output_ids=tensors.flag("return_output_ids"),
         proof=tensors.flag("return_proof") or tensors.flag("return_perf_metrics"),
         times=tensors.flag("return_perf_metrics"),
+        error_codes=error_codes,
     )
 
 

@@ -79,9 +79,9 @@ class Writer:
     def put(self, reply: TritonReply) -> None:
         self._queue.put(reply)
 
-    def refuse(self, stream: ResponseStream, error: BatonError) -> None:
-        """Answer a request that is not served at all."""
-        stream.send(pb_utils.InferenceResponse(error=triton_error(error)), final=True)
+    def refuse(self, stream: ResponseStream, error: BatonError, with_code: bool) -> None:
+        """Answer a request that is not served at all. with_code: see codec.wants_error_codes."""
+        stream.send(pb_utils.InferenceResponse(error=triton_error(error, with_code)), final=True)
 
     def close(self) -> None:
         """Send what is queued, then stop."""
@@ -113,7 +113,7 @@ class Writer:
             reply.stream.send(encode_piece(piece, reply.wanted, self._token_text), final=final)
             reply.sent = time.monotonic()
         if error is not None:
-            self.refuse(reply.stream, error)
+            self.refuse(reply.stream, error, reply.wanted.error_codes)
 
 
 class CancelWatch:

@@ -21,7 +21,7 @@ from router.metrics import Meter
 from router.service import Channels, RouterService
 from router.tokenizer import Tokenizer
 from router.triton.bls import TritonModelControl, TritonSubmitter
-from router.triton.codec import decode_request
+from router.triton.codec import decode_request, wants_error_codes
 from router.triton.metrics import TritonSink
 from router.triton.remote import RemoteServers
 from router.triton.reply import CancelWatch, TritonReply, Writer
@@ -71,7 +71,7 @@ class RouterModel:
         try:
             client_request, wanted = decode_request(request, self._default_max_tokens)
         except BatonError as error:
-            self._writer.refuse(stream, error)
+            self._writer.refuse(stream, error, wants_error_codes(request))
             return
         run = self._service.accept(client_request, TritonReply(stream, wanted, self._writer))
         self._watch.add(run, stream)

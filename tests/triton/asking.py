@@ -78,11 +78,11 @@ class Asking:
     """One gRPC stream, so any number of requests at once from one thread."""
 
     def __init__(self, server: Server, *, with_codes: bool = False) -> None:
-        """`with_codes`: errors carry their code, and the first one ends the stream, as Triton has it."""
+        """`with_codes`: errors begin with their code."""
         self._client = triton.InferenceServerClient(f"{server.host}:{server.grpc_port}")
         self._events: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
-        headers = {"triton_grpc_error": "true"} if with_codes else None
-        self._client.start_stream(lambda result, error: self._events.put((result, error)), headers=headers)
+        self._parameters = {"error_codes": True} if with_codes else None
+        self._client.start_stream(lambda result, error: self._events.put((result, error)))
         self._answers: dict[str, Answer] = {}
 
     def close(self, cancel: bool = False) -> None:
@@ -92,7 +92,13 @@ class Asking:
 
     def send(self, request_id: str, **fields: Any) -> None:
         self._answers[request_id] = Answer()
-        self._client.async_stream_infer("router", tensors(fields), request_id=request_id, enable_empty_final_response=True)
+        self._client.async_stream_infer(
+            "router",
+            tensors(fields),
+            request_id=request_id,
+            enable_empty_final_response=True,
+            parameters=self._parameters,
+        )
 
     def next_response(self) -> str:
         """Wait for one response of any request; returns whose."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from python_backends.core.errors import InvalidRequest, Unavailable
-from scripts.client import Client, encode_request
+from python_backends.core.errors import BatonError, Cancelled, EngineFailure, InvalidRequest, Unavailable
+from scripts.client import Client, encode_request, stated_error
 
 
 def test_fields_become_tensors() -> None:
@@ -27,6 +27,23 @@ def test_fields_become_tensors() -> None:
 def test_a_field_that_can_not_be_sent_is_named(fields: dict[str, object], named: str) -> None:
     with pytest.raises(InvalidRequest, match=named):
         encode_request(fields, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("message", "kind", "text"),
+    [
+        ("INVALID_ARG: max_tokens is -1: give more", InvalidRequest, "max_tokens is -1: give more"),
+        ("UNAVAILABLE: try again in 2 s", Unavailable, "try again in 2 s"),
+        ("CANCELLED: the client went away", Cancelled, "the client went away"),
+        ("INTERNAL: it broke", EngineFailure, "it broke"),
+        ("Request for unknown model: 'router' is not found", Unavailable, "Request for unknown model: 'router' is not found"),
+        ("Stub process 'router_0_0' is not healthy.", EngineFailure, "Stub process 'router_0_0' is not healthy."),
+    ],
+)
+def test_errors_of_a_stream_are_told_apart(message: str, kind: type[BatonError], text: str) -> None:
+    error = stated_error(message)
+    assert type(error) is kind
+    assert str(error) == text
 
 
 def test_nobody_answers() -> None:
