@@ -34,6 +34,7 @@ _RATE_PRIOR_MS = 2_000.0  # so long it is the predicted one
 _ON_TIME = 0.98  # share of the accepted requests that are to be on time
 _MARGIN_STEP = 0.05
 _MARGIN_RANGE = (0.7, 4.0)
+_FIRST_MARGIN = 1.25  # the first lateness is known only when a whole queue has been accepted
 
 
 class Forecast(msgspec.Struct, frozen=True):
@@ -74,7 +75,8 @@ class Admission:
         self._queue: FairQueue[Place] = FairQueue()
         self._pumping = False
         self._rate = _Rate(clock, capacity)
-        self._margins: defaultdict[int, float] = defaultdict(lambda: 1.0)  # by size of prompt, in powers of two
+        self._margin = _FIRST_MARGIN
+        self._margins: defaultdict[int, float] = defaultdict(lambda: 1.0)  # beyond that, by size of prompt in powers of two
         self._tenants: Counter[str] = Counter()  # their part of queued_tokens
         self.closed = False
         self.requests = 0
@@ -141,7 +143,7 @@ class Admission:
         if not slo.ttft_ms or not ahead:
             return None
         wait_ms = ahead / self._rate.tokens_per_ms()
-        margin = self._margins[place.tokens.bit_length()]
+        margin = self._margin_of(place.tokens)
         hopeless = forecast.alone_ms > slo.ttft_ms
         allowed_ms = slo.ttft_ms * _HOPELESS_SHARE if hopeless else slo.ttft_ms - forecast.now_ms * margin
         late_ms = wait_ms * margin - allowed_ms
@@ -154,15 +156,19 @@ class Admission:
             )
         return None if hopeless else slo.ttft_ms
 
+    def _margin_of(self, tokens: int) -> float:
+        return _within(self._margin * self._margins[tokens.bit_length()], _MARGIN_RANGE)
+
     def _learn_margin(self, tokens: int, late: bool) -> None:
-        """More care after an accepted request was late, a little less after each that was not.
+        """More care after an accepted request was late, a little less after each that was not: with all prompts, and those
+        of this size once more.
 
         Settles where the wanted share is on time: a quantile by stochastic approximation (Robbins and Monro, "A Stochastic
         Approximation Method", 1951), in logarithms.
         """
-        size = tokens.bit_length()
-        margin = self._margins[size] * math.exp(_MARGIN_STEP * (_ON_TIME if late else _ON_TIME - 1))
-        self._margins[size] = min(max(margin, _MARGIN_RANGE[0]), _MARGIN_RANGE[1])
+        size, step = tokens.bit_length(), math.exp(_MARGIN_STEP * (_ON_TIME if late else _ON_TIME - 1))
+        self._margin = _within(self._margin * step, _MARGIN_RANGE)
+        self._margins[size] = _within(self._margins[size] * step, _MARGIN_RANGE)
 
     def _retry_s(self, tokens: float) -> float:
         """When so many tokens more will have left the queue."""
@@ -299,3 +305,7 @@ class _Rate:
         fade = math.exp(-passed / _RATE_MEMORY_MS)
         self._tokens *= fade
         self._ms = self._ms * fade + passed
+
+
+def _within(value: float, bounds: tuple[float, float]) -> float:
+    return min(max(value, bounds[0]), bounds[1])

@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from random import Random
 
 from python_backends.core.messages import Heartbeat, StepSample
+from python_backends.core.step_model import StepModel, tokens_within
 from python_backends.core.types import Epoch, Role, WorkerId
-from router.cost_model import LinkModel, StepModel
+from router.cost_model import LinkModel
 
 _FIRST_HOP_MS = 2.0  # until it is known
 _HOP_RATE = 0.1
@@ -42,6 +43,7 @@ class WorkerView:
         self.fingerprint = heartbeat.fingerprint
         self.max_context = heartbeat.max_context
         self.step_tokens = heartbeat.step_tokens
+        self.step_ms = heartbeat.step_ms
         self.max_batch = heartbeat.max_batch
         self.block_size = heartbeat.layout.block_size
         self.token_bytes = heartbeat.layout.token_bytes
@@ -164,10 +166,21 @@ class WorkerView:
         held = max(self.kv_tokens, self.heartbeat.load.held_blocks * self.block_size)
         return self.requests == 0 or held + tokens <= self.pool_tokens
 
+    def chunk(self, depth: float) -> int:
+        """Tokens of a step that computes prompts beside the streams that are here, theirs included.
+
+        depth: prompt tokens that are computed by then. As python_backends.engines.paged.step_limit has it.
+        """
+        streams = self.streams
+        if not self.step_ms or not streams:
+            return self.step_tokens
+        most = max(self.step_tokens - streams, 1)
+        return streams + tokens_within(self.model, self.step_ms, streams, self.context_tokens, depth, most)
+
     def prefill_rate(self) -> float:
         """Prompt tokens per ms, in full steps beside the streams that are here."""
-        ms = self.model.step_ms(self.step_tokens, 0, self.streams, self.context_tokens)
-        return self.step_tokens / max(ms, 1e-3)
+        chunk = self.chunk(0.0)
+        return chunk / max(self.model.step_ms(chunk, 0, self.streams, self.context_tokens), 1e-3)
 
     def learn_step(self, step: StepSample) -> None:
         """Of a worker that tells its steps."""

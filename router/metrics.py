@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
+from python_backends.core.step_model import TERMS
 from python_backends.core.types import Role, WorkerId, WorkerLoad
-from router.cost_model import TERMS
 from router.fleet import WorkerView
 from router.journal import Record
 from router.lifecycle import LIVE

@@ -273,7 +273,8 @@ def _alone(query: Query, worker: WorkerView, way: Way, itl: float) -> _Option:
     cost, peak = ttft + _TOKENS_VALUED * itl, 0.0
     if streams:
         peak = _peak(worker, uncached, query.num_tokens)
-        cost += _DELAY_VALUED * streams * max(0.0, ttft - worker.hop_ms) / max(1 - _pressure(query, worker, itl), _LEAST_SLACK)
+        delay = max(0.0, ttft - worker.hop_ms) * _share_lost(worker, peak)
+        cost += _DELAY_VALUED * streams * delay / max(1 - _pressure(query, worker, itl), _LEAST_SLACK)
     lacks = None
     missing = query.num_tokens - query.cached.get(worker.id)
     if not has_room or not worker.takes_stream(missing + query.output_tokens):
@@ -292,7 +293,8 @@ def _first_token(query: Query, worker: WorkerView, borrowed: int = 0) -> tuple[i
         has_room = worker.takes_prompt(uncached)
         ahead = worker.tokens_before(uncached, query.contended, may_overtake=has_room)
     beside = worker.prefill_tokens - ahead if worker.prefill_tokens > ahead else 0
-    ms = prefill_ms(worker.model, worker.step_tokens, uncached, cached, ahead, beside, worker.streams, worker.context_tokens)
+    chunk = worker.chunk(cached + uncached / 2)
+    ms = prefill_ms(worker.model, chunk, uncached, cached, ahead, beside, worker.streams, worker.context_tokens)
     if borrowed:
         ms += worker.model.step_ms(borrowed / _LOAN_SHARE, 0, 0, 0)
     return uncached, worker.hop_ms + ms, has_room
@@ -308,9 +310,19 @@ def _pressure(query: Query, worker: WorkerView, itl: float) -> float:
 
 def _peak(worker: WorkerView, uncached: int, length: int) -> float:
     """The longest step of the worker while it computes the rest of a prompt of that length besides those it has."""
-    chunk = min(uncached + worker.prefill_tokens, max(worker.step_tokens - worker.streams, 1))
+    chunk = min(uncached + worker.prefill_tokens, max(worker.chunk(length) - worker.streams, 1))
     pairs = chunk * max(length - chunk / 2, chunk / 2)  # the last chunk sees most
     return worker.model.step_ms(chunk, pairs, worker.streams, worker.context_tokens)
+
+
+def _share_lost(worker: WorkerView, peak: float) -> float:
+    """Of the time that a prompt takes beside streams, what these lose: all of it, but for their own part of each step.
+
+    With full chunks that part is small, and the router takes none for granted; with chunks that are cut it is most.
+    """
+    if not worker.step_ms or peak <= 0.0:
+        return 1.0
+    return max(0.0, 1 - worker.model.step_ms(0, 0, worker.streams, worker.context_tokens) / peak)
 
 
 def _itl(query: Query, worker: WorkerView) -> float:

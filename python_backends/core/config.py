@@ -213,7 +213,10 @@ class SloConfig(Section, frozen=True):
         ),
     ] = 0.0
     itl_ms: Annotated[
-        NonNegativeFloat, Meta(description="Time between two tokens of a running stream aimed at, ms. 0: no target.")
+        NonNegativeFloat, Meta(
+            description="Time between two tokens of a running stream aimed at, ms. Paged engines compute as much of prompts "
+            "beside streams as leaves that time. 0: no target."
+        )
     ] = 0.0
 
 

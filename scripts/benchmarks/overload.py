@@ -34,7 +34,7 @@ from python_backends.core.paths import repository_root
 from scripts.loadtest import PROTOCOLS, command_line, interrupt_on_signals, run_load, started
 from scripts.terminal import print_error
 
-_STREAMS = 16  # that find out what can be served
+_STREAMS = 8  # that find out what can be served
 _FIND_OUT_S = 40.0
 _WARM_UP_S = 10.0
 _SAMPLE_S = 5.0
@@ -173,14 +173,24 @@ def measure(parsed: argparse.Namespace, console: Console) -> tuple[Outcome, Slo]
                 warmup=_WARM_UP_S,
                 max_in_flight=_IN_FLIGHT,
             )
-            found = msgspec.structs.replace(base, streams=_STREAMS, duration=_FIND_OUT_S, out=str(directory / "capacity"))
+            # Without a target nobody is refused: refused clients would ask again at once, and use the cores for that.
+            found = msgspec.structs.replace(
+                base,
+                streams=_STREAMS,
+                duration=_FIND_OUT_S,
+                fields='{"slo_ttft_ms": 0.0}',
+                out=str(directory / "capacity"),
+            )
             run_load(address, found, command, quiet=True)
             sustainable = _served_per_second(*_counted(directory / "capacity"))
             if not sustainable:
                 raise Unavailable(f"the deployment answered none of {_STREAMS} streams within {_FIND_OUT_S:.0f} s")
             console.print(f"{sustainable:.2f} requests/s can be served; now {parsed.times:g} times as many", highlight=False)
             load = msgspec.structs.replace(
-                base, rate=parsed.times * sustainable, duration=60 * parsed.minutes + _WARM_UP_S, out=str(directory / "overload")
+                base,
+                rate=parsed.times * sustainable,
+                duration=60 * parsed.minutes + _WARM_UP_S,
+                out=str(directory / "overload"),
             )
             with _memory_of(server.pid) as memory:
                 run_load(address, load, command, quiet=True)
@@ -205,7 +215,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="scripts/bench overload", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     default = repository_root() / "configs" / "default.yaml"
-    parser.add_argument("--config", type=Path, default=default, metavar="FILE", help="the deployment (default: configs/default.yaml)")
+    parser.add_argument(
+        "--config", type=Path, default=default, metavar="FILE", help="the deployment (default: configs/default.yaml)"
+    )
     parser.add_argument("--times", type=float, default=3.0, metavar="N", help="what can be served (default: 3)")
     parser.add_argument("--minutes", type=float, default=5.0, help="of overload (default: 5)")
     parser.add_argument("--ttft-ms", type=float, default=3000.0, help="target, where the deployment has none (default: 3000)")

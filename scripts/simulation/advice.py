@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import msgspec
 
 from python_backends.core.config import EngineConfig, SloConfig
+from python_backends.core.step_model import longest_step_ms, tokens_within
 from python_backends.core.types import Role
 from router.cost_model import prefill_ms
 from router.types import Way
@@ -123,7 +124,7 @@ def _reasons(
     decode, split = rates[Role.DECODE], best.fleet
     prompt = int(statistics.median(arrival.input_length for arrival in workload.arrivals))
     streams = aggregated.output_tokens_per_s * aggregated.tpot_ms["mean"] / 1e3
-    chunk = min(prompt, engine.step_tokens)
+    chunk = min(prompt, _chunk(decode, slo, engine, 8, 8 * prompt))
     disturbed = decode.step_ms(chunk, chunk * chunk / 2, 8, 8 * prompt)
     reasons = [
         f"time between tokens, p99: {aggregated.itl_ms['p99']:.0f} ms aggregated, {best.itl_ms['p99']:.0f} ms as {split} "
@@ -156,6 +157,13 @@ def _reasons(
     if aggregated.in_target > 0.95 and aggregated.refused == 0:
         reasons.append(f"there is nothing to mend: {aggregated.in_target:.1%} of the answers keep the targets as it is")
     return reasons
+
+
+def _chunk(decode: Rates, slo: SloConfig, engine: EngineConfig, streams: int, context: int) -> int:
+    """Prompt tokens of a step beside so many streams: what a worker computes that has a target to keep."""
+    if not slo.itl_ms:
+        return engine.step_tokens
+    return tokens_within(decode, longest_step_ms(slo.itl_ms), streams, context, 0, engine.step_tokens)
 
 
 def _link_reasons(workload: Workload, rates: Mapping[Role, Rates], engine: EngineConfig, link_gb_s: float) -> list[str]:

@@ -17,7 +17,7 @@ from msgspec import Meta
 from python_backends.core.errors import ConfigError
 from python_backends.core.messages import StepSample
 from python_backends.core.section import Section
-from router.cost_model import TERMS
+from python_backends.core.step_model import TERMS
 
 # prompt tokens, of which so many are cached; streams, of so many tokens each
 _CALIBRATION = ((64, 0, 0, 0), (0, 0, 1, 64), (0, 0, 8, 64), (1024, 0, 0, 0), (0, 0, 8, 512), (1024, 1024, 0, 0))
@@ -27,7 +27,7 @@ Amount = Annotated[float, Meta(gt=0)]
 
 
 class Rates(msgspec.Struct, frozen=True):
-    """One worker. `coefficients`: ms, of router.cost_model.TERMS."""
+    """One worker. `coefficients`: ms, of core.step_model.TERMS."""
 
     coefficients: tuple[float, ...]
     token_bytes: int  # of KV, per token

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from random import Random
 
 from python_backends.core.errors import Unavailable
+from python_backends.core.step_model import TERMS
 from python_backends.core.types import Role
-from router.cost_model import TERMS
 from scripts.simulation.hardware import Rates
 from scripts.simulation.workload import PLAIN_BLOCK, Arrival, Workload
 

@@ -16,6 +16,7 @@ from python_backends.core.block_hash import block_hashes
 from python_backends.core.config import Deployment, EngineConfig, RouterConfig, TransferConfig, WorkerConfig
 from python_backends.core.errors import BatonError
 from python_backends.core.messages import Work
+from python_backends.core.step_model import longest_step_ms
 from python_backends.core.types import BlockHash, LeaseEnd, RequestId, Role, SamplingParams, WorkerId
 from router.fleet import WorkerView
 from router.house import House
@@ -130,6 +131,7 @@ class Simulation:
                 self._workload.block_size,
                 self.result.itl,
                 Random(f"{scenario.seed}/{role.value}/{index}"),
+                step_ms=0.0 if role is Role.PREFILL else longest_step_ms(scenario.router.slo.itl_ms),
             )
             for role, count in scenario.workers.items()
             for index in range(count)

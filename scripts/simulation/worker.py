@@ -33,6 +33,7 @@ from python_backends.core.messages import (
     TokenChunk,
     Work,
 )
+from python_backends.core.step_model import tokens_within
 from python_backends.core.types import BlockHash, Epoch, FinishReason, KVReport, RequestId, Role, WorkerId, WorkerLoad
 from python_backends.kv.block_pool import BlockPool
 from router.house import House
@@ -90,8 +91,12 @@ class SimulatedWorker:
         block_size: int,
         itl: Histogram,
         random: Random,
+        step_ms: float = 0.0,
     ) -> None:
-        """block_size: of the workload's hashes. itl: milliseconds between tokens, of all workers together."""
+        """block_size: of the workload's hashes. itl: milliseconds between tokens, of all workers together.
+
+        step_ms: engines.base.EngineInfo's.
+        """
         self.id = WorkerId(name)
         self.role = role
         self.busy_s = 0.0
@@ -101,6 +106,7 @@ class SimulatedWorker:
         self._size = block_size
         self._itl = itl
         self._random = random
+        self._step_ms = step_ms
         num_blocks = max(rates.pool_tokens // block_size, 2)
         self._pool = BlockPool(num_blocks, np.zeros(num_blocks, np.uint64))
         self._epoch = Epoch(1)
@@ -163,6 +169,7 @@ class SimulatedWorker:
             max_context=pool.total_blocks * self._size,
             step_tokens=self._engine.step_tokens,
             max_batch=self._engine.max_batch,
+            step_ms=self._step_ms,
             events_sequence=self._events,
             calibration=self._rates.calibration(),
         )
@@ -223,7 +230,7 @@ class SimulatedWorker:
         noise = self._rates.noise
         self._slowness = math.exp(self._random.gauss(0, noise)) if noise else 1.0
         self._since = self._loop.time()
-        self._chunks = _chunks(self._prompts, self._engine.step_tokens - self._streams)
+        self._chunks = _chunks(self._prompts, self._budget())
         if self._chunks:
             tokens = sum(count for _, count in self._chunks)
             self._shape = tokens, sum(count * (sequence.computed + count / 2) for sequence, count in self._chunks)
@@ -235,6 +242,14 @@ class SimulatedWorker:
             self._count = max(min(first_end, self._room() // self._streams, _MOST_STEPS_AT_ONCE), 1)
             ms = self._streams_ms(self._count)
         self._timer = self._loop.call_at(self._since + ms / 1e3, self._end)
+
+    def _budget(self) -> int:
+        """Prompt tokens that the next step may compute, as engines/paged/step_limit.py has it."""
+        most = max(self._engine.step_tokens - self._streams, 1)
+        if not self._step_ms or not self._streams or not self._prompts:
+            return most
+        depth = min(self._prompts).computed
+        return tokens_within(self._rates, self._step_ms, self._streams, self._context, depth, most)
 
     def _end(self) -> None:
         """The step, or the steps, under way are done."""

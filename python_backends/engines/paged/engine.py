@@ -23,6 +23,7 @@ from python_backends.core.config import Deployment, WorkerConfig
 from python_backends.core.errors import BatonError, ConfigError, EngineFailure, HandoffRefused, RefusalReason, TritonCode
 from python_backends.core.handoff import TICKET_VERSION, KVHandoff, seal, unseal
 from python_backends.core.messages import KVReady, Lent, Output, PrefillDone, RequestFailed, StepSample, TokenChunk
+from python_backends.core.step_model import longest_step_ms
 from python_backends.core.types import (
     BlockHash,
     Epoch,
@@ -44,6 +45,7 @@ from python_backends.engines.paged.runner import Draw, ModelRunner, Sampled, Sli
 from python_backends.engines.paged.scheduler import Scheduler
 from python_backends.engines.paged.sequence import Sequence
 from python_backends.engines.paged.speculation import StepCost
+from python_backends.engines.paged.step_limit import StepLimit
 from python_backends.engines.paged.store_feed import StoreFeed
 from python_backends.kv.block_pool import BlockPool
 from python_backends.kv.lease import LeaseTable
@@ -92,6 +94,8 @@ class PagedEngine:
         self._closing = False
         self._load = WorkerLoad()
         self._calibration: list[StepSample] = []
+        self._step_ms = 0.0 if self._role is Role.PREFILL else longest_step_ms(deployment.router.slo.itl_ms)
+        self._limit: StepLimit | None = None
         self._steps: deque[StepSample] = deque(maxlen=_UNTOLD_STEPS)
         self._busy_since: float | None = None  # monotonic, s: end of the last step, if this one follows at once
         self._thread: threading.Thread | None = None
@@ -120,6 +124,9 @@ class PagedEngine:
             )
         self._furnish(PoolMemory(num_blocks, layout.block_bytes, self._epoch), on_outputs)
         self._calibration = calibrate(self._runner, num_blocks, self._config, self.info.max_context)
+        if self._step_ms:
+            self._limit = StepLimit(self._step_ms, self._config.step_tokens, self._calibration)
+            self._scheduler.limit_steps(self._limit.prompt_tokens)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -144,6 +151,7 @@ class PagedEngine:
             max_context=min(max_context, memory.num_blocks * layout.block_size),
             step_tokens=self._config.step_tokens,
             max_batch=self._config.max_batch,
+            step_ms=self._step_ms,
         )
         self._guides = Guides(self._runner.tokenizer_path, self._runner.vocab_size, self._runner.eos_token_ids)
         self._snapshot()
@@ -292,7 +300,10 @@ class PagedEngine:
             for (sequence, count), piece, sampled in zip(batch, slices, results, strict=True):
                 self._advance(sequence, count, piece.drafts, sampled)
             self._busy_since = time.monotonic()
-            self._steps.append(StepSample(*shape, ms=(self._busy_since - began) * 1e3, decode_tokens=got))
+            sample = StepSample(*shape, ms=(self._busy_since - began) * 1e3, decode_tokens=got)
+            self._steps.append(sample)
+            if self._limit is not None:
+                self._limit.learn(sample)
         return True
 
     def _slice(self, sequence: Sequence, count: int, marginal: float) -> Slice:

@@ -11,11 +11,14 @@ blocks) or `running` (computes). All methods run on the engine's thread; nothing
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from python_backends.core.types import RequestId
 from python_backends.engines.paged.sequence import Sequence
 from python_backends.kv.block_pool import BlockPool
+
+PromptTokens = Callable[[int, int, int], int]
+"""step_limit.StepLimit.prompt_tokens."""
 
 
 class Scheduler:
@@ -24,9 +27,14 @@ class Scheduler:
         self._block_size = block_size
         self._max_batch = max_batch
         self._step_tokens = step_tokens
+        self._beside_streams: PromptTokens | None = None
         self.waiting: list[Sequence] = []
         self.fetching: dict[RequestId, Sequence] = {}
         self.running: list[Sequence] = []
+
+    def limit_steps(self, beside_streams: PromptTokens) -> None:
+        """From now on steps with running streams compute at most so many prompt tokens."""
+        self._beside_streams = beside_streams
 
     # --- moves between the three places ---
 
@@ -89,6 +97,9 @@ class Scheduler:
         batch = [(sequence, 1) for sequence in self._with_room(streams)]
         budget = self._step_tokens - len(batch)
         prompts = sorted((s for s in self.running if s.num_uncomputed > 1), key=lambda s: s.order)
+        if batch and prompts and self._beside_streams is not None:
+            context = sum(sequence.num_computed for sequence, _ in batch)
+            budget = min(budget, self._beside_streams(len(batch), context, prompts[0].num_computed))
         return batch + _chunks(prompts, budget)
 
     def room_ahead(self, sequence: Sequence, most: int) -> int:

@@ -26,6 +26,7 @@ def heartbeat(
     max_batch: int = 8,
     stores: Collection[str] = (),
     lends: bool = False,
+    step_ms: float = 0.0,
 ) -> Heartbeat:
     return Heartbeat(
         worker=WorkerId(name),
@@ -44,6 +45,7 @@ def heartbeat(
         events_sequence=sequence,
         stores={tier: StoreCounts() for tier in stores},
         lends=lends,
+        step_ms=step_ms,
     )
 
 
@@ -61,9 +63,18 @@ def put(
     total_blocks: int = 1000,
     coefficients: Sequence[float] = SIMPLE,
     lends: bool = False,
+    step_ms: float = 0.0,
 ) -> WorkerView:
     """A worker that has so many streams, of `context` tokens in all, and prompts with these tokens to compute."""
-    beat = heartbeat(name, role, max_context=max_context, fingerprint=fingerprint, total_blocks=total_blocks, lends=lends)
+    beat = heartbeat(
+        name,
+        role,
+        max_context=max_context,
+        fingerprint=fingerprint,
+        total_blocks=total_blocks,
+        lends=lends,
+        step_ms=step_ms,
+    )
     fleet.hear(beat, 0.0)
     view = fleet.get(WorkerId(name))
     assert view is not None

@@ -332,3 +332,13 @@ def test_streams_that_guess_ahead_get_their_tokens_sooner() -> None:
     for _ in range(200):
         fleet.stepped(D, [StepSample(0, 0.0, 4, 400, ms=20.0, decode_tokens=10)])
     assert worker.tokens_per_step == pytest.approx(2.5, rel=0.01)
+
+
+def test_a_worker_that_keeps_its_steps_short_computes_less_of_a_prompt_beside_streams() -> None:
+    """A step takes 2 ms, a stream 1, a prompt token 0.1."""
+    fleet = Fleet()
+    assert put(fleet, "free", Role.DECODE, streams=8).chunk(0.0) == 256
+    kept = put(fleet, "kept", Role.DECODE, streams=8, step_ms=20.0)
+    assert kept.chunk(0.0) == 8 + 100
+    assert kept.prefill_rate() < put(fleet, "idle", Role.DECODE, step_ms=20.0).prefill_rate()
+    assert put(fleet, "alone", Role.DECODE, step_ms=20.0).chunk(0.0) == 256, "nobody waits"

@@ -95,6 +95,19 @@ def test_the_time_between_tokens_comes_first(fleet: Fleet) -> None:
     assert chosen(query(50, slo=Slo(itl_ms=20.0)), fleet).way is Way.LOCAL
 
 
+def test_a_worker_that_keeps_its_steps_short_may_compute_a_prompt_beside_streams() -> None:
+    """With the whole prompt in one step streams would wait 26 ms. Cut chunks take longer, but less than a long queue."""
+
+    def way(step_ms: float, queued: int) -> Way:
+        fleet = Fleet()
+        put(fleet, "p", P, prompts=[queued] if queued else []), put(fleet, "d", D, streams=4, step_ms=step_ms)
+        return chosen(query(slo=Slo(itl_ms=20.0)), fleet).way
+
+    assert way(16.0, 0) is Way.REMOTE
+    assert way(16.0, 900) is Way.LOCAL
+    assert way(0.0, 900) is Way.REMOTE
+
+
 def test_a_target_for_the_first_token_is_worth_a_delay_of_others(fleet: Fleet) -> None:
     put(fleet, "p", P, prompts=[80]), put(fleet, "d", D, streams=7)
     assert chosen(query(), fleet).way is Way.REMOTE

@@ -46,5 +46,5 @@ def test_a_deployment_keeps_its_targets_and_is_given_what_it_lacks(tmp_path: Pat
 
 
 def test_a_deployment_that_cant_be_read_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--config: .*missing.yaml"):
+    with pytest.raises(ConfigError, match=r"--config: .*missing\.yaml"):
         _deployment(tmp_path / "missing.yaml", 700.0, tmp_path)

@@ -7,7 +7,7 @@ import pytest
 
 from python_backends.core.errors import ConfigError
 from python_backends.core.paths import repository_root
-from router.cost_model import StepModel
+from python_backends.core.step_model import StepModel
 from scripts.simulation.hardware import Rates, load_catalogue, load_rates
 
 CATALOGUE = repository_root() / "configs" / "simulation" / "gpus.yaml"
