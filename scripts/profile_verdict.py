@@ -80,7 +80,10 @@ class Verdict(msgspec.Struct, frozen=True):
 
 
 _COMPARE = "Put it to the test: scripts/compare one=configs/aggregated.yaml two=configs/1p1d.yaml with the same load."
-_CHUNKS = "Cheaper to try first: a lower engine.step_tokens makes chunks of prompts, and so the gaps, shorter; TTFT grows."
+_CHUNKS = (
+    "Cheaper to try first: router.slo.itl_ms, or a lower engine.step_tokens, makes chunks of prompts, and so the gaps, "
+    "shorter; TTFT grows."
+)
 _PREFIX = "Keep what prompts share at their beginning, and give the prefix cache room (engine.kv_pool_mib)."
 
 

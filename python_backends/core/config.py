@@ -213,10 +213,11 @@ class SloConfig(Section, frozen=True):
         ),
     ] = 0.0
     itl_ms: Annotated[
-        NonNegativeFloat, Meta(
+        NonNegativeFloat,
+        Meta(
             description="Time between two tokens of a running stream aimed at, ms. Paged engines compute as much of prompts "
             "beside streams as leaves that time. 0: no target."
-        )
+        ),
     ] = 0.0
 
 

@@ -41,7 +41,7 @@ _KNOWN_AFTER = 32  # samples
 _QUICK_MS = 20.0  # of steps of streams alone that take less ...
 _ONE_IN = 4  # ... one in so many is learned from
 _LEAST_MS = 1e-3  # no step takes less; a prediction below says nothing
-_SHARE_OF_ITL = 0.9  # predictions are off by some, and a stream has its token a moment after the step
+_SHARE_OF_ITL = 0.8  # predictions are off by some, and a stream has its token a moment after the step
 _LEAST_SHARE = 16
 _OUTLIER = 3.0  # a step so many times longer than expected counts as so long: the machine did something else meanwhile
 
