@@ -63,8 +63,8 @@ since it asks for counts of blocks and drafts too (the four times alone are ther
 Errors: INVALID_ARG (400) names the field; UNAVAILABLE (503) may be sent again: the queue is full, a worker is lost or
 the deadline passed; CANCELLED; INTERNAL. The request parameter `timeout` (microseconds) is the deadline. In a gRPC stream
 Triton gives an error's message alone; with the request parameter `error_codes: true` it begins with the code
-(`UNAVAILABLE: ...`). Triton's own way to codes, the metadata `triton_grpc_error: true`, is not for production before Triton 26.04: errors
-that come while a request waits crash the server now and then (a use after free in its gRPC front end; seen with 24.10).
+(`UNAVAILABLE: ...`). Triton's own way to codes, the metadata `triton_grpc_error: true`, is not for production before Triton
+26.04: errors that come while a request waits crash the server now and then (a use after free in its gRPC front end; seen with 24.10).
 
 The request parameters `traceparent` and `tracestate` continue a client's trace ([observability.md](observability.md)).
 
