@@ -64,7 +64,8 @@ Errors: INVALID_ARG (400) names the field; UNAVAILABLE (503) may be sent again: 
 the deadline passed; CANCELLED; INTERNAL. The request parameter `timeout` (microseconds) is the deadline. In a gRPC stream
 Triton gives an error's message alone; with the request parameter `error_codes: true` it begins with the code
 (`UNAVAILABLE: ...`). Triton's own way to codes, the metadata `triton_grpc_error: true`, is not for production before Triton
-26.04: errors that come while a request waits crash the server now and then (a use after free in its gRPC front end; seen with 24.10).
+26.04: errors that come while a request waits crash the server now and then (a use after free in its gRPC front end, seen
+with 24.10).
 
 The request parameters `traceparent` and `tracestate` continue a client's trace ([observability.md](observability.md)).
 
