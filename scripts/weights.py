@@ -50,8 +50,8 @@ _STAMP = "baton-stamp.json"
 _LOCK_TIMEOUT_S = 600.0
 _LOCK_POLL_S = 0.2
 
-_TENSORS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
-_LAYER_TENSORS = {
+TENSORS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
+LAYER_TENSORS = {
     "attn_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -62,6 +62,7 @@ _LAYER_TENSORS = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+"""GGUF's names of what a Llama has, and of what its layers have, and Hugging Face's."""
 
 
 def prepare_demo_model(console: Console) -> Path:
@@ -147,8 +148,8 @@ def _tensor_name(name: str) -> tuple[str, str]:
     """(Hugging Face name, GGUF kind): `blk.3.attn_q.weight` -> (`model.layers.3.self_attn.q_proj.weight`, `attn_q`)."""
     parts = name.split(".")
     if parts[0] == "blk":
-        return f"model.layers.{parts[1]}.{_LAYER_TENSORS[parts[2]]}.weight", parts[2]
-    return f"{_TENSORS[parts[0]]}.weight", parts[0]
+        return f"model.layers.{parts[1]}.{LAYER_TENSORS[parts[2]]}.weight", parts[2]
+    return f"{TENSORS[parts[0]]}.weight", parts[0]
 
 
 def _unpermute(weight: npt.NDArray[np.float32], heads: int) -> npt.NDArray[np.float32]:

