@@ -295,7 +295,12 @@ def _over_time(sides: Sequence[Side]) -> Plot:
         place_legend(figure, axes[0], narrow)
 
     n = "the first round of each"
-    return Plot("Smoothness under prefill", draw("time", paint, 3.3 * len(sides), 3.7 * len(sides)), n, "The same requests come at the same seconds.")
+    return Plot(
+        "Smoothness under prefill",
+        draw("time", paint, 3.3 * len(sides), 3.7 * len(sides)),
+        n,
+        "The same requests come at the same seconds.",
+    )
 
 
 def _goodput(sides: Sequence[Side]) -> Plot:

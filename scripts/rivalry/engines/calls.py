@@ -1,6 +1,6 @@
 """How a rival's engine is asked: a program in its own environment that reads calls from stdin and answers on stdout.
 
-A call is a line of JSON, `{"prompts": [[1, 2], ...], "steps": 12}`; its answer is `{"first": seconds, "steps": [seconds, ...]}`.
+A call is a line of JSON, `{"prompts": [[1, 2], ...], "steps": 12}`; its answer `{"first": seconds, "steps": [seconds, ...]}`.
 The first line of all is `{"ready": true}`. Needs nothing but Python, since the environments have nothing else in common.
 """
 
