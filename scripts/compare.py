@@ -111,7 +111,7 @@ def _rivals(targets: Sequence[Target], out: Path, console: Console) -> Iterator[
                 continue
             out.mkdir(parents=True, exist_ok=True)
             server = RivalServer(target.rival, _model(targets, target.name), out / f"{target.name}.log")
-            console.print(f"starting {target.name}: {server.description}", highlight=False, markup=False)
+            console.print(f"starting {target.name}: {server.description}", highlight=False, markup=False, soft_wrap=True)
             server.start()
             stack.callback(server.stop)
             rivals[target.name] = server

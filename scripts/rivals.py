@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from python_backends.core.errors import BatonError
-from scripts.rivalry.environments import ENVIRONMENTS
+from scripts.rivalry.environments import ENVIRONMENTS, rivals_dir
 from scripts.rivalry.servers import RIVALS
 from scripts.terminal import print_error
 
@@ -23,9 +23,10 @@ from scripts.terminal import print_error
 def _show(console: Console) -> None:
     table = Table("rival", "what", "packages", "installed", box=None, padding=(0, 2), pad_edge=False)
     for environment in ENVIRONMENTS.values():
-        where = str(environment.directory) if environment.is_installed else "no"
-        table.add_row(environment.name, environment.about, " ".join(environment.requirements), where)
+        installed = "yes" if environment.is_installed else "no"
+        table.add_row(environment.name, environment.about, ", ".join(environment.requirements), installed)
     console.print(table)
+    console.print(f"\nEach is or would be in {rivals_dir()}/NAME.", highlight=False, soft_wrap=True)
     console.print("\nServers, as scripts/compare and scripts/bench mixed name them:", highlight=False)
     for rival in RIVALS.values():
         console.print(f"  {rival.name:<16}{rival.about}", highlight=False)

@@ -19,6 +19,11 @@ from python_backends.core.paths import cache_dir
 _STAMP = "baton-installed"
 
 
+def rivals_dir() -> Path:
+    """Where their environments and models are. It need not exist."""
+    return cache_dir() / "rivals"
+
+
 @dataclass(frozen=True, slots=True)
 class Environment:
     """What to install for one rival. `mend`: what its packages need after pip, given the environment's directory.
@@ -35,7 +40,7 @@ class Environment:
     @property
     def directory(self) -> Path:
         """It need not exist."""
-        return cache_dir() / "rivals" / self.name
+        return rivals_dir() / self.name
 
     @property
     def is_installed(self) -> bool:

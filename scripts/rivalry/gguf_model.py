@@ -28,7 +28,7 @@ def write_gguf(model: Path, target: Path) -> None:
         raise ConfigError(f"{model}: only Llama models with tied embeddings are written as GGUF")
     writer = gguf.GGUFWriter(target, "llama")
     _describe(writer, config)
-    _add_tokenizer(writer, json.loads((model / "tokenizer.json").read_text(encoding="utf-8")), config)
+    _add_tokenizer(writer, model, config)
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     for path in sorted(model.glob("*.safetensors")):
         with safe_open(path, "numpy") as file:
@@ -60,7 +60,9 @@ def _describe(writer: Any, config: dict[str, Any]) -> None:
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
 
 
-def _add_tokenizer(writer: Any, tokenizer: dict[str, Any], config: dict[str, Any]) -> None:
+def _add_tokenizer(writer: Any, model: Path, config: dict[str, Any]) -> None:
+    tokenizer = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))
+    names = json.loads((model / "tokenizer_config.json").read_text(encoding="utf-8"))
     special = {token["content"] for token in tokenizer["added_tokens"]}
     tokens = [token for token, _ in sorted(tokenizer["model"]["vocab"].items(), key=lambda item: item[1])]
     writer.add_tokenizer_model("gpt2")
@@ -71,6 +73,8 @@ def _add_tokenizer(writer: Any, tokenizer: dict[str, Any], config: dict[str, Any
     writer.add_bos_token_id(config["bos_token_id"])
     writer.add_eos_token_id(config["eos_token_id"])
     writer.add_pad_token_id(config["pad_token_id"])
+    writer.add_unk_token_id(tokenizer["model"]["vocab"][names["unk_token"]])
+    writer.add_chat_template(names["chat_template"])
 
 
 def _tensor_name(name: str) -> tuple[str, str]:

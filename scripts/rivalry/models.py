@@ -12,8 +12,7 @@ from pathlib import Path
 import xxhash
 
 from python_backends.core.errors import Unavailable
-from python_backends.core.paths import cache_dir
-from scripts.rivalry.environments import ENVIRONMENTS
+from scripts.rivalry.environments import ENVIRONMENTS, rivals_dir
 from scripts.rivalry.gguf_model import write_gguf
 
 _LAST_WORDS = 1500  # characters
@@ -39,7 +38,7 @@ def onnx_of(model: Path) -> Path:
 
 def _converted(model: Path, form: str, convert: Callable[[Path], None]) -> Path:
     """The directory of `model` in another form; `convert` fills it when it is not there yet."""
-    target = cache_dir() / "rivals" / "models" / f"{model.name}-{_digest(model)}-{form}"
+    target = rivals_dir() / "models" / f"{model.name}-{_digest(model)}-{form}"
     if not target.is_dir():
         target.parent.mkdir(parents=True, exist_ok=True)
         fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
