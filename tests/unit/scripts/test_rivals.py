@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import psutil
@@ -106,14 +107,13 @@ answer_calls(Engine(), answers)
 
 
 def test_an_engine_stands_still_except_while_it_computes(tmp_path: Path) -> None:
-    engine = RivalEngine("little", [sys.executable, "-c", _ENGINE], tmp_path / "log")
-    process = psutil.Process(engine._process.pid)
-    for _ in range(2):
-        _await_stop(process)
-        assert engine.generate([[1, 2, 3], [4, 5, 6]], 2) == (0.003, [2, 2])
-    with pytest.raises(Unavailable, match=r"(?s)little has ended: .*too many"):
-        engine.generate([[1]], 101)
-    engine.close()
+    with closing(RivalEngine("little", [sys.executable, "-c", _ENGINE], tmp_path / "log")) as engine:
+        process = psutil.Process(engine._process.pid)
+        for _ in range(2):
+            _await_stop(process)
+            assert engine.generate([[1, 2, 3], [4, 5, 6]], 2) == (0.003, [2, 2])
+        with pytest.raises(Unavailable, match=r"(?s)little has ended: .*too many"):
+            engine.generate([[1]], 101)
     assert not process.is_running()
 
 
