@@ -34,7 +34,11 @@ class RivalEngine:
                 stderr=file,
                 start_new_session=True,  # all its processes get our signals
             )
-        self._receive()
+        try:
+            self._receive()
+        except BaseException:
+            self.close()
+            raise
         self._signal(signal.SIGSTOP)
 
     def generate(self, prompts: Sequence[Sequence[int]], steps: int) -> tuple[float, list[float]]:
