@@ -1,7 +1,8 @@
-"""Two deployments under the same load, several times in turn: medians, spread, ratios, and both in one report.
+"""Deployments and other servers under the same load, several times in turn: medians, spread, ratios, all in one report.
 
-Runs come in rounds: one of each side, with the same seed. A ratio is taken within a round, so that what changes slowly on
-the machine drops out; then the median of the ratios is told, with the lowest and the highest.
+Runs come in rounds: one of each side, with the same seed. Every side is compared with the first. A ratio is taken within a
+round, so that what changes slowly on the machine drops out; then the median of the ratios is told, with the lowest and the
+highest.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -24,13 +26,16 @@ from loadtest.summary import ALL, Figures, figures, goodput_points
 from loadtest.tables import Row, markdown, milliseconds, rate
 
 _STYLES: tuple[LineStyle, ...] = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)))
-_MARKERS = ("o", "s")
+_MARKERS = ("o", "s", "^", "D", "v", "P")
 _DIGITS = 3
+_JSON = "comparison.json"
+
+MOST_SIDES = len(SERIES)  # one colour each
 
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """One deployment. `runs`: one per round, in order."""
+    """One deployment or server. `runs`: one per round, in order."""
 
     name: str
     runs: Sequence[tuple[Run, Sequence[Record]]]
@@ -65,40 +70,40 @@ MEASURES = (
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """One measure of one kind: a value per round of each side."""
+    """One measure of one kind. `values`: per side, one per round."""
 
     kind: str
     measure: Measure
-    first: Sequence[float]
-    second: Sequence[float]
+    values: Sequence[Sequence[float]]
 
-    @property
-    def ratios(self) -> list[float]:
-        """Second over first, of the rounds in which that has a meaning."""
-        pairs = zip(self.first, self.second, strict=True)
+    def ratios(self, side: int) -> list[float]:
+        """That side over the first, of the rounds in which that has a meaning."""
+        pairs = zip(self.values[0], self.values[side], strict=True)
         return [b / a for a, b in pairs if a > 0 and b > 0 and math.isfinite(a) and math.isfinite(b)]
 
 
-def compare(sides: tuple[Side, Side]) -> list[Compared]:
+def compare(sides: Sequence[Side]) -> list[Compared]:
     """All measures of all kinds. The sides have the same number of rounds and were given the same load."""
     kinds = [found.kind for found in figures(*sides[0].runs[0])]
     found = []
     for kind in kinds:
-        first, second = (side.figures_of(kind) for side in sides)
+        rounds = [side.figures_of(kind) for side in sides]
         for measure in MEASURES:
             if kind == ALL and measure.of_one_kind:
                 continue
-            values = [[measure.value(one) for one in side] for side in (first, second)]
-            found.append(Compared(kind, measure, values[0], values[1]))
+            found.append(Compared(kind, measure, [[measure.value(one) for one in side] for side in rounds]))
     return found
 
 
 def rows(compared: Sequence[Compared]) -> list[Row]:
-    """Median and range of each side, and of the ratio."""
+    """Median and range of each side, and of the ratios."""
     return [
         Row(
             f"{one.kind}: {one.measure.name}",
-            (_spread(one.first, one.measure.show), _spread(one.second, one.measure.show), _spread(one.ratios, _ratio)),
+            (
+                *(_spread(values, one.measure.show) for values in one.values),
+                *(_spread(one.ratios(side), _ratio) for side in range(1, len(one.values))),
+            ),
         )
         for one in compared
     ]
@@ -118,12 +123,13 @@ def _ratio(value: float) -> str:
     return f"{value:.{_DIGITS}g}x"
 
 
-def columns(sides: tuple[Side, Side]) -> list[str]:
-    return [*(side.name for side in sides), "ratio"]
+def columns(sides: Sequence[Side]) -> list[str]:
+    first, *others = (side.name for side in sides)
+    return [first, *others, *(["ratio"] if len(others) == 1 else [f"{name} / {first}" for name in others])]
 
 
-def write_comparison(directory: Path, sides: tuple[Side, Side], command: str) -> Path:
-    """Write report.html and report.md for runs whose files are there; returns the page's path."""
+def write_comparison(directory: Path, sides: Sequence[Side], command: str) -> Path:
+    """Write report.html, report.md and comparison.json for runs whose files are there; returns the page's path."""
     compared = compare(sides)
     run, _ = sides[0].runs[0]
     rounds = len(sides[0].runs)
@@ -142,9 +148,10 @@ def write_comparison(directory: Path, sides: tuple[Side, Side], command: str) ->
     table = rows(compared)
     notes = [*troubles, _reading(sides), f"n: {_counts(sides)}. {caption}"]
     (directory / "report.md").write_text(markdown(columns(sides), table, notes))
+    (directory / _JSON).write_bytes(_json(sides, compared, command))
     deployments = [(side.name, side.runs[0][0].deployment or side.runs[0][0].server) for side in sides]
     page = Page(
-        title=f"{sides[0].name} and {sides[1].name} under the same load",
+        title=f"{_names(sides)} under the same load",
         subtitle=f"{Path(run.options.scenario).name}, {run.began}",
         columns=columns(sides),
         rows=table,
@@ -157,31 +164,54 @@ def write_comparison(directory: Path, sides: tuple[Side, Side], command: str) ->
     return write_page(directory, page)
 
 
-def _reading(sides: tuple[Side, Side]) -> str:
-    first, second = sides
-    return f"Medians and ranges over the rounds. Ratio: {second.name} over {first.name}, taken within each round."
+def _json(sides: Sequence[Side], compared: Sequence[Compared], command: str) -> bytes:
+    """Every value of every round, in order; null where there is none. Times in ms, rates per second."""
+    run, _ = sides[0].runs[0]
+    found = [
+        {
+            "kind": one.kind,
+            "measure": one.measure.name,
+            "values": {side.name: one.values[number] for number, side in enumerate(sides)},
+            "ratios": {side.name: one.ratios(number) for number, side in enumerate(sides) if number},
+        }
+        for one in compared
+    ]
+    head = {"command": command, "began": run.began, "machine": run.machine, "options": run.options, "first": sides[0].name}
+    return msgspec.json.format(msgspec.json.encode({**head, "figures": found}), indent=1) + b"\n"
 
 
-def _counts(sides: tuple[Side, Side]) -> str:
+def _names(sides: Sequence[Side]) -> str:
+    *others, last = (side.name for side in sides)
+    return f"{', '.join(others)} and {last}"
+
+
+def _reading(sides: Sequence[Side]) -> str:
+    what = sides[1].name if len(sides) == 2 else "each other side"
+    return f"Medians and ranges over the rounds. Ratio: {what} over {sides[0].name}, taken within each round."
+
+
+def _counts(sides: Sequence[Side]) -> str:
     totals = [[sum(found.requests for found in side.figures_of(kind)) for kind in side.runs[0][0].slos] for side in sides]
     return "; ".join(f"{side.name} {sum(total):,} requests" for side, total in zip(sides, totals, strict=True))
 
 
-def _plots(sides: tuple[Side, Side], compared: Sequence[Compared]) -> list[Plot]:
-    return [_ratios(sides, compared), _latency(sides), _over_time(sides), _goodput(sides)]
+def _plots(sides: Sequence[Side], compared: Sequence[Compared]) -> list[Plot]:
+    ratios = [_ratios(sides, number, compared) for number in range(1, len(sides))]
+    return [*ratios, _latency(sides), _over_time(sides), _goodput(sides)]
 
 
-def _ratios(sides: tuple[Side, Side], compared: Sequence[Compared]) -> Plot:
-    shown = [one for one in compared if one.kind != ALL and one.ratios]
+def _ratios(sides: Sequence[Side], number: int, compared: Sequence[Compared]) -> Plot:
+    """Of side `number` over the first."""
+    shown = [(one, ratios) for one in compared if one.kind != ALL and (ratios := one.ratios(number))]
 
     def paint(figure: Figure, narrow: bool) -> None:
         axes = figure.subplots()
-        names = [f"{one.kind}: {one.measure.name}" for one in shown]
+        names = [f"{one.kind}: {one.measure.name}" for one, _ in shown]
         axes.set_xscale("log")
-        for place, one in enumerate(shown):
-            colour = _verdict_colour(one)
-            axes.plot(one.ratios, [place] * len(one.ratios), "o", color=colour, alpha=0.55, markersize=4.5)
-            axes.plot(np.median(one.ratios), place, "|", color=colour, markersize=14, markeredgewidth=2.2)
+        for place, (one, ratios) in enumerate(shown):
+            colour = _verdict_colour(ratios, one.measure.less_is_better)
+            axes.plot(ratios, [place] * len(ratios), "o", color=colour, alpha=0.55, markersize=4.5)
+            axes.plot(np.median(ratios), place, "|", color=colour, markersize=14, markeredgewidth=2.2)
         axes.axvline(1.0, color=MUTED, linewidth=1.0)
         axes.set_yticks(range(len(shown)), [name.replace(" per second", "/s") for name in names])
         axes.invert_yaxis()
@@ -189,20 +219,20 @@ def _ratios(sides: tuple[Side, Side], compared: Sequence[Compared]) -> Plot:
         axes.set_xlim(min(low, 0.8), max(high, 1.25))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
         _few_ratio_ticks(axes, narrow)
-        axes.set_xlabel(f"{sides[1].name} / {sides[0].name}")
+        axes.set_xlabel(f"{name} / {sides[0].name}")
 
+    name = sides[number].name
     height = 0.9 + 0.24 * len(shown)
     n = f"{len(sides[0].runs)} rounds"
-    text = (
-        f"A dot per round, a bar at the median. Green: {sides[1].name} is better in every round; orange: worse; grey: neither."
-    )
-    return Plot("Ratios", draw("ratios", paint, height, height), n, text)
+    text = f"A dot per round, a bar at the median. Green: {name} is better in every round; orange: worse; grey: neither."
+    title = "Ratios" if len(sides) == 2 else f"Ratios: {name} over {sides[0].name}"
+    return Plot(title, draw(f"ratios-{number}", paint, height, height), n, text)
 
 
-def _verdict_colour(one: Compared) -> str:
-    if min(one.ratios) <= 1 <= max(one.ratios):
+def _verdict_colour(ratios: Sequence[float], less_is_better: bool) -> str:
+    if min(ratios) <= 1 <= max(ratios):
         return SERIES[5]
-    return SERIES[2] if (max(one.ratios) < 1) == one.measure.less_is_better else SERIES[1]
+    return SERIES[2] if (max(ratios) < 1) == less_is_better else SERIES[1]
 
 
 def _few_ratio_ticks(axes: Axes, narrow: bool) -> None:
@@ -225,7 +255,7 @@ def _pooled(side: Side) -> tuple[list[Curve], list[Curve]]:
     return pooled[0], pooled[1]
 
 
-def _latency(sides: tuple[Side, Side]) -> Plot:
+def _latency(sides: Sequence[Side]) -> Plot:
     pooled = [_pooled(side) for side in sides]
     curves: list[list[Curve]] = [[], []]
     for number, side in enumerate(sides):
@@ -245,11 +275,11 @@ def _latency(sides: tuple[Side, Side]) -> Plot:
     return Plot("Latency", draw("latency", paint, 3.4, 6.0), n, text)
 
 
-def _over_time(sides: tuple[Side, Side]) -> Plot:
-    """The first round, one side above the other, on the same scale."""
+def _over_time(sides: Sequence[Side]) -> Plot:
+    """The first round, one side above the next, on the same scale."""
 
     def paint(figure: Figure, narrow: bool) -> None:
-        axes = figure.subplots(4, 1, sharex=True, height_ratios=[2, 1, 2, 1])
+        axes = figure.subplots(2 * len(sides), 1, sharex=True, height_ratios=[2, 1] * len(sides))
         for number, side in enumerate(sides):
             run, records = side.runs[0]
             upper, lower = axes[2 * number], axes[2 * number + 1]
@@ -257,18 +287,23 @@ def _over_time(sides: tuple[Side, Side]) -> Plot:
             upper.set_title(f"{side.name}: ITL, p99 dashed" if narrow else f"{side.name}: between tokens (ITL), p99 dashed")
             paint_prefill(lower, run, records, SERIES[-1])
             lower.set_title("Prompt tokens in prefill", fontweight="normal")
-        limits = [axes[0].get_ylim(), axes[2].get_ylim()]
-        for upper in (axes[0], axes[2]):
+        limits = [upper.get_ylim() for upper in axes[::2]]
+        for upper in axes[::2]:
             upper.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
             time_scale(upper, "y")
-        axes[3].set_xlabel("seconds since the run began")
+        axes[-1].set_xlabel("seconds since the run began")
         place_legend(figure, axes[0], narrow)
 
     n = "the first round of each"
-    return Plot("Smoothness under prefill", draw("time", paint, 6.6, 7.4), n, "The same requests come at the same seconds.")
+    return Plot(
+        "Smoothness under prefill",
+        draw("time", paint, 3.3 * len(sides), 3.7 * len(sides)),
+        n,
+        "The same requests come at the same seconds.",
+    )
 
 
-def _goodput(sides: tuple[Side, Side]) -> Plot:
+def _goodput(sides: Sequence[Side]) -> Plot:
     found = [[point for run, records in side.runs for point in goodput_points(run, records)] for side in sides]
 
     def paint(figure: Figure, narrow: bool) -> None:

@@ -1,5 +1,6 @@
 """Benchmarks. Each part has a --help of its own; results and how to read them: docs/benchmarks.md
 
+    scripts/bench mixed      steady streams beside long prompts: against our aggregated mode, and against rivals' servers
     scripts/bench served     what a deployment is like to use: serving, prefix cache, handoff, scale, start, memory
     scripts/bench engine     how fast the CPU engine computes, against the machine's limits, PyTorch and transformers
     scripts/bench transfer   how fast KV moves between processes, by every way, against memcpy, a socket and Redis
@@ -7,7 +8,7 @@
     scripts/bench router     what a decision of the router costs
     scripts/bench overload   three times what can be served: who is accepted, who refused and how fast, and the memory
 
-The mixed load, on two deployments or on a rival's server in turn: scripts/compare --scenario mixed
+Rivals are installed by scripts/rivals. Any load on any deployments and servers in turn: scripts/compare
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-_PARTS = ("served", "engine", "transfer", "codec", "router", "overload")
+_PARTS = ("mixed", "served", "engine", "transfer", "codec", "router", "overload")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,15 +1,18 @@
-"""Puts the same load on two deployments in turn, several times, and writes one report about both.
+"""Puts the same load on several deployments in turn, several times, and writes one report about all of them.
 
-Each side is NAME=TARGET: a deployment file, which is started for each of its runs and stopped after it, or the URL of a
-running server (grpc://HOST:PORT, http://HOST:PORT, or http://HOST:PORT/v1 for any server that speaks OpenAI's API).
-The order is A B, B A, A B ... The load of a round is the same for both sides; from round to round the seed goes on.
+Each side is NAME=TARGET: a deployment file, which is started for each of its runs and stopped after it, the URL of a
+running server (grpc://HOST:PORT, http://HOST:PORT, or http://HOST:PORT/v1 for any server that speaks OpenAI's API), or a
+rival of scripts/rivals, whose name alone will do. Rivals serve the model of the first deployment, are started once, and
+stand still while others are measured. Every round begins with another side. Its load is the same for all; from round to
+round the seed goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,11 +20,13 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from loadtest.comparison import Side, columns, compare, rows, write_comparison
+from loadtest.comparison import MOST_SIDES, Side, columns, compare, rows, write_comparison
 from loadtest.options import Options, add_options, read_options
 from loadtest.record import Record, Run, read_run, write_meta
 from loadtest.report import write_report
+from python_backends.core.config import load_deployment
 from python_backends.core.errors import BatonError, ConfigError, Unavailable
+from python_backends.core.paths import resolve_model
 from scripts.loadtest import (
     INTERRUPTED,
     PROTOCOLS,
@@ -32,62 +37,123 @@ from scripts.loadtest import (
     run_load,
     started,
 )
+from scripts.rivalry.servers import Rival, RivalServer, find_rival
 from scripts.terminal import print_error
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One side as it was asked for. `config` or `url`."""
+    """One side as it was asked for. `config`, `rival` or `url`."""
 
     name: str
-    config: Path | None
-    url: str
+    config: Path | None = None
+    url: str = ""
+    rival: Rival | None = None
 
 
 def read_target(text: str) -> Target:
-    """`NAME=TARGET`. Raises ConfigError that says what is wrong."""
+    """`NAME=TARGET`, or a rival's name. Raises ConfigError that says what is wrong."""
     name, equals, where = text.partition("=")
+    rival = find_rival(where if equals else name)
+    if name and rival is not None:
+        return Target(name, rival=rival)
     if not (name and equals and where):
-        raise ConfigError(f"{text!r} is not NAME=TARGET, such as aggregated=configs/aggregated.yaml")
+        raise ConfigError(
+            f"{text!r} is neither NAME=TARGET, such as aggregated=configs/aggregated.yaml, nor a rival of scripts/rivals"
+        )
     if "://" in where:
-        return Target(name, None, where)
+        return Target(name, url=where)
     if not Path(where).is_file():
-        raise ConfigError(f"{name}: {where} is neither a deployment file nor a URL")
-    return Target(name, Path(where), "")
+        raise ConfigError(f"{name}: {where} is neither a deployment file nor a URL nor a rival of scripts/rivals")
+    return Target(name, Path(where))
+
+
+def read_targets(texts: Sequence[str]) -> list[Target]:
+    """Raises ConfigError."""
+    targets = [read_target(text) for text in texts]
+    if len({target.name for target in targets}) < len(targets):
+        raise ConfigError("the sides' names must differ")
+    if not 2 <= len(targets) <= MOST_SIDES:
+        raise ConfigError(f"give 2 to {MOST_SIDES} sides")
+    return targets
+
+
+def order(targets: Sequence[Target], number: int) -> list[Target]:
+    """Who goes after whom in a round: each begins in turn."""
+    first = number % len(targets)
+    return [*targets[first:], *targets[:first]]
 
 
 def run_rounds(
-    targets: tuple[Target, Target], options: Options, rounds: int, protocol: str, command: str, console: Console
-) -> tuple[Side, Side]:
-    """All runs, alternating who is first. Raises BatonError when a server does not start or answers nothing at all."""
+    targets: Sequence[Target], options: Options, rounds: int, protocol: str, command: str, console: Console
+) -> list[Side]:
+    """All runs. Raises BatonError when a server does not start or answers nothing at all."""
     runs: dict[str, list[tuple[Run, list[Record]]]] = {target.name: [] for target in targets}
-    for number in range(rounds):
-        for target in targets if number % 2 == 0 else targets[::-1]:
-            console.print(f"round {number + 1} of {rounds}: {target.name}", highlight=False, markup=False)
-            out = Path(options.out) / f"{target.name}-{number + 1}"
-            own = msgspec.structs.replace(options, seed=options.seed + number, out=str(out))
-            _run_once(target, own, protocol, command, console)
-            runs[target.name].append(read_run(out))
-    first, second = (Side(target.name, runs[target.name]) for target in targets)
-    return first, second
+    with _rivals(targets, Path(options.out), console) as rivals:
+        for number in range(rounds):
+            for target in order(targets, number):
+                console.print(f"round {number + 1} of {rounds}: {target.name}", highlight=False, markup=False)
+                out = Path(options.out) / f"{target.name}-{number + 1}"
+                own = msgspec.structs.replace(options, seed=options.seed + number, out=str(out))
+                with _serving(target, rivals.get(target.name), own, protocol, console) as (address, asked, deployment):
+                    run_load(address, asked, command, quiet=True)
+                runs[target.name].append(_read(target.name, out, deployment, console))
+    return [Side(target.name, runs[target.name]) for target in targets]
 
 
-def _run_once(target: Target, options: Options, protocol: str, command: str, console: Console) -> None:
-    out = Path(options.out)
-    with started(target.config, console) if target.config else nullcontext() as server:
-        address = target.url if server is None else PROTOCOLS[protocol](server)
-        run_load(address, options, command, quiet=True)
+@contextmanager
+def _rivals(targets: Sequence[Target], out: Path, console: Console) -> Iterator[dict[str, RivalServer]]:
+    """All rivals among the sides, by name: started one after the other, each standing still."""
+    rivals = {}
+    with ExitStack() as stack:
+        for target in targets:
+            if target.rival is None:
+                continue
+            out.mkdir(parents=True, exist_ok=True)
+            server = RivalServer(target.rival, _model(targets, target.name), out / f"{target.name}.log")
+            console.print(f"starting {target.name}: {server.description}", highlight=False, markup=False, soft_wrap=True)
+            server.start()
+            stack.callback(server.stop)
+            rivals[target.name] = server
+        yield rivals
+
+
+def _model(targets: Sequence[Target], asking: str) -> Path:
+    config = next((target.config for target in targets if target.config), None)
+    if config is None:
+        raise ConfigError(f"{asking}: none of the sides is a deployment file, which would say what model it is to serve")
+    return resolve_model(load_deployment(config).model.path).absolute()
+
+
+@contextmanager
+def _serving(
+    target: Target, rival: RivalServer | None, options: Options, protocol: str, console: Console
+) -> Iterator[tuple[str, Options, str]]:
+    """(where it is asked, how, what it is) while it runs."""
+    if rival is not None:
+        with rival.awake() as address:
+            yield address, rival.rival.options(options), rival.description
+    elif target.config is not None:
+        with started(target.config, console) as server:
+            yield PROTOCOLS[protocol](server), options, target.config.read_text()
+    else:
+        yield target.url, options, ""
+
+
+def _read(name: str, out: Path, deployment: str, console: Console) -> tuple[Run, list[Record]]:
+    """What a run left; its own report is written."""
     run, records = read_run(out)
-    if target.config:
-        write_meta(out, msgspec.structs.replace(run, deployment=target.config.read_text()))
+    run = msgspec.structs.replace(run, deployment=deployment)
+    write_meta(out, run)
     write_report(out)
     answered = sum(record.ok for record in records)
     console.print(f"  {answered} of {len(records)} requests answered", highlight=False)
     if not answered:
-        raise Unavailable(f"{target.name} answered no request: {records[0].error if records else 'none was sent'}")
+        raise Unavailable(f"{name} answered no request: {records[0].error if records else 'none was sent'}")
+    return run, records
 
 
-def _show(sides: tuple[Side, Side], console: Console) -> None:
+def _show(sides: Sequence[Side], console: Console) -> None:
     table = Table(box=None, padding=(0, 2), pad_edge=False)
     for heading in ("", *columns(sides)):
         table.add_column(heading, overflow="fold")
@@ -100,8 +166,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="scripts/compare", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("first", metavar="NAME=TARGET", help="what the other is compared with")
-    parser.add_argument("second", metavar="NAME=TARGET")
+    parser.add_argument("sides", metavar="NAME=TARGET", nargs="+", help="two or more; the others are compared with the first")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="runs of each side")
     parser.add_argument("--protocol", choices=PROTOCOLS, default="grpc", help="how started deployments are asked")
     add_options(parser.add_argument_group("the load"), out="")
@@ -114,9 +179,9 @@ def main(arguments: list[str] | None = None) -> int:
     console = Console()
     command = command_line("compare", arguments)
     try:
-        targets = (read_target(parsed.first), read_target(parsed.second))
-        if parsed.rounds < 1 or targets[0].name == targets[1].name:
-            raise ConfigError("--rounds must be 1 or more, and the two names different")
+        targets = read_targets(parsed.sides)
+        if parsed.rounds < 1:
+            raise ConfigError("--rounds must be 1 or more")
         options = read_options(parsed)
         options = resolved(options, Path(options.out) if options.out else new_directory("compare"))
         sides = run_rounds(targets, options, parsed.rounds, parsed.protocol, command, console)

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -422,7 +422,7 @@ def _choose_ports(address: str, wanted: dict[str, int]) -> list[int]:
         if port in chosen:
             raise ConfigError(f"port {port} is given twice; give another with {flag}, or 0 for a free one")
         if port == 0:
-            port = _free_port(address, {*chosen, *wanted.values()})
+            port = free_port(address, {*chosen, *wanted.values()})
         else:
             problem = bind_problem(address, port)
             if problem:
@@ -431,7 +431,8 @@ def _choose_ports(address: str, wanted: dict[str, int]) -> list[int]:
     return chosen
 
 
-def _free_port(address: str, taken: set[int]) -> int:
+def free_port(address: str, taken: Set[int] = frozenset()) -> int:
+    """A port that nobody listens at and none of `taken`. Raises ConfigError when there is none."""
     for port in random.sample(_FREE_PORTS, _FREE_PORT_TRIES):
         if port not in taken and not bind_problem(address, port):
             return port

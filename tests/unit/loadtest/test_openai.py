@@ -94,6 +94,14 @@ def test_several_tokens_in_a_chunk(server: tuple[str, Behaviour]) -> None:
     assert [part.tokens for part in _all(_call(address, 10))] == [4, 4, 2]
 
 
+def test_tokens_without_text_count_where_every_chunk_tells_how_many_there_are(server: tuple[str, Behaviour]) -> None:
+    address, behaviour = server
+    behaviour.late_text = True
+    assert [part.tokens for part in _all(_call(address, 4))] == [1, 1]
+    behaviour.usage_in_chunks = True
+    assert [part.tokens for part in _all(_call(address, 4))] == [1, 1, 1, 1]
+
+
 def test_a_server_without_usage(server: tuple[str, Behaviour]) -> None:
     address, behaviour = server
     behaviour.usage = False

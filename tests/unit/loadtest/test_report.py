@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -99,7 +100,7 @@ def test_the_report_can_be_made_again(made: Path, capsys: pytest.CaptureFixture[
     assert "error: " in capsys.readouterr().err
 
 
-# --- two deployments ---------------------------------------------------------------------------------------------------
+# --- several deployments ---------------------------------------------------------------------------------------------------
 
 
 def _sides() -> tuple[Side, Side]:
@@ -111,9 +112,9 @@ def _sides() -> tuple[Side, Side]:
 def test_ratios_are_taken_within_rounds() -> None:
     found = {(one.kind, one.measure.name): one for one in compare(_sides())}
     ttft = found["stream", "TTFT p50"]
-    assert list(ttft.first) == pytest.approx([50, 50, 50])
-    assert ttft.ratios == pytest.approx([2, 4, 3])
-    assert found["stream", "failed"].ratios == []
+    assert list(ttft.values[0]) == pytest.approx([50, 50, 50])
+    assert ttft.ratios(1) == pytest.approx([2, 4, 3])
+    assert found["stream", "failed"].ratios(1) == []
     assert ("all", "TTFT p50") not in found, "says nothing over kinds that differ"
     assert ("all", "goodput per second") in found
 
@@ -131,3 +132,26 @@ def test_a_comparison_shows_medians_spread_and_ratios(tmp_path: Path) -> None:
     assert all("n: " in caption and "3 rounds" in caption and "Some CPU" in caption for caption in captions)
     for drawing in re.findall(r"<svg.*?</svg>", page, re.DOTALL):
         ElementTree.fromstring(drawing)
+
+
+def test_every_other_side_is_compared_with_the_first(tmp_path: Path) -> None:
+    fast, slow = _sides()
+    sides = (fast, slow, Side("slower", [(_run(), _requests(slower)) for slower in (4.0, 8.0, 6.0)]))
+    page = write_comparison(tmp_path, sides, "scripts/compare fast=a slow=b slower=c").read_text()
+    assert "fast, slow and slower under the same load" in page
+    text = (tmp_path / "report.md").read_text()
+    assert text.startswith("| | fast | slow | slower | slow / fast | slower / fast |\n")
+    row = next(line for line in text.splitlines() if line.startswith("| stream: TTFT p50 |"))
+    assert row.endswith("| 3x (2x to 4x) | 6x (4x to 8x) |")
+    assert len(re.findall("<figcaption>", page)) == 5, "ratios of each"
+    ids = re.findall(r'id="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+
+
+def test_a_comparison_leaves_every_value_for_other_programs(tmp_path: Path) -> None:
+    write_comparison(tmp_path, _sides(), "scripts/compare fast=a slow=b")
+    made = json.loads((tmp_path / "comparison.json").read_text())
+    assert (made["first"], made["machine"]["cpu"], made["options"]["duration"]) == ("fast", "Some CPU", 10.0)
+    found = {(one["kind"], one["measure"]): one for one in made["figures"]}
+    assert found["stream", "TTFT p50"]["values"]["slow"] == pytest.approx([100, 200, 150])
+    assert found["stream", "TTFT p50"]["ratios"] == {"slow": pytest.approx([2, 4, 3])}

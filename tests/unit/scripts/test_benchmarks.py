@@ -35,7 +35,7 @@ def test_a_picture_is_drawn(tmp_path: Path) -> None:
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("part", ["served", "engine", "transfer", "codec", "router", "overload"])
+@pytest.mark.parametrize("part", ["mixed", "served", "engine", "transfer", "codec", "router", "overload"])
 def test_every_part_explains_itself(part: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         bench.main([part, "--help"])
