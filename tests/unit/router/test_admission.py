@@ -324,11 +324,12 @@ def test_who_would_wait_too_long_is_refused_at_once_with_a_hint() -> None:
         admission, workers = door(tokens_per_ms=2.0), Workers()
         crowd = [asyncio.create_task(place(admission, 500).turn(Visitor(workers))) for _ in range(4)]
         await turns()
-        with pytest.raises(QueueFull, match="first token would come in 1050 ms, and the target is 800 ms") as refused:
+        # 1050 ms, and a quarter more for what is not known yet
+        with pytest.raises(QueueFull, match="first token would come in 1312 ms, and the target is 800 ms") as refused:
             await place(admission).turn(with_slo(workers, 800, Forecast(50, 50)))
-        assert refused.value.retry_after_s == pytest.approx(0.25)
+        assert refused.value.retry_after_s == pytest.approx(0.5125)
         assert admission.waiting == 4
-        accepted = asyncio.create_task(place(admission).turn(with_slo(workers, 1100, Forecast(50, 50))))
+        accepted = asyncio.create_task(place(admission).turn(with_slo(workers, 1400, Forecast(50, 50))))
         await turns()
         assert admission.waiting == 5
         for task in (*crowd, accepted):
@@ -356,7 +357,7 @@ def test_another_tenant_is_not_refused_for_the_crowd_of_the_first() -> None:
 def test_what_can_not_be_on_time_even_alone_may_wait_a_little() -> None:
     async def scenario() -> None:
         admission, workers = door(tokens_per_ms=1.0), Workers()
-        first = asyncio.create_task(place(admission, 90).turn(Visitor(workers)))
+        first = asyncio.create_task(place(admission, 70).turn(Visitor(workers)))
         await turns()
         second = asyncio.create_task(place(admission, 100).turn(with_slo(workers, 1000, Forecast(5000, 5000))))
         await turns()

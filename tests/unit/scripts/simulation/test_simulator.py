@@ -175,7 +175,7 @@ def test_deciding_is_never_much_worse_than_the_better_fixed_way_and_streams_keep
 
 
 def test_at_three_times_what_can_be_served_the_accepted_are_on_time_and_the_others_refused_at_once() -> None:
-    requests = generate("chat", 110, 20, Random(2))
+    requests = generate("chat", 150, 20, Random(2))
     slo = SloConfig(ttft_ms=1500, itl_ms=60)
     result, simulation = run(scenario({P: 2, D: 2}, "adaptive", GPU, slo, ENGINE), requests)
     assert result.refused > 0.4 * result.arrived
