@@ -55,5 +55,5 @@ def _digest(model: Path) -> str:
     digest = xxhash.xxh3_64()
     for path in sorted(model.iterdir()):
         found = os.stat(path)
-        digest.update(f"{path.name} {found.st_size} {found.st_mtime_ns}\n")
+        digest.update(f"{path.name} {found.st_size} {found.st_mtime_ns}\n".encode())
     return str(digest.hexdigest())
