@@ -12,6 +12,9 @@ Coordinate-wise Algorithm for the Non-negative Least Squares Problem", CAIP 2005
 forgotten separately, or an hour of decoding would wipe out what a prompt costs. What the linear form misses - a product
 with 4 rows may take longer than one with 8 - is a factor per size of step, learned as a running mean.
 
+The machine may have been busy with something else while a worker was calibrated. Who seems slow is given no work that would
+show that it is not; so the first steps it reports, those of canaries, correct all of calibration by how far it was off there.
+
 The router predicts with it, and an engine decides how much of a prompt it computes beside running streams. Nothing here
 knows workers, requests or the time.
 """
@@ -92,7 +95,7 @@ class StepModel:
         self._with_prompts = _Memory(_MEMORY)
         self._without = _Memory(_MEMORY)
         self._calibration = _Memory(math.inf)
-        self._drift = 1.0  # how many times longer steps take than calibration says
+        self._drift = 0.0  # logarithm of how many times longer steps take than calibration says
         for sample in calibration:
             self._calibration.add(_features(sample, sample.ms))
         self._solve(sweeps=50 * _SWEEPS)
@@ -121,7 +124,8 @@ class StepModel:
         self.error += (_ERROR_RATE if known else 1 / (self.samples + 1)) * (abs(expected - ms) / ms - self.error)
         self.samples += 1
         (self._with_prompts if sample.prefill_tokens else self._without).add(_features(sample, ms))
-        self._drift += _DRIFT_RATE * (_bounded(ms / max(_linear(self._calibrated, shape), _LEAST_MS), 10.0) - self._drift)
+        ratio = _bounded(ms / max(_linear(self._calibrated, shape), _LEAST_MS), 10.0)
+        self._drift += max(_DRIFT_RATE, 1 / (self.samples + 1)) * (math.log(ratio) - self._drift)
         if self.samples % _SOLVE_EVERY == 0 or self.samples in _FIRST_SOLVES:
             self._solve(_SWEEPS)
         if known:
@@ -131,8 +135,8 @@ class StepModel:
 
     def _solve(self, sweeps: int) -> None:
         """Coordinate descent on sum of w (x . c - 1)^2 over the three memories, c >= 0, from the present solution."""
-        # A calibration step counts as if it had taken `drift` times as long.
-        parts = [(self._with_prompts, 1.0), (self._without, 1.0), (self._calibration, 1 / self._drift)]
+        # A calibration step counts as if it had taken as many times longer as other steps have.
+        parts = [(self._with_prompts, 1.0), (self._without, 1.0), (self._calibration, math.exp(-self._drift))]
         gram = [[0.0] * len(TERMS) for _ in TERMS]
         moment = [0.0] * len(TERMS)
         for memory, scale in parts:

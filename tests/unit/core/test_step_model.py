@@ -96,6 +96,15 @@ def test_what_only_calibration_has_seen_follows_the_drift_of_the_rest() -> None:
     assert model.step_ms(1000, 0, 0, 0) == pytest.approx(ms(slower, 1000, 0, 0, 0), rel=0.3)
 
 
+def test_a_calibration_while_the_machine_was_busy_is_corrected_by_a_few_canaries() -> None:
+    """Also for what canaries do not show. They are prompts of half a block."""
+    model = StepModel([StepSample(*shape, 3 * ms(LAW, *shape)) for shape in CALIBRATION])
+    for _ in range(8):
+        model.learn(StepSample(8, 32, 0, 0, ms(LAW, 8, 32, 0, 0)))
+    for shape in ((0, 0, 1, 300), (0, 0, 16, 8000), (1000, 5e5, 0, 0)):
+        assert model.step_ms(*shape) == pytest.approx(ms(LAW, *shape), rel=0.3)
+
+
 def test_hours_of_decoding_do_not_wipe_out_what_a_prompt_costs() -> None:
     model = StepModel()
     errors(model, steps(200))

@@ -1,17 +1,19 @@
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from random import Random
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from python_backends.core.messages import StepSample
 from python_backends.core.types import Role, WorkerId
 from router.fleet import Fleet
 from router.policy import Choice, Query, Room, choose, has_room
 from router.types import RouteDecision, Slo, Way, Wish
-from tests.unit.router.fleet_views import put
+from tests.unit.router.fleet_views import heartbeat, put
 
 P, D, A = Role.PREFILL, Role.DECODE, Role.AGGREGATED
 SLOW_PREFILL = (2.0, 1.0, 0.0, 1.0, 0.0)
@@ -200,6 +202,27 @@ def test_a_faster_worker_is_worth_a_longer_queue(fleet: Fleet) -> None:
 def test_the_decode_worker_with_the_quicker_step_is_taken(fleet: Fleet) -> None:
     put(fleet, "p", P), put(fleet, "d0", D, streams=5), put(fleet, "d1", D, streams=4)
     assert chosen(query(wish=Wish.REMOTE), fleet).decode == "d1"
+
+
+def test_a_worker_that_was_calibrated_on_a_busy_machine_is_given_work_after_a_few_canaries(fleet: Fleet) -> None:
+    """What it was not given could not show that it is as fast as the other."""
+    law = (20.0, 0.1, 0.0, 0.5, 0.0)
+    shapes = [(64, 0, 0, 0), (0, 0, 1, 64), (0, 0, 8, 512), (256, 0, 0, 0)]
+    for name, busy in (("fine", 1.0), ("slow", 3.0)):
+        steps = [StepSample(*shape, busy * step_ms(law, shape)) for shape in shapes]
+        fleet.hear(msgspec.structs.replace(heartbeat(name, max_batch=32), calibration=steps), 0.0)
+    for _ in range(4):
+        for name in ("fine", "slow"):
+            fleet.stepped(WorkerId(name), [StepSample(8, 0, 0, 0, step_ms(law, (8, 0, 0, 0)))])
+    given = []
+    for seed in range(32):
+        given.append(chosen(query(16), fleet, seed).decode)
+        fleet.charge(given[-1], 0, 16, 32)
+    assert given.count(WorkerId("slow")) >= 8
+
+
+def step_ms(law: Sequence[float], shape: Sequence[float]) -> float:
+    return law[0] + sum(cost * count for cost, count in zip(law[1:], shape, strict=True))
 
 
 def test_near_equals_are_drawn_and_the_less_busy_one_is_taken(fleet: Fleet) -> None:
