@@ -46,6 +46,9 @@ class ModelControl(Protocol):
         `role`: what it is from then on, also after restarts that don't say. If that fails, its next restart is in the old one.
         """
 
+    def interrupted(self) -> list[Destination]:
+        """Workers that an earlier router of this server was restarting when it died. Asked once, at the start."""
+
 
 class Supervisor:
     """Belongs to the router's event loop; restarts run on threads of their own."""
@@ -106,6 +109,12 @@ class Supervisor:
         if self._house.fleet.is_current(worker, epoch):
             self._house.lose(worker, f"worker {worker} was unloaded", died=False)
 
+    def take_over(self) -> None:
+        """Bring back what an earlier router of this server had begun to restart, unless it comes back by itself."""
+        for destination in self._control.interrupted() if self._control is not None else ():
+            log.warning("worker %s was being restarted when the last router died", destination.worker)
+            self._begin_restart(destination.worker, None, _PATIENCE_S, destination)
+
     def bring_back(self, worker: WorkerId) -> None:
         """Somebody has unloaded the worker and can't load it: try again and again."""
         self._begin_restart(worker, None)
@@ -149,20 +158,24 @@ class Supervisor:
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(watched[1], signal.SIGKILL)  # its death is then noticed by _died
 
-    def _begin_restart(self, worker: WorkerId, died: Epoch | None, patience_s: float = 0.0) -> None:
+    def _begin_restart(
+        self, worker: WorkerId, died: Epoch | None, patience_s: float = 0.0, unheard: Destination | None = None
+    ) -> None:
         """`died`: the life that is over. `patience_s`: it may come back by itself, or another router may see to it, so first
-        wait for about so long.
+        wait for about so long. `unheard`: where it is, should this router never have heard of it.
         """
         running = self._restarts.get(worker)
         if self._control is not None and (running is None or running.done()):
-            task = self._bring_back(worker, died, patience_s, self._control)
+            task = self._bring_back(worker, died, patience_s, unheard, self._control)
             self._restarts[worker] = asyncio.get_running_loop().create_task(task)
 
-    async def _bring_back(self, worker: WorkerId, died: Epoch | None, patience_s: float, control: ModelControl) -> None:
+    async def _bring_back(
+        self, worker: WorkerId, died: Epoch | None, patience_s: float, unheard: Destination | None, control: ModelControl
+    ) -> None:
         await asyncio.sleep(patience_s * (1 + random.random()))
         for attempt in range(1_000_000):
             await asyncio.sleep(_BACKOFF_S[min(attempt, len(_BACKOFF_S) - 1)])
-            destination = self._house.destination(worker)
+            destination = self._house.destination(worker) or unheard
             if destination is None or self._house.fleet.is_up(worker):
                 return
             if died in self._left:  # its goodbye was read after its death was seen: somebody unloads it on purpose

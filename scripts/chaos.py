@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,11 @@ import yaml
 from rich.console import Console
 from rich.table import Table as Printed
 
-from python_backends.core.errors import BatonError, InvalidRequest
-from scripts.injection.acts import BACK_S, CONDITIONS, SILENT_S, STRIKES, Condition, Scene, Strike
+from python_backends.core.errors import BatonError, InvalidRequest, Unavailable
+from scripts.injection.acts import CONDITIONS, STRIKES, Condition
 from scripts.injection.load import Load, Sample, known_requests
+from scripts.injection.scene import BACK_S, LEASE_S, SILENT_S, Scene, Strike
+from scripts.injection.small_disks import SmallDisks, enter_own_mounts
 from scripts.injection.tally import Row, Table, quantile, wilson
 from scripts.router_door import RouterDoor
 from scripts.serve import start_with_progress
@@ -44,7 +46,7 @@ def deployment(engine: str, settings: dict[str, object]) -> dict[str, Any]:
     roles = ["prefill", "prefill", "decode", "decode", "aggregated"]
     usual: dict[str, dict[str, Any]] = {
         "engine": {"kv_pool_mib": 16, "fake": _FAKE} if engine == "fake" else {"kv_pool_mib": 192},
-        "transfer": {"lease_s": 2.0, "faults": {"delay": 0.5}},
+        "transfer": {"lease_s": LEASE_S, "faults": {"delay": 0.5}},
         "router": {"mode": "always-remote", "worker_wait_s": 30, "default_deadline_s": 60},
         "health": {"heartbeat_s": 0.1, "silent_s": SILENT_S},
     }
@@ -62,18 +64,33 @@ class Chaos:
         self._clients = clients
         self._console = console
 
-    def strike(self, strikes: list[Strike], rounds: int, until: float) -> None:
-        """All of them, round by round; no round begins after `until` (monotonic seconds). Raises BatonError."""
-        if not strikes:
-            return
-        rows = [Row(what=strike.what, where=strike.where, when=strike.when) for strike in strikes]
-        self.rows += rows
+    def strike(self, strikes: list[Strike], rounds: int, seconds: float) -> None:
+        """All of them, round by round, on a server for each of the means they need; no round begins after `seconds`."""
+        kinds = {strike.means: [other for other in strikes if other.means is strike.means] for strike in strikes}
+        for means, some in kinds.items():
+            rows = [Row(what=strike.what, where=strike.where, when=strike.when) for strike in some]
+            self.rows += rows
+            with ExitStack() as stack:
+                try:
+                    stack.enter_context(means.ready())
+                except Unavailable as missing:
+                    self._skip(rows, str(missing))
+                    continue
+                self._strike_all(some, rows, rounds, seconds * len(some) / len(strikes))
+
+    def _strike_all(self, strikes: list[Strike], rows: list[Row], rounds: int, seconds: float) -> None:
+        until = time.monotonic() + seconds
         with self._serving({}) as (scene, load):
             for number in range(rounds):
                 if number and time.monotonic() > until:
                     break
                 for strike, row in zip(strikes, rows, strict=True):
                     self._strike(scene, load, strike, row)
+
+    def _skip(self, rows: list[Row], missing: str) -> None:
+        for row in rows:
+            row.skipped = missing
+            self._console.print(f"[yellow]skipped[/yellow]  {row.name}: {missing}", highlight=False, soft_wrap=True)
 
     def suffer(self, conditions: list[Condition], rounds: int) -> None:
         """A server for each of them."""
@@ -151,12 +168,11 @@ class Chaos:
         row.leaked_blocks += _leaked(scene.server)
 
     def _say(self, row: Row) -> None:
-        what = " ".join(filter(None, (row.what, row.where, row.when)))
         verdict = "[green]holds[/green]" if row.ok else "[red]BROKEN[/red]"
         back = f", back after {row.back_s[-1]:.2f} s" if row.back_s else ""
         pause = f", longest pause {max(row.pauses_s):.2f} s" if row.pauses_s else ""
         self._console.print(
-            f"{verdict}  {what}: {row.injected} injected, {row.requests} requests{pause}{back}", highlight=False
+            f"{verdict}  {row.name}: {row.injected} injected, {row.requests} requests{pause}{back}", highlight=False
         )
 
 
@@ -189,12 +205,11 @@ def render(table: Table) -> Printed:
     """For a terminal; the files say more."""
     printed = Printed("injection", "requests", "failed", "wrong", "pause p99", "back p99", "leaked", "")
     for row in table.rows:
-        what = " ".join(filter(None, (f"{row.injected} x", row.what, row.where, row.when)))
         seconds = [
             "-" if worst is None else f"{worst:.2f} s" for worst in (quantile(row.pauses_s, 0.99), quantile(row.back_s, 0.99))
         ]
         counts = map(str, (row.requests, row.failed, row.wrong))
-        printed.add_row(what, *counts, *seconds, str(row.leaked_blocks), "holds" if row.ok else "BROKEN")
+        printed.add_row(f"{row.injected} x {row.name}", *counts, *seconds, str(row.leaked_blocks), row.verdict)
     return printed
 
 
@@ -247,10 +262,11 @@ def main(arguments: list[str] | None = None) -> int:
         if options.list:
             print("\n".join(_names(strikes, conditions)))
             return 0
+        if arguments is None and any(isinstance(strike.means, SmallDisks) for strike in strikes):
+            enter_own_mounts("scripts.chaos", sys.argv[1:])
         chaos = Chaos(options.engine, options.clients, console)
         rounds = options.rounds if not options.minutes else sys.maxsize
-        until = clock + options.minutes * 60 if options.minutes else float("inf")
-        chaos.strike(strikes, rounds, until)
+        chaos.strike(strikes, rounds, options.minutes * 60 or float("inf"))
         chaos.suffer(conditions, options.rounds)
     except BatonError as error:
         print_error(console, error)
@@ -268,6 +284,9 @@ def main(arguments: list[str] | None = None) -> int:
 def _verdict(table: Table, console: Console) -> int:
     for problem in table.problems():
         console.print(problem, style="red", markup=False, highlight=False, soft_wrap=True)
+    for missing, names in table.skipped().items():
+        sentence = f"SKIPPED, {len(names)} of {len(table.rows)} rows: {missing}"
+        console.print(sentence, style="yellow", markup=False, highlight=False, soft_wrap=True)
     requests = sum(row.requests for row in table.rows)
     failed = sum(row.failed + row.wrong for row in table.rows)
     injected = sum(row.injected for row in table.rows)

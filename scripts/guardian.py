@@ -22,6 +22,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
@@ -56,7 +57,9 @@ class Process:
     def restart(self) -> None:
         """After it has ended. Output of this process goes to the server's log."""
         os.close(self.ended)
-        print(f"companion {' '.join(self._command[:4])} ended with code {self.process.wait()}; starting it again", flush=True)
+        line = f"companion {' '.join(self._command[:4])} ended with code {self.process.wait()}; starting it again\n"
+        with suppress(OSError):  # a full disk
+            os.write(sys.stdout.fileno(), line.encode())
         time.sleep(_RESTART_PAUSE_S)
         self.start()
 
@@ -108,7 +111,7 @@ def _supervise(channel: socket.socket, server: Process, companions: list[Process
     said = _hear(channel)
     if said != "kill":
         _drain(channel, server.ended, run_dir, float(said.partition(" ")[2] or 0))
-        (run_dir / STOPPING).touch()
+        _leave_mark(run_dir / STOPPING)
         for process in (server, *companions):
             process.process.send_signal(signal.SIGTERM)
         _await_end(channel, server.ended, grace_s)
@@ -119,11 +122,16 @@ def _drain(channel: socket.socket, ended: int, run_dir: Path, seconds: float) ->
     """Until the router has nothing to do, `seconds` have passed, the server has ended or the parent says another word."""
     if not seconds:
         return
-    (run_dir / DRAINING).touch()
+    _leave_mark(run_dir / DRAINING)
     deadline = time.monotonic() + seconds
     while not (run_dir / DRAINED).exists() and time.monotonic() < deadline:
         if _await([channel.fileno(), ended], _DRAIN_POLL_S):
             return  # what the parent says is heard by whoever awaits the end
+
+
+def _leave_mark(path: Path) -> None:
+    with suppress(OSError):  # a full disk: then requests are not told that the server ends
+        path.touch()
 
 
 def _await_end(channel: socket.socket, ended: int, grace_s: float) -> None:

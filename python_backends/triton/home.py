@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from python_backends.core.config import Deployment, load_deployment
 from python_backends.core.deployment_key import OPERATOR_HEADER, deployment_key, operator_secret
 from python_backends.core.errors import ConfigError
 from python_backends.core.paths import repository_root, run_base
+from python_backends.core.types import Role
 
 DRAINING, DRAINED, STOPPING = "draining", "drained", "stopping"
 """Files in the run directory. scripts/guardian.py makes the first, the router the second when it has nothing more to do;
@@ -38,13 +40,30 @@ class Home:
         """Where the router of this server listens for front ends."""
         return f"ipc://{self.run_dir}/door"
 
+    def role_of(self, worker: str) -> Role | None:
+        """The role in which the worker was up last, if it was given one; None: that of the deployment file."""
+        try:
+            return Role(self._role_file(worker).read_text())
+        except (OSError, ValueError):
+            return None
+
+    def remember_role(self, worker: str, role: Role) -> None:
+        """As long as the server lives. Whoever loads the worker's model needs not know of it. Raises OSError."""
+        written = self._role_file(worker).with_suffix(".new")
+        written.write_text(role.value)
+        written.replace(self._role_file(worker))
+
+    def _role_file(self, worker: str) -> Path:
+        return self.run_dir / f"role-{worker}"
+
     def draining(self) -> bool:
         """Whether requests that run are to end and no others are to begin, since the server will be stopped."""
         return (self.run_dir / DRAINING).exists()
 
     def drained(self) -> None:
         """Say that no request runs any more."""
-        (self.run_dir / DRAINED).touch()
+        with suppress(OSError):  # a full disk: then the guardian waits in vain, as long as it may
+            (self.run_dir / DRAINED).touch()
 
     @property
     def operator_headers(self) -> dict[str, str]:

@@ -10,12 +10,11 @@ import msgspec
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from python_backends.core.config import WorkerConfig
 from python_backends.core.errors import BatonError, ConfigError
 from python_backends.core.tensors import ACCEPTED, ROLE_PARAMETER, WORK
 from python_backends.core.types import Role
 from python_backends.triton.errors import triton_error
-from python_backends.triton.home import find_home
+from python_backends.triton.home import Home, find_home
 from python_backends.triton.logs import log_to_triton
 from python_backends.worker.service import Worker
 
@@ -31,11 +30,16 @@ class WorkerModel:
         name = model["name"]
         try:
             home = find_home()
-            config = _in_role(home.deployment.worker(name), model)
+            config = home.deployment.worker(name)
+            given = _given_role(model)
+            role = given or home.role_of(name) or config.role
+            config = msgspec.structs.replace(config, role=role)
             self._worker = Worker(home.deployment, config, home.channel_address(name), home.key)
             self._worker.start()
         except BatonError as error:
             raise pb_utils.TritonModelException(f"Baton worker {name}: {error}") from None
+        if given is not None:  # and it works
+            _remember(home, name, given)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         return [self._accept(request) for request in requests]
@@ -52,13 +56,20 @@ class WorkerModel:
         self._worker.close()
 
 
-def _in_role(worker: WorkerConfig, model: dict[str, Any]) -> WorkerConfig:
-    """The worker as the deployment has it, but for the role when it was loaded in another. Raises ConfigError."""
+def _given_role(model: dict[str, Any]) -> Role | None:
+    """That which came with the load. Raises ConfigError."""
     given = model.get("parameters", {}).get(ROLE_PARAMETER, {}).get("string_value")
-    if given is None:
-        return worker
     try:
-        return msgspec.structs.replace(worker, role=Role(given))
+        return None if given is None else Role(given)
     except ValueError:
         known = ", ".join(role.value for role in Role)
         raise ConfigError(f"parameters: {ROLE_PARAMETER} {given!r} is no role; give one of {known}") from None
+
+
+def _remember(home: Home, worker: str, role: Role) -> None:
+    try:
+        home.remember_role(worker, role)
+    except OSError as error:  # a full disk, say
+        log.error(
+            "worker %s is %s only until it is loaded again, since that can't be written down: %s", worker, role.value, error
+        )

@@ -23,8 +23,9 @@ from python_backends.core.orders import OrderBook
 from python_backends.core.tensors import ACCEPTED, WORK
 from python_backends.core.types import Role, WorkerId
 from router.seams import Destination
-from router.triton.model_config import ModelConfigs
+from router.triton.model_config import in_role
 from router.triton.remote import HOW_TO_RESTART, RemoteServers
+from router.triton.restart_marks import RestartMarks
 
 _MOST_PER_CALL = 64
 _LOAD_S = 300.0  # as scripts/serve waits at the start
@@ -85,7 +86,9 @@ class TritonSubmitter:
 class TritonModelControl:
     """Implements router.supervisor.ModelControl."""
 
-    def __init__(self, address: str, headers: Mapping[str, str], own: Collection[WorkerId], remote: RemoteServers) -> None:
+    def __init__(
+        self, address: str, headers: Mapping[str, str], own: Collection[WorkerId], remote: RemoteServers, marks: RestartMarks
+    ) -> None:
         """`address`: HOST:PORT of this server's HTTP service, which opens to `headers`. Without it the Python backend is asked.
 
         That holds the interpreter until the model is up, seconds in which no stream of this router goes on.
@@ -94,7 +97,7 @@ class TritonModelControl:
         self._headers = dict(headers)
         self._own = own
         self._remote = remote
-        self._configs = ModelConfigs(self._read_config)
+        self._marks = marks
 
     def reach(self, worker: Destination) -> None:
         """See router.supervisor.ModelControl."""
@@ -106,10 +109,18 @@ class TritonModelControl:
 
         Loading a model whose process died does nothing as long as Triton counts it as loaded, hence unload first.
         """
-        if worker.worker not in self._own:
-            self._remote.restart(worker, role)
-            return
-        config = self._configs.to_load(worker, role)
+        with self._marks.mark(worker):
+            if worker.worker in self._own:
+                self._restart(worker, role)
+            else:
+                self._remote.restart(worker, role)
+
+    def interrupted(self) -> list[Destination]:
+        """See router.supervisor.ModelControl."""
+        return self._marks.left()
+
+    def _restart(self, worker: Destination, role: Role | None) -> None:
+        config = None if role is None else in_role(worker, self._read_config(worker), role)
         try:
             if self._address:
                 self._post(worker.model, "unload", {})
@@ -121,7 +132,7 @@ class TritonModelControl:
             raise Unavailable(f"{error}; {HOW_TO_RESTART}") from error
 
     def _read_config(self, worker: Destination) -> dict[str, Any] | None:
-        """See ModelConfigs."""
+        """In the JSON of Triton's API; None where it tells none."""
         if not self._address:
             return None
         url = f"http://{self._address}/v2/models/{worker.model}/config"

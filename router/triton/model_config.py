@@ -1,44 +1,27 @@
-"""Configurations with which workers' models are loaded anew: as the repository has them, but for a role that was changed.
+"""How a worker is told the role that it is to be loaded in: by a parameter of its model's configuration.
 
-Triton lets whoever loads a model give its configuration. That carries the role, so Triton itself remembers it while the
-model counts as loaded, dead or not; what it said last is kept here for when a load has failed.
+Triton lets whoever loads a model give its configuration, whole. The worker itself remembers the role from then on
+(python_backends/triton/home.py), so that later loads need not tell it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from python_backends.core.errors import Unavailable
 from python_backends.core.tensors import ROLE_PARAMETER
-from python_backends.core.types import Role, WorkerId
+from python_backends.core.types import Role
 from router.seams import Destination
 
 
-class ModelConfigs:
-    """Any number of threads may use it."""
+def in_role(worker: Destination, config: dict[str, Any] | None, role: Role) -> dict[str, Any]:
+    """The configuration to load the worker with.
 
-    def __init__(self, read: Callable[[Destination], dict[str, Any] | None]) -> None:
-        """`read`: the configuration that the worker's server has now, in the JSON of Triton's API; None when it says none."""
-        self._read = read
-        self._last: dict[WorkerId, dict[str, Any]] = {}
-
-    def to_load(self, worker: Destination, role: Role | None) -> dict[str, Any] | None:
-        """To be given to Triton; None: what the repository has. Ask before the model is unloaded.
-
-        `role`: None keeps the one it has. Raises Unavailable when it is to change and the present configuration is not known.
-        """
-        config = self._read(worker)
-        if config is None:
-            config = self._last.get(worker.worker)
-        else:
-            self._last[worker.worker] = config
-        if role is None:
-            return config if config is not None and ROLE_PARAMETER in config.get("parameters", {}) else None
-        if config is None:
-            raise Unavailable(
-                f"worker {worker.worker}: Triton does not tell the configuration of model {worker.model}; "
-                "a role is changed on servers that scripts/serve has started"
-            )
-        parameters = {**config.get("parameters", {}), ROLE_PARAMETER: {"string_value": role.value}}
-        return {**config, "parameters": parameters}
+    `config`: the one that its server has now, in the JSON of Triton's API. Raises Unavailable when it tells none.
+    """
+    if config is None:
+        raise Unavailable(
+            f"worker {worker.worker}: Triton does not tell the configuration of model {worker.model}; "
+            "a role is changed on servers that scripts/serve has started"
+        )
+    return {**config, "parameters": {**config.get("parameters", {}), ROLE_PARAMETER: {"string_value": role.value}}}

@@ -18,7 +18,7 @@ from python_backends.core.errors import ConfigError, Unavailable
 from python_backends.core.tensors import ACCEPTED, WORK
 from python_backends.core.types import Role
 from router.seams import Destination
-from router.triton.model_config import ModelConfigs
+from router.triton.model_config import in_role
 
 HOW_TO_RESTART = "restarts need tritonserver --model-control-mode=explicit --load-model=* (scripts/serve does that)"
 
@@ -43,7 +43,6 @@ class RemoteServers:
         self._credentials = _credentials(cluster)
         self._operator = ((OPERATOR_METADATA, operator_secret(key)),)
         self._stubs: dict[str, Any] = {}
-        self._configs = ModelConfigs(self._read_config)
         self._lock = threading.Lock()
 
     def submit(self, worker: Destination, sealed: bytes, failed: Callable[[str], None]) -> None:
@@ -70,7 +69,7 @@ class RemoteServers:
     def restart(self, worker: Destination, role: Role | None = None) -> None:
         """See router.supervisor.ModelControl. Raises Unavailable."""
         stub = self._stub(worker.server)
-        config = self._configs.to_load(worker, role)
+        config = None if role is None else in_role(worker, self._read_config(worker), role)
         try:
             unload = service_pb2.RepositoryModelUnloadRequest(model_name=worker.model)
             stub.RepositoryModelUnload(unload, timeout=_RESTART_TIMEOUT_S, metadata=self._operator)
@@ -82,7 +81,7 @@ class RemoteServers:
             raise Unavailable(f"{worker.server}: {_words(error)}; {HOW_TO_RESTART}") from error
 
     def _read_config(self, worker: Destination) -> dict[str, Any] | None:
-        """See ModelConfigs."""
+        """In the JSON of Triton's API; None where it tells none."""
         request = service_pb2.ModelConfigRequest(name=worker.model)
         try:
             answer = self._stub(worker.server).ModelConfig(request, timeout=_REACH_TIMEOUT_S, metadata=self._operator)

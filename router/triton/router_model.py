@@ -25,6 +25,7 @@ from router.triton.codec import decode_request, wants_error_codes
 from router.triton.metrics import TritonSink
 from router.triton.remote import RemoteServers
 from router.triton.reply import CancelWatch, TritonReply, Writer
+from router.triton.restart_marks import RestartMarks
 
 if TYPE_CHECKING:
     from router.tracing import Tracer
@@ -52,7 +53,7 @@ class RouterModel:
             _channels(home),
             tokenizer,
             TritonSubmitter(home.key, own, remote),
-            TritonModelControl(home.triton_address, home.operator_headers, own, remote),
+            TritonModelControl(home.triton_address, home.operator_headers, own, remote, RestartMarks(home.run_dir)),
             meter,
             home,
         )

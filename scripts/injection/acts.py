@@ -1,7 +1,7 @@
-"""What is injected: kinds that hit one process at a moment (Strike), and deployments in which something is always wrong.
+"""Everything that is injected: strikes, which hit at a moment, and deployments in which something is always wrong.
 
-A strike waits until a request is in the wanted state at a worker of the wanted role, hits that very worker, and says when
-what was hit serves again.
+A strike on a worker waits until a request is in the wanted state at a worker of the wanted role, hits that very worker, and
+says when it serves again. Those here need nothing but signals; for others see clocks.py, disks.py and roles.py.
 """
 
 from __future__ import annotations
@@ -15,82 +15,44 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from python_backends.core.deployment_key import OPERATOR_HEADER, deployment_key, operator_secret
-from python_backends.core.errors import BatonError, Unavailable
+from python_backends.core.errors import BatonError
 from python_backends.core.types import Role
-from router.door.messages import News, WorkerNews
 from router.lifecycle import State
 from scripts.client import Client
-from scripts.injection.load import OpenAIWay, TritonWay
-from scripts.injection.watch import find_victim, wait_for
-from scripts.router_door import RouterDoor
-from scripts.tritonserver import TritonServer
+from scripts.injection import clocks, disks, roles
+from scripts.injection.load import OpenAIWay
+from scripts.injection.scene import (
+    BACK_S,
+    GRACE_S,
+    STATES,
+    VICTIM_S,
+    Hit,
+    Scene,
+    Strike,
+    at_every_worker,
+    back,
+    clients_of,
+    kill_router,
+    request_in,
+    victim,
+)
+from scripts.injection.watch import wait_for
 
-VICTIM_S = 30.0
-BACK_S = 60.0
-SILENT_S = 1.5  # health.silent_s of the deployments here: a worker that is stopped for longer is replaced
 _PAUSE_S = 0.7  # a worker that is stopped for so long is only late
 _BURST = 16
 _BURST_ID = "burst"
 _LOAD_S = 60.0
 _RED_S = 10.0  # as promised
 
-ROLES = ("prefill", "decode", "aggregated", "router")
-
-
-@dataclass(frozen=True, slots=True)
-class Scene:
-    """A server under load, and what is known about it."""
-
-    server: TritonServer
-    door: RouterDoor
-
-
-@dataclass(frozen=True, slots=True)
-class Hit:
-    """An injection that was made. Instants are monotonic seconds."""
-
-    at: float
-    clients: list[str]  # whose requests were at what was hit
-    back: float  # when that served again
-
-
-@dataclass(frozen=True, slots=True)
-class Strike:
-    """`strike` raises Unavailable when there is nothing to hit, or when what was hit does not come back."""
-
-    what: str
-    where: str
-    when: str
-    strike: Callable[[Scene], Hit]
-    only: type[TritonWay | OpenAIWay] | None = None  # clients that can survive it
-
-
-def _victim(scene: Scene, role: Role, state: State) -> tuple[WorkerNews, list[str]]:
-    what = f"a request {state.value} at a {role.value} worker"
-    return wait_for(scene.door, lambda news: find_victim(news, role, state), VICTIM_S, what)
-
-
-def _back(scene: Scene, worker: WorkerNews, *, new_life: bool) -> float:
-    def is_back(news: News) -> bool | None:
-        return (
-            any(
-                w.id == worker.id and w.up and not w.resting and (not new_life or w.epoch != worker.epoch) for w in news.workers
-            )
-            or None
-        )
-
-    wait_for(scene.door, is_back, BACK_S, f"{worker.id} is back")
-    return time.monotonic()
-
 
 def _signal_worker(number: int, role: Role, state: State) -> Callable[[Scene], Hit]:
     """The worker's process is dead, or stands still until it is replaced."""
 
     def strike(scene: Scene) -> Hit:
-        worker, clients = _victim(scene, role, state)
+        worker, clients = victim(scene, role, state)
         at = time.monotonic()
         os.kill(worker.pid, number)
-        return Hit(at, clients, _back(scene, worker, new_life=True))
+        return Hit(at, clients, back(scene, worker, new_life=True))
 
     return strike
 
@@ -99,12 +61,12 @@ def _pause_worker(role: Role, state: State) -> Callable[[Scene], Hit]:
     """It stands still for a moment that nobody takes for death."""
 
     def strike(scene: Scene) -> Hit:
-        worker, clients = _victim(scene, role, state)
+        worker, clients = victim(scene, role, state)
         at = time.monotonic()
         os.kill(worker.pid, signal.SIGSTOP)
         time.sleep(_PAUSE_S)
         os.kill(worker.pid, signal.SIGCONT)
-        return Hit(at, clients, _back(scene, worker, new_life=False))
+        return Hit(at, clients, back(scene, worker, new_life=False))
 
     return strike
 
@@ -113,7 +75,7 @@ def _reload_worker(role: Role, state: State) -> Callable[[Scene], Hit]:
     """Somebody has Triton unload and load the model."""
 
     def strike(scene: Scene) -> Hit:
-        worker, clients = _victim(scene, role, state)
+        worker, clients = victim(scene, role, state)
         key = deployment_key(scene.server.deployment.security.key_file, scene.server.run_dir)
         headers = {OPERATOR_HEADER: operator_secret(key)}
         at = time.monotonic()
@@ -121,7 +83,7 @@ def _reload_worker(role: Role, state: State) -> Callable[[Scene], Hit]:
             url = f"http://{scene.server.host}:{scene.server.http_port}/v2/repository/models/{worker.id}/{action}"
             with urllib.request.urlopen(urllib.request.Request(url, b"{}", headers), timeout=_LOAD_S) as response:
                 response.read()
-        return Hit(at, clients, _back(scene, worker, new_life=True))
+        return Hit(at, clients, back(scene, worker, new_life=True))
 
     return strike
 
@@ -130,34 +92,18 @@ def _drain_and_restart(role: Role, state: State) -> Callable[[Scene], Hit]:
     """As scripts/rolling-restart does with each worker."""
 
     def strike(scene: Scene) -> Hit:
-        worker, clients = _victim(scene, role, state)
+        worker, clients = victim(scene, role, state)
         at = time.monotonic()
-        scene.door.manage("restart", worker.id, 10.0, BACK_S)
-        return Hit(at, clients, _back(scene, worker, new_life=True))
+        scene.door.manage("restart", worker.id, GRACE_S, BACK_S)
+        return Hit(at, clients, back(scene, worker, new_life=True))
 
     return strike
 
 
 def _kill_router(state: State) -> Callable[[Scene], Hit]:
     def strike(scene: Scene) -> Hit:
-        pid = scene.door.router_pid()
-        if pid is None:
-            raise Unavailable("the router does not answer")
-        news = wait_for(
-            scene.door,
-            lambda news: news if any(record.state is state for record in news.live) else None,
-            VICTIM_S,
-            f"a request {state.value}",
-        )
-        at = time.monotonic()
-        os.kill(pid, signal.SIGKILL)
-        wait_for(
-            scene.door,
-            lambda later: (later.router != news.router and not later.trouble) or None,
-            BACK_S,
-            "another router is there",
-        )
-        return Hit(at, [record.client_id for record in news.live], time.monotonic())
+        request_in(scene, state)
+        return kill_router(scene)
 
     return strike
 
@@ -171,7 +117,7 @@ def _stop_all_that_decode(scene: Scene) -> Hit:
             os.kill(worker.pid, signal.SIGSTOP)
     wait_for(scene.door, lambda news: news.trouble or None, _RED_S, "readiness is red")
     wait_for(scene.door, lambda news: not news.trouble or None, BACK_S, "readiness is green again")
-    return Hit(at, [record.client_id for record in news.live], time.monotonic())
+    return Hit(at, clients_of(news), time.monotonic())
 
 
 def _cancel_burst(scene: Scene) -> Hit:
@@ -204,30 +150,18 @@ def _cancel_after(client: Client, seconds: float) -> None:
             return
 
 
-def _of_workers(what: str, make: Callable[[Role, State], Callable[[Scene], Hit]]) -> list[Strike]:
-    """At every role, in every state in which a worker of it has something to do."""
-    places = [
-        (Role.PREFILL, State.PREFILLING),
-        (Role.PREFILL, State.HANDING_OFF),
-        (Role.DECODE, State.HANDING_OFF),
-        (Role.DECODE, State.DECODING),
-        (Role.AGGREGATED, State.DECODING),
-    ]
-    return [Strike(what, role.value, state.value, make(role, state)) for role, state in places]
-
-
 STRIKES = [
-    *_of_workers("kill -9", lambda role, state: _signal_worker(signal.SIGKILL, role, state)),
-    *_of_workers("SIGSTOP", lambda role, state: _signal_worker(signal.SIGSTOP, role, state)),
-    *_of_workers("SIGSTOP, SIGCONT", _pause_worker),
-    *_of_workers("unload, load", _reload_worker),
-    *_of_workers("drain, restart", _drain_and_restart),
-    *[
-        Strike("kill -9", "router", state.value, _kill_router(state), OpenAIWay)
-        for state in (State.PREFILLING, State.HANDING_OFF, State.DECODING)
-    ],
+    *at_every_worker("kill -9", lambda role, state: _signal_worker(signal.SIGKILL, role, state)),
+    *at_every_worker("SIGSTOP", lambda role, state: _signal_worker(signal.SIGSTOP, role, state)),
+    *at_every_worker("SIGSTOP, SIGCONT", _pause_worker),
+    *at_every_worker("unload, load", _reload_worker),
+    *at_every_worker("drain, restart", _drain_and_restart),
+    *roles.STRIKES,
+    *[Strike("kill -9", "router", state.value, _kill_router(state), OpenAIWay) for state in STATES],
     Strike("SIGSTOP", "all that decode", "", _stop_all_that_decode),
     Strike("cancel burst", "clients", "", _cancel_burst),
+    *clocks.STRIKES,
+    *disks.STRIKES,
 ]
 
 

@@ -42,9 +42,23 @@ class Row(msgspec.Struct, kw_only=True):
     back_s: list[float] = []  # from the injection until what was hit serves again
     leaked_blocks: int = 0  # KV blocks and leases held when nobody is served any more
     problems: list[str] = []
+    skipped: str = ""  # what this machine lacks for it
+
+    @property
+    def name(self) -> str:
+        return " ".join(filter(None, (self.what, self.where, self.when)))
+
+    @property
+    def verdict(self) -> str:
+        if self.skipped:
+            return "skipped"
+        return "holds" if self.ok else "BROKEN"
 
     @property
     def ok(self) -> bool:
+        """Also where nothing was tried because it can't be here; `skipped` says so wherever the row is shown."""
+        if self.skipped:
+            return True
         return not (self.failed or self.wrong or self.leaked_blocks or self.problems) and self.injected > 0
 
 
@@ -59,11 +73,19 @@ class Table(msgspec.Struct, kw_only=True):
 
     @property
     def ok(self) -> bool:
-        return all(row.ok for row in self.rows)
+        return all(row.ok for row in self.rows) and not all(row.skipped for row in self.rows)
 
     def problems(self) -> list[str]:
         """Every sentence of every row."""
-        return [f"{row.what} {row.where} {row.when}: {problem}" for row in self.rows for problem in row.problems]
+        return [f"{row.name}: {problem}" for row in self.rows for problem in row.problems]
+
+    def skipped(self) -> dict[str, list[str]]:
+        """Rows by what this machine lacks for them."""
+        found: dict[str, list[str]] = {}
+        for row in self.rows:
+            if row.skipped:
+                found.setdefault(row.skipped, []).append(row.name)
+        return found
 
     def markdown(self) -> str:
         """The table of promises. Intervals are 95%, of the share of requests."""
@@ -119,7 +141,7 @@ def cells_of(row: Row) -> list[str]:
         _times(row.pauses_s),
         _times(row.back_s),
         str(row.leaked_blocks),
-        "holds" if row.ok else "BROKEN",
+        row.verdict,
     ]
 
 

@@ -421,6 +421,10 @@ class FlowHouse:
     def reach(self, worker: Destination) -> None:
         """See router.supervisor.ModelControl."""
 
+    def interrupted(self) -> list[Destination]:
+        """See router.supervisor.ModelControl."""
+        return []
+
     def restart(self, worker: Destination, role: Role | None = None) -> None:
         """See router.supervisor.ModelControl."""
         name = worker.model

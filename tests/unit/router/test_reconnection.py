@@ -40,6 +40,9 @@ class Control:
     def restart(self, worker: Destination, role: Role | None = None) -> None:
         self.restarts += 1
 
+    def interrupted(self) -> list[Destination]:
+        return []
+
 
 Play = Callable[[House, Control, Heartbeat], Coroutine[Any, Any, None]]
 

@@ -16,6 +16,7 @@ from python_backends.core.config import HealthConfig
 from python_backends.core.host import host_id
 from python_backends.core.messages import Heartbeat
 from python_backends.core.types import Epoch, Role, WorkerId
+from router import supervisor as module
 from router.house import House
 from router.seams import Destination
 from router.supervisor import Supervisor
@@ -30,12 +31,16 @@ class Control:
 
     def __init__(self) -> None:
         self.restarted: list[tuple[float, str]] = []
+        self.left: list[Destination] = []
 
     def reach(self, worker: Destination) -> None:
         """It can be reached."""
 
     def restart(self, worker: Destination, role: Role | None = None) -> None:
         self.restarted.append((time.monotonic(), worker.model))
+
+    def interrupted(self) -> list[Destination]:
+        return self.left
 
 
 class Silent:
@@ -127,3 +132,28 @@ def test_only_the_connection_breaks(here: bool) -> None:
         await asyncio.sleep(0.5)
 
     assert _watch(play, here=here).restarted == []
+
+
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_a_restart_that_the_last_router_has_begun(comes_back: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton may still be loading the worker. This router has never heard of it."""
+    monkeypatch.setattr(module, "_PATIENCE_S", 0.2)
+    monkeypatch.setattr(module, "_RECONNECT_S", 0.01)
+    monkeypatch.setattr(module, "_BACKOFF_S", (0.01,))
+    control = Control()
+    control.left = [Destination(DECODE, "decode", "", Epoch(0))]
+
+    async def run() -> None:
+        house = House(deployment(), cast(Any, NumberTokenizer()), cast(Any, Silent()), Counts())
+        supervisor = Supervisor(house, HealthConfig(), control)
+        supervisor.take_over()
+        if comes_back:
+            house.hear_heartbeat(msgspec.structs.replace(heartbeat("decode"), host="elsewhere"), time.monotonic())
+            await asyncio.sleep(0.6)
+        else:
+            assert await _until(lambda: control.restarted)
+        supervisor.close()
+        house.close()
+
+    asyncio.run(run())
+    assert [model for _, model in control.restarted] == ([] if comes_back else ["decode"])
