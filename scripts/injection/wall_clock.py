@@ -22,7 +22,7 @@ class WallClock:
     """One for all servers that are started while it is `ready`. Clocks of this process are those of the machine."""
 
     def __init__(self) -> None:
-        self._table = Path()  # once it is ready
+        self._table = Path("/nowhere")  # until it is ready
 
     @contextmanager
     def ready(self) -> Iterator[None]:
