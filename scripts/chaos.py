@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table as Printed
 
 from python_backends.core.errors import BatonError, InvalidRequest, Unavailable
+from python_backends.core.paths import run_base
 from scripts.injection.acts import CONDITIONS, STRIKES, Condition
 from scripts.injection.load import Load, Sample, known_requests
 from scripts.injection.scene import BACK_S, LEASE_S, SILENT_S, Scene, Strike
@@ -63,6 +64,7 @@ class Chaos:
         self._engine = engine
         self._clients = clients
         self._console = console
+        self._kept = run_base() / "last-chaos.log"
 
     def strike(self, strikes: list[Strike], rounds: int, seconds: float) -> None:
         """All of them, round by round, on a server for each of the means they need; no round begins after `seconds`."""
@@ -132,9 +134,8 @@ class Chaos:
                     door.close()
             finally:
                 if not all(row.ok for row in self.rows) and server.log.path.exists():
-                    kept = server.run_dir.with_name("last-chaos.log")
-                    shutil.copyfile(server.log.path, kept)
-                    self._console.print(f"the server's log is kept: {kept}", highlight=False)
+                    shutil.copyfile(server.log.path, self._kept)
+                    self._console.print(f"the server's log is kept: {self._kept}", highlight=False)
                 server.stop()
 
     def _strike(self, scene: Scene, load: Load, strike: Strike, row: Row) -> None:

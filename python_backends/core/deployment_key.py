@@ -34,14 +34,24 @@ def operator_secret(key: bytes) -> str:
 
 
 def _shared(path: Path) -> bytes:
-    fresh = path.with_name(f"key.{os.getpid()}")
-    descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(secrets.token_bytes(_KEY_BYTES))
-    with contextlib.suppress(FileExistsError):
-        os.link(fresh, path)
-    fresh.unlink()
+    if not path.exists():  # processes of a server that runs need no room on its disk
+        _make(path)
     return _read(path)
+
+
+def _make(path: Path) -> None:
+    """Whole, or not at all. Somebody else may have been first."""
+    fresh = path.with_name(f"key.{os.getpid()}")
+    try:
+        descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(secrets.token_bytes(_KEY_BYTES))
+        with contextlib.suppress(FileExistsError):
+            os.link(fresh, path)
+    except OSError as error:
+        raise ConfigError(f"the deployment's key can't be written: {path}: {error.strerror}; make room, or set TMPDIR") from error
+    finally:
+        fresh.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> bytes:

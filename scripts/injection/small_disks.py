@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from python_backends.core.errors import Unavailable
-from python_backends.core.paths import run_base
+from scripts.injection.environment import environment
 
 SHM = Path("/dev/shm")
 _SIZE = "64m"  # that of /dev/shm in a container, if nobody says otherwise
@@ -30,28 +31,27 @@ def enter_own_mounts(module: str, arguments: Sequence[str]) -> None:
 
 
 class SmallDisks:
-    """Where servers keep what they write while serving (run_base()), and /dev/shm, while it is `ready`."""
+    """What is written by servers that are started while it is `ready`, and /dev/shm."""
 
     @contextmanager
     def ready(self) -> Iterator[None]:
-        """Raises Unavailable in the mount namespace of others."""
+        """run_base() is elsewhere meanwhile. Raises Unavailable in the mount namespace of others."""
         if os.environ.get(_OUTSIDE, _namespace()) == _namespace():
             raise Unavailable(
                 "file systems can't be filled without mounts of one's own; run it as root, or where `unshare -Urm` works"
             )
-        places = (run_base(), SHM)
-        for place in places:
-            _run(["mount", "-t", "tmpfs", "-o", f"size={_SIZE},mode=0700", "tmpfs", str(place)])
-        try:
-            yield
-        finally:
-            for place in places:
-                _run(["umount", "--lazy", str(place)])  # a process that is just ending may still use it
+        with tempfile.TemporaryDirectory() as directory, _mounted(Path(directory)), _mounted(SHM):
+            former, tempfile.tempdir = tempfile.tempdir, directory
+            try:
+                with environment(TMPDIR=directory):
+                    yield
+            finally:
+                tempfile.tempdir = former
 
     @contextmanager
     def full(self, place: Path) -> Iterator[None]:
         """Not a byte more can be written at `place` meanwhile."""
-        filler = place / "filler"
+        filler = place / "filler"  # of everything that lies on the same file system
         try:
             with filler.open("wb", buffering=0) as file:
                 for chunk in _CHUNKS:
@@ -61,6 +61,15 @@ class SmallDisks:
             yield
         finally:
             filler.unlink()
+
+
+@contextmanager
+def _mounted(place: Path) -> Iterator[None]:
+    _run(["mount", "-t", "tmpfs", "-o", f"size={_SIZE},mode=0700", "tmpfs", str(place)])
+    try:
+        yield
+    finally:
+        _run(["umount", "--lazy", str(place)])  # a process that is just ending may still use it
 
 
 def _namespace() -> str:

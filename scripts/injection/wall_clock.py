@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from python_backends.core.errors import Unavailable
+from scripts.injection.environment import environment
 
 _SOURCE = Path(__file__).with_suffix(".c")
 _ENTRY = struct.Struct("q")
@@ -34,7 +35,7 @@ class WallClock:
             with self._table.open("wb") as table:  # nearly all of it is a hole
                 table.truncate(_ENTRY.size * (int(Path("/proc/sys/kernel/pid_max").read_text()) + 1))
             preloaded = " ".join(filter(None, (str(library), os.environ.get("LD_PRELOAD"))))
-            with _environment(LD_PRELOAD=preloaded, BATON_CHAOS_CLOCK=str(self._table)):
+            with environment(LD_PRELOAD=preloaded, BATON_CHAOS_CLOCK=str(self._table)):
                 yield
 
     def set(self, seconds: float, pid: int = 0) -> None:
@@ -60,17 +61,3 @@ def _compile(library: Path) -> None:
     ended = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_S, check=False)
     if ended.returncode:
         raise Unavailable(f"clocks can't be made to jump: {' '.join(command)} says {ended.stderr.strip()}")
-
-
-@contextmanager
-def _environment(**values: str) -> Iterator[None]:
-    former = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in former.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value

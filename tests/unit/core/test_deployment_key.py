@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import stat
 from pathlib import Path
 
@@ -15,6 +16,15 @@ def test_a_key_is_made_for_its_owner_alone_and_found_again(tmp_path: Path) -> No
     assert [path.name for path in tmp_path.iterdir()] == ["key"]
     assert stat.S_IMODE((tmp_path / "key").stat().st_mode) == 0o600
     assert deployment_key("", tmp_path) == key
+
+
+def test_once_it_is_there_nothing_is_written(tmp_path: Path) -> None:
+    """A worker is restarted while the disk is full."""
+    key = deployment_key("", tmp_path)
+    (tmp_path / f"key.{os.getpid()}").mkdir()  # in the way of any writing
+    assert deployment_key("", tmp_path) == key
+    with pytest.raises(ConfigError, match="the deployment's key can't be written: .*No such file or directory; make room"):
+        deployment_key("", tmp_path / "missing")
 
 
 def test_two_servers_have_two_keys(tmp_path: Path) -> None:
