@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 _LOOK_EVERY_S = 0.05
 _PATIENCE_S = 10.0  # beyond the grace period
 _BACK_S = 60.0  # from loaded to used
+_SETTLED_S = 2.0  # after which a new router has heard of every worker that is up
 
 
 class Drains:
@@ -81,19 +82,32 @@ class Drains:
                 raise Unavailable(f"worker {worker} is {now.role.value}: somebody else has restarted it meanwhile; try again")
         log.info("worker %s, which was %s, is %s as asked", worker, former.value, role.value)
 
+    async def take_over(self) -> None:
+        """Bring back the workers that the last router of this server was restarting when it died."""
+        interrupted = self._control.interrupted() if self._control is not None else []
+        for destination in interrupted:
+            log.warning("worker %s was being restarted when the last router died", destination.worker)
+            self._supervisor.bring_back(destination, patience_s=_SETTLED_S)
+        await asyncio.sleep(_SETTLED_S)
+        for destination in interrupted:
+            view = self._house.fleet.get(destination.worker)
+            if view is not None and view.up and view.heartbeat.draining:  # it was not unloaded yet
+                self.resume(destination.worker)
+
     async def _reload(self, worker: WorkerId, grace_s: float, role: Role | None) -> None:
         """Drained, loaded - in `role`, if one is given - and used again."""
         destination = self._house.destination(worker)
         if self._control is None or destination is None:
             raise Unavailable("nothing here can restart models: see ModelControl")
-        await self.drain(worker, grace_s)
         epoch = destination.epoch
-        self._supervisor.left(worker, epoch)
-        try:
-            await asyncio.get_running_loop().run_in_executor(None, self._control.restart, destination, role)
-        except BatonError:
-            self._supervisor.bring_back(worker)
-            raise
+        with self._control.marked(destination):
+            await self.drain(worker, grace_s)
+            self._supervisor.left(worker, epoch)
+            try:
+                await asyncio.get_running_loop().run_in_executor(None, self._control.restart, destination, role)
+            except BatonError:
+                self._supervisor.bring_back(destination)
+                raise
 
         def is_back() -> bool:
             now = self._house.fleet.get(worker)

@@ -5,8 +5,9 @@ closed      it is given work. Two failures in a row open the circuit: canaries t
 open        it is given no work, and what it had goes on elsewhere.
 half-open   one canary is under way to it. If that passes, the circuit is closed again; if not, it stays open.
 
-A worker whose circuit stays open is taken out, hence killed and restarted where somebody does that. The next life of a worker
-begins half-open. An answer that comes late after all shows how slow a step may be here, and gives the next ones more time.
+A drained worker gets no canaries, which it would refuse. One whose circuit stays open is taken out, hence killed and
+restarted where somebody does that. The next life of a worker begins half-open. An answer that comes late after all shows how
+slow a step may be here, and gives the next ones more time.
 
 Handoffs are tried too, pair by pair; one that fails opens nothing, since it costs a recompute and no request.
 """
@@ -128,11 +129,16 @@ class Health:
         breaker = Breaker(Circuit.HALF_OPEN if view is not None and view.resting else Circuit.CLOSED)
         patience_s = self._config.canary_timeout_s
         while (view := fleet.get(worker)) is not None and fleet.is_current(worker, epoch):
+            if _is_drained(view):
+                await asyncio.sleep(self._config.canary_s)
+                continue
             breaker.probe()
             began = self._house.clock.now()
             why = await self._probe(view, breaker, _SLOW_S if view.heartbeat.warm_up else patience_s)
             if not fleet.is_current(worker, epoch):
                 return
+            if why and _is_drained(view):
+                continue  # it refused the canary, or handed it back
             self._judge(view, breaker, Verdict.FAILED if why else Verdict.PASSED, why)
             if not why:
                 took_s = self._house.clock.now() - began
@@ -205,3 +211,8 @@ class Health:
 
     def _is_as_before(self, view: WorkerView) -> bool:
         return self._house.fleet.is_current(view.id, view.epoch) and not view.resting
+
+
+def _is_drained(view: WorkerView) -> bool:
+    """Now: what a view says changes while something is waited for."""
+    return view.heartbeat.draining

@@ -173,12 +173,12 @@ class RouterService:
         channels = self._channels
         self._channel = RouterChannel(self.house, self._supervisor, channels.place, channels.keys, health)
         self.drains = Drains(self.house, self._channel.send, self._supervisor, self._control)
-        self._supervisor.take_over()
         discovery = Discovery(channels.own, channels.sources, self._channel.connect)
         self._chores = [
             self._loop.create_task(chore)
             for chore in (
                 discovery.watch(),
+                self.drains.take_over(),
                 self._channel.beat(),
                 self._supervisor.watch(),
                 WarmUp(self.house).watch(),

@@ -13,7 +13,7 @@ import os
 import random
 import signal
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from typing import Protocol
 
 from python_backends.core.config import HealthConfig
@@ -46,8 +46,11 @@ class ModelControl(Protocol):
         `role`: what it is from then on, also after restarts that don't say. If that fails, its next restart is in the old one.
         """
 
+    def marked(self, worker: Destination) -> AbstractContextManager[None]:
+        """Should this router die meanwhile, its successor knows that the worker was being restarted."""
+
     def interrupted(self) -> list[Destination]:
-        """Workers that an earlier router of this server was restarting when it died. Asked once, at the start."""
+        """Those that were marked when the last router of this server died."""
 
 
 class Supervisor:
@@ -109,15 +112,9 @@ class Supervisor:
         if self._house.fleet.is_current(worker, epoch):
             self._house.lose(worker, f"worker {worker} was unloaded", died=False)
 
-    def take_over(self) -> None:
-        """Bring back what an earlier router of this server had begun to restart, unless it comes back by itself."""
-        for destination in self._control.interrupted() if self._control is not None else ():
-            log.warning("worker %s was being restarted when the last router died", destination.worker)
-            self._begin_restart(destination.worker, None, _PATIENCE_S, destination)
-
-    def bring_back(self, worker: WorkerId) -> None:
-        """Somebody has unloaded the worker and can't load it: try again and again."""
-        self._begin_restart(worker, None)
+    def bring_back(self, worker: Destination, patience_s: float = 0.0) -> None:
+        """Somebody has unloaded the worker and can't load it: try again and again. `patience_s`: as _begin_restart."""
+        self._begin_restart(worker.worker, None, patience_s, worker)
 
     # --- the watch ---
 
@@ -187,7 +184,8 @@ class Supervisor:
                     await asyncio.sleep(_RECONNECT_S)
                     if self._house.fleet.is_up(worker):
                         return
-                await loop.run_in_executor(self._threads, control.restart, destination)
+                with control.marked(destination):
+                    await loop.run_in_executor(self._threads, control.restart, destination)
             except BatonError as error:
                 log.error("worker %s could not be restarted: %s", worker, error)
             else:

@@ -49,7 +49,9 @@ def _make(path: Path) -> None:
         with contextlib.suppress(FileExistsError):
             os.link(fresh, path)
     except OSError as error:
-        raise ConfigError(f"the deployment's key can't be written: {path}: {error.strerror}; make room, or set TMPDIR") from error
+        raise ConfigError(
+            f"the deployment's key can't be written: {path}: {error.strerror}; make room, or set TMPDIR"
+        ) from error
     finally:
         fresh.unlink(missing_ok=True)
 

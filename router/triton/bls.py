@@ -11,6 +11,7 @@ import queue
 import threading
 import urllib.request
 from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager
 from itertools import groupby
 from typing import Any
 
@@ -109,11 +110,14 @@ class TritonModelControl:
 
         Loading a model whose process died does nothing as long as Triton counts it as loaded, hence unload first.
         """
-        with self._marks.mark(worker):
-            if worker.worker in self._own:
-                self._restart(worker, role)
-            else:
-                self._remote.restart(worker, role)
+        if worker.worker in self._own:
+            self._restart(worker, role)
+        else:
+            self._remote.restart(worker, role)
+
+    def marked(self, worker: Destination) -> AbstractContextManager[None]:
+        """See router.supervisor.ModelControl."""
+        return self._marks.mark(worker)
 
     def interrupted(self) -> list[Destination]:
         """See router.supervisor.ModelControl."""

@@ -1,4 +1,4 @@
-"""Which workers a router of this server was restarting when it died: their models may be unloaded, and nobody would load them.
+"""Which workers a router of this server was restarting when it died: drained or unloaded, and nobody would end that.
 
 A mark is an empty file in the run directory, named after the worker. The next router of the server looks for them.
 """
@@ -27,14 +27,16 @@ class RestartMarks:
 
     @contextmanager
     def mark(self, worker: Destination) -> Iterator[None]:
-        """Until the block has ended well: after an error the worker is still to be restarted."""
+        """For as long as the block lasts."""
         path = self._run_dir / f"{_PREFIX}{worker.worker}"
         try:
             path.touch()
         except OSError as error:  # a full disk, say; that is no reason not to restart it
-            log.warning("should this router die now, worker %s stays unloaded: %s", worker.worker, error)
-        yield
-        path.unlink(missing_ok=True)
+            log.warning("should this router die now, worker %s stays as it is: %s", worker.worker, error)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
     def left(self) -> list[Destination]:
         """Workers that are marked. Their names say where they are (python_backends/core/place.py)."""

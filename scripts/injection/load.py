@@ -159,8 +159,9 @@ class Load:
 
     def pause(self, timeout_s: float = _TIMEOUT_S) -> bool:
         """Returns whether all that ran has ended in time."""
-        for sending in self._sending.values():
-            sending.clear()
+        with self._lock:
+            for sending in self._sending.values():
+                sending.clear()
         end = time.monotonic() + timeout_s
         while self.live() and time.monotonic() < end:
             time.sleep(_IDLE_S)
@@ -199,18 +200,26 @@ class Load:
         rng = random.Random(name)
         while not self._stop.is_set():
             if self._sending[name].wait(_IDLE_S):
-                self._ask(name, way, rng.choice(self._requests))
+                sample = self._enter(name)
+                if sample is not None:
+                    self._ask(sample, way, rng.choice(self._requests))
 
-    def _ask(self, name: str, way: Way, known: Known) -> None:
-        sample = Sample(name, time.monotonic())
+    def _enter(self, name: str) -> Sample | None:
+        """A request that counts; None when there has been a pause meanwhile."""
         with self._lock:
+            if not self._sending[name].is_set():
+                return None
+            sample = Sample(name, time.monotonic())
             self._samples.append(sample)
+            return sample
+
+    def _ask(self, sample: Sample, way: Way, known: Known) -> None:
         texts = []
         try:
             for text in way.stream(known):
                 sample.arrivals.append(time.monotonic())
                 texts.append(text)
-            sample.wrong = "".join(texts) != self._right[name.partition("-")[0], known]
+            sample.wrong = "".join(texts) != self._right[sample.client.partition("-")[0], known]
         except BatonError as error:
             sample.error = f"{type(error).__name__}: {error}"
         finally:

@@ -17,9 +17,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -348,6 +348,7 @@ class FlowHouse:
         self.counts = Counts()
         self.workers: dict[str, Any] = {}
         self._loaded: dict[str, WorkerConfig] = {}  # those that were restarted, as Triton knows them
+        self._marks: set[Destination] = set()  # as files in the run directory are
         self._own_processes = processes
         self._restarts = restart
         self._workers_up = workers_up
@@ -421,9 +422,18 @@ class FlowHouse:
     def reach(self, worker: Destination) -> None:
         """See router.supervisor.ModelControl."""
 
+    @contextmanager
+    def marked(self, worker: Destination) -> Iterator[None]:
+        """See router.supervisor.ModelControl."""
+        self._marks.add(worker)
+        try:
+            yield
+        finally:
+            self._marks.discard(worker)
+
     def interrupted(self) -> list[Destination]:
         """See router.supervisor.ModelControl."""
-        return []
+        return list(self._marks)
 
     def restart(self, worker: Destination, role: Role | None = None) -> None:
         """See router.supervisor.ModelControl."""

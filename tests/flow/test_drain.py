@@ -65,6 +65,41 @@ def test_it_finishes_what_it_has_and_takes_nothing_new(worker: str) -> None:
         house.assert_nothing_held()
 
 
+def test_it_stays_drained_though_it_would_fail_canaries() -> None:
+    """It refuses them. A worker that fails so many is killed, where somebody restarts it."""
+    with FlowHouse(deployment(1, 2, router=ROUTER, canary_s=0.05), processes=True, restart=True) as house:
+        epoch = house.epoch("decode_0")
+        _drain(house, "decode_0", 0.0)
+        time.sleep(1.5)
+        assert house.epoch("decode_0") == epoch
+        assert ("decode_0", "failed") not in house.counts.canaries
+        house.on_loop(lambda: house.service.drains.resume(WorkerId("decode_0")))
+        view = house.service.house.fleet.get(WorkerId("decode_0"))
+        assert view is not None
+        assert eventually(lambda: view.available, 5)
+
+
+def test_the_router_dies_in_the_middle_of_a_restart() -> None:
+    """One worker is drained by then, the other unloaded, and nobody would end that."""
+    with FlowHouse(deployment(1, 2, router=ROUTER), processes=True, restart=True) as house:
+        drained, unloaded = (house.service.house.destination(WorkerId(name)) for name in ("decode_0", "decode_1"))
+        assert drained is not None
+        assert unloaded is not None
+        house._marks |= {drained, unloaded}
+        _drain(house, "decode_0", 0.0)
+        house.on_loop(lambda: house.service._supervisor.left(unloaded.worker, unloaded.epoch))
+        house.workers["decode_1"].unload()
+        house.replace_router()
+
+        def available() -> set[str]:
+            return {view.id for view in house.service.house.fleet.available()}
+
+        assert eventually(lambda: available() == {"prefill_0", "decode_0", "decode_1"}, TIMEOUT_S)
+        assert house.epoch("decode_0") == drained.epoch
+        assert house.epoch("decode_1") != unloaded.epoch
+        assert house.ask(prompt(50, 0), SAMPLING).ids == reference(prompt(50, 0), SAMPLING)
+
+
 def test_what_is_not_finished_in_time_goes_on_elsewhere() -> None:
     long = SamplingParams(seed=4, max_tokens=400)
     with FlowHouse(deployment(1, 2, router=ROUTER, engine=fake_engine(step_us=5000))) as house:

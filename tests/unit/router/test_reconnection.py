@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import msgspec
@@ -39,6 +40,9 @@ class Control:
 
     def restart(self, worker: Destination, role: Role | None = None) -> None:
         self.restarts += 1
+
+    def marked(self, worker: Destination) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def interrupted(self) -> list[Destination]:
         return []

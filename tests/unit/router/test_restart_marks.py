@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
-from python_backends.core.errors import Unavailable
 from python_backends.core.types import Epoch, WorkerId
 from router.seams import Destination
 from router.triton.restart_marks import RestartMarks
@@ -24,16 +21,6 @@ def test_a_restart_that_has_ended_leaves_nothing(tmp_path: Path) -> None:
     marks = RestartMarks(tmp_path)
     with marks.mark(OWN), marks.mark(ELSEWHERE):
         assert _left(tmp_path) == [("decode_1", "decode_1", ""), ("prefill@10.0.0.2:8001", "prefill", "10.0.0.2:8001")]
-    assert _left(tmp_path) == []
-
-
-def test_after_an_error_it_is_still_to_be_restarted(tmp_path: Path) -> None:
-    marks = RestartMarks(tmp_path)
-    with pytest.raises(Unavailable), marks.mark(OWN):
-        raise Unavailable("it can't be loaded")
-    assert _left(tmp_path) == [("decode_1", "decode_1", "")]
-    with marks.mark(OWN):
-        pass
     assert _left(tmp_path) == []
 
 

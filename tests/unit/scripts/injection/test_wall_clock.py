@@ -12,7 +12,6 @@ from contextlib import contextmanager
 import pytest
 
 from python_backends.core.errors import Unavailable
-from scripts.injection import wall_clock
 from scripts.injection.wall_clock import WallClock
 
 HOUR_S = 3600.0
@@ -96,6 +95,6 @@ def test_a_process_without_the_library_is_told() -> None:
 
 
 def test_without_a_compiler_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wall_clock.shutil, "which", lambda name: None)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(Unavailable, match="apt install gcc"), WallClock().ready():
         pass
