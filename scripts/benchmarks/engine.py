@@ -6,8 +6,9 @@
 
 Measures, without scheduler and server: prefill in chunks as the engine does it, and decode steps by batch and context,
 greedy draw included. Rivals (scripts/rivals) run in processes of their own and tell their own times. Every repetition runs
-all contenders one after the other, in turns from either end; the table shows medians. The limits are measured beside
-them: reading memory, multiply-adds in registers, and PyTorch's matrix product.
+all contenders one after the other, in turns from either end; the table shows medians. Who has spent --seconds on one line
+of the table sits out its repetitions after the third. The limits are measured beside them: reading memory, multiply-adds
+in registers, and PyTorch's matrix product.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 from python_backends.core.config import ModelConfig, WorkerConfig
@@ -40,6 +42,8 @@ from python_backends.core.paths import repository_root, resolve_model
 from python_backends.core.types import Epoch, Role, SamplingParams
 from python_backends.engines.paged.runner import Draw, Slice
 from python_backends.engines.torch.architecture import Architecture, load_architecture
+from python_backends.engines.torch.kernels.executor import CompiledExecutor
+from python_backends.engines.torch.kernels.team import cycles
 from python_backends.engines.torch.kernels.vector import broadcast, fma, lane_sum
 from python_backends.engines.torch.runner import TorchRunner
 from python_backends.kv.memory import PoolMemory
@@ -49,6 +53,7 @@ from scripts.terminal import print_error
 _BLOCK = 16
 _READ_BYTES = 512 << 20
 _DECODE_STEPS = 12
+_FEWEST_REPETITIONS = 3  # before one that is slow may sit out
 
 
 # --- limits ---
@@ -140,6 +145,7 @@ class Ours:
     ) -> None:
         self.name = name
         self.weights = model.weights
+        self.phases: dict[tuple[int, int], list[dict[str, int]]] = {}  # of decode steps, by batch and context
         self._chunk = chunk
         torch.set_num_threads(threads)
         self.runner = TorchRunner(model, WorkerConfig(role=Role.AGGREGATED), _BLOCK, path, kernels)
@@ -158,15 +164,20 @@ class Ours:
             self.runner.step([Slice(part, start, table, _GREEDY if start + len(part) == len(tokens) else None)])
 
     def decode(self, batch: int, context: int) -> list[float]:
+        """One context is computed and the others are its copies: the time of a step does not depend on what they say."""
         each = -(-(context + _DECODE_STEPS) // _BLOCK)
         tables = [list(range(index * each, (index + 1) * each)) for index in range(batch)]
-        for index, table in enumerate(tables):
-            for start in range(0, context, 512):
-                self.runner.step([Slice(_text(min(512, context - start), index), start, table, None)])
-        return [
-            _timed(partial(self.runner.step, [Slice([5 + step], context + step, table, _GREEDY) for table in tables]))
-            for step in range(_DECODE_STEPS)
-        ]
+        for start in range(0, context, 512):
+            self.runner.step([Slice(_text(min(512, context - start), 0), start, tables[0], None)])
+        for table in tables[1:]:
+            self._memory.blocks[table] = self._memory.blocks[tables[0]]
+        seconds, executor = [], self.runner._started()
+        for step in range(_DECODE_STEPS):
+            slices = [Slice([5 + step], context + step, table, _GREEDY) for table in tables]
+            seconds.append(_timed(partial(self.runner.step, slices)))
+            if isinstance(executor, CompiledExecutor):
+                self.phases.setdefault((batch, context), []).append(executor.phase_cycles())
+        return seconds
 
     def logits(self, tokens: Sequence[int]) -> torch.Tensor:
         """After every token, [tokens, vocab]."""
@@ -202,8 +213,8 @@ class Transformers:
 
     @torch.inference_mode()
     def decode(self, batch: int, context: int) -> list[float]:
-        prompts = torch.tensor([list(_text(context, index)) for index in range(batch)])
-        cache = self._model(prompts, use_cache=True, logits_to_keep=1).past_key_values
+        cache = self._model(torch.tensor([list(_text(context, 0))]), use_cache=True, logits_to_keep=1).past_key_values
+        cache.batch_repeat_interleave(batch)
         token = torch.full((batch, 1), 5)
         return [
             _timed(lambda: self._model(token, past_key_values=cache, use_cache=True).logits.argmax(-1))
@@ -265,27 +276,47 @@ class Result:
         return statistics.median(self.seconds)
 
 
-def measure(contenders: Sequence[Contender], architecture: Architecture, args: argparse.Namespace) -> list[Result]:
-    results: dict[tuple[str, str], Result] = {}
+@dataclass(frozen=True)
+class Job:
+    """One line of the table for each contender: a prompt of `context` tokens (batch 0), or steps of `batch` sequences."""
 
-    def note(contender: Contender, what: str, seconds: list[float], **amounts: Any) -> None:
-        results.setdefault((what, contender.name), Result(contender.name, what, **amounts)).seconds += seconds
+    batch: int
+    context: int
 
-    for repetition in range(args.repeat):
-        order = contenders if repetition % 2 == 0 else contenders[::-1]
-        for length in args.lengths:
-            for contender in order:
-                tokens = _text(length, repetition)
-                seconds = contender.prefill(tokens)
-                operations = prefill_operations(architecture, length)
-                note(contender, f"prefill {length}", [seconds], operations=operations, tokens=length)
-        for batch in args.batches:
-            for context in args.contexts:
-                for contender in order:
-                    what = f"decode, batch {batch}, context {context}"
-                    size = _step_bytes(contender, architecture, batch, context)
-                    note(contender, what, contender.decode(batch, context)[2:], bytes=size, tokens=batch)
+    def __str__(self) -> str:
+        return f"decode, batch {self.batch}, context {self.context}" if self.batch else f"prefill {self.context}"
+
+
+def measure(
+    console: Console, contenders: Sequence[Contender], architecture: Architecture, args: argparse.Namespace
+) -> list[Result]:
+    jobs = [Job(0, length) for length in args.lengths]
+    jobs += [Job(batch, context) for batch in args.batches for context in args.contexts]
+    results = {(job, contender): _result(job, contender, architecture) for job in jobs for contender in contenders}
+    spent = dict.fromkeys(results, 0.0)
+    with Progress(console=console, transient=True, refresh_per_second=1) as progress:
+        task = progress.add_task("", total=args.repeat * len(results))
+        for repetition in range(args.repeat):
+            order = contenders if repetition % 2 == 0 else contenders[::-1]
+            for key in ((job, contender) for job in jobs for contender in order):
+                progress.update(task, advance=1, description=f"{key[0]}: {key[1].name}")
+                if repetition < _FEWEST_REPETITIONS or spent[key] < args.seconds:
+                    spent[key] += _timed(partial(_measure, results[key], *key, repetition))
     return list(results.values())
+
+
+def _measure(result: Result, job: Job, contender: Contender, repetition: int) -> None:
+    if job.batch:
+        result.seconds += contender.decode(job.batch, job.context)[2:]
+    else:
+        result.seconds.append(contender.prefill(_text(job.context, repetition)))
+
+
+def _result(job: Job, contender: Contender, architecture: Architecture) -> Result:
+    if job.batch:
+        size = _step_bytes(contender, architecture, job.batch, job.context)
+        return Result(contender.name, str(job), bytes=size, tokens=job.batch)
+    return Result(contender.name, str(job), operations=prefill_operations(architecture, job.context), tokens=job.context)
 
 
 def _step_bytes(contender: Contender, architecture: Architecture, batch: int, context: int) -> float:
@@ -321,6 +352,19 @@ def show(console: Console, limits: Limits, results: Sequence[Result]) -> None:
             share,
         )
     console.print(table)
+
+
+def show_phases(console: Console, contenders: Sequence[Contender]) -> None:
+    """Where the time of decode steps goes: of each kind of phase, all layers together, the median."""
+    began, first = time.perf_counter(), cycles()
+    time.sleep(0.1)
+    per_ms = (cycles() - first) / (time.perf_counter() - began) / 1e3
+    for contender in (contender for contender in contenders if isinstance(contender, Ours) and contender.phases and per_ms):
+        table = Table(f"phases of a step, ms: {contender.name}", *(f"batch {b}, context {c}" for b, c in contender.phases))
+        for name in next(iter(contender.phases.values()))[0]:
+            medians = [statistics.median(step[name] for step in steps[2:]) for steps in contender.phases.values()]
+            table.add_row(name, *(f"{median / per_ms:.2f}" for median in medians))
+        console.print(table)
 
 
 # --- quality ---
@@ -402,6 +446,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--kv-dtype", default="auto", help="comma-separated: auto, float32, float16, int8")
     parser.add_argument("--against", type=_names, default=[], help=f"comma-separated: {', '.join(_AGAINST)}")
     parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=15, help="of one contender for one line, beyond three repetitions")
+    parser.add_argument("--phases", action="store_true", help="also where the time of a decode step goes")
     parser.add_argument("--kv-pool-mib", type=int, default=1600)
     parser.add_argument("--quality", action="store_true", help="perplexity and agreement instead of speed")
     parser.add_argument("--windows", type=int, default=12, help="with --quality: pieces of 512 tokens")
@@ -435,8 +481,10 @@ def _run(args: argparse.Namespace, console: Console, stack: ExitStack) -> int:
         quality(console, [contender for contender in contenders if isinstance(contender, Ours)], path, args.windows)
         return 0
     limits = measure_limits(args.threads)
-    results = measure(contenders, load_architecture(path), args)
+    results = measure(console, contenders, load_architecture(path), args)
     show(console, limits, results)
+    if args.phases:
+        show_phases(console, contenders)
     if args.json:
         entries = [{"contender": r.contender, "what": r.what, "seconds": r.seconds} for r in results]
         args.json.write_text(json.dumps({"limits": vars(limits), "results": entries}))

@@ -21,6 +21,8 @@ from python_backends.engines.paged.runner import Draw, Sampled, Slice
 from python_backends.engines.torch.cores import AT_WORK, CoreBoard, shared_cores
 from python_backends.engines.torch.kernels import sampler as sampler_module
 from python_backends.engines.torch.kernels.executor import CompiledExecutor
+from python_backends.engines.torch.kernels.forward import LAST_PHASES, LAYER_PHASES
+from python_backends.engines.torch.kernels.team import cycles
 from python_backends.engines.torch.kernels.tile import GROUP
 from python_backends.engines.torch.runner import TorchRunner
 from tests.engines.paged_sequences import PagedSequence, SequencePool, greedy_draw
@@ -261,6 +263,30 @@ def test_narrow_kv_depends_on_no_batch(directory: Path) -> None:
     first = served.logits(whole, 80)
     served.logits(parts, 47)
     assert torch.equal(served.logits(parts, 33), first)
+
+
+@pytest.mark.parametrize("weights", ["bfloat16", "int8", "int4"])
+def test_narrow_weights_depend_on_no_batch(directory: Path, weights: str) -> None:
+    """Few rows turn them into float32 in registers, many rows in memory."""
+    served = Served(directory, weights=weights)
+    tokens = _prompt(40, seed=12)
+    whole, parts = PagedSequence(list(tokens)), PagedSequence(list(tokens))
+    expected = served.logits(whole, 40)
+    for count in (1, 2, 3, 4, 5, 12):
+        served.logits(parts, count)
+    assert torch.equal(served.logits(parts, 13), expected)
+    served.close()
+
+
+def test_phases_of_a_step_are_timed(served: Served) -> None:
+    served.logits(PagedSequence(_prompt(20, seed=1)), 20)
+    executor = served.runner._executor
+    assert isinstance(executor, CompiledExecutor)
+    took = executor.phase_cycles()
+    assert set(took) == {*LAYER_PHASES, *LAST_PHASES}
+    if cycles() > 0:
+        assert all(took[name] > 0 for name in ("qkv", "attend", "down", "output"))
+    assert min(took.values()) >= 0
 
 
 def test_kv_lies_in_the_pool_memory(served: Served) -> None:

@@ -22,14 +22,16 @@ from numba import types
 from numba.extending import intrinsic
 
 from python_backends.engines.torch.kernels.compiler import kernel, part
+from python_backends.engines.torch.kernels.linear import panels_at_once
 from python_backends.engines.torch.kernels.tile import (
     FLOAT16,
     FLOAT32,
     INT8,
+    PANELS,
     ROWS,
     expand_panel,
     multiply_blocks_tile,
-    multiply_tile,
+    multiply_pieces_tile,
 )
 from python_backends.engines.torch.kernels.vector import (
     LANE_BYTES,
@@ -52,6 +54,7 @@ from python_backends.engines.torch.kernels.vector import (
 
 SPAN = 256  # keys
 PIECES = SPAN // LANES
+_ENTRIES = PIECES + PANELS[1]  # of a table: a tile looks so far ahead
 TILE_QUERIES = 96  # rows of a prompt's tile: keys and values in the second-level cache serve so many
 KV_BYTES = {FLOAT32: 4, FLOAT16: 2, INT8: 1}
 
@@ -77,7 +80,7 @@ def head_bytes(kv_format: int, block_size: int, head_dim: int) -> int:
 
 def scratch_floats(head_dim: int) -> int:
     """Room that `attend_rows` and `attend_span` need per thread."""
-    return TILE_QUERIES * (3 * head_dim + SPAN + 4) + 2 * SPAN * head_dim + 8 * PIECES
+    return TILE_QUERIES * (3 * head_dim + SPAN + 4) + 2 * SPAN * head_dim + 4 * _ENTRIES
 
 
 @intrinsic
@@ -163,13 +166,14 @@ def _element_bytes(kv_format: int) -> int:
 
 @part
 def _find_span(pool: Any, layer: int, kv_head: int, table: int, first: int, keys: int, tables: int, expanded: int) -> None:
-    """Fill two tables, PIECES addresses each, with where the span's keys and values lie as float32.
+    """Fill two tables, _ENTRIES addresses each, with where the span's keys and values lie as float32.
 
     table: the sequence's block numbers, int64. first: position of the span's first key. Narrow formats are widened to
-    `expanded` first (without their scales, which belong to whole columns and rows).
+    `expanded` first (without their scales, which belong to whole columns and rows). Behind the addresses of keys come
+    those of the first values, and behind the values' the last once more: what is needed next.
     """
-    piece_bytes = LANES * pool.head_dim * _element_bytes(pool.kv_format)
-    for piece in range((keys + LANES - 1) // LANES):
+    piece_bytes, pieces = LANES * pool.head_dim * _element_bytes(pool.kv_format), (keys + LANES - 1) // LANES
+    for piece in range(pieces):
         position = first + piece * LANES
         block = load_int64(table + 8 * (position // pool.block_size))
         inside = position % pool.block_size // LANES * piece_bytes
@@ -183,7 +187,11 @@ def _find_span(pool: Any, layer: int, kv_head: int, table: int, first: int, keys
                     for i in range(pool.head_dim):
                         store(wide + i * LANE_BYTES, _load_codes(address + i * LANES))
                 address = wide
-            _store_int64(tables + 8 * (what * PIECES + piece), address)
+            _store_int64(tables + 8 * (what * _ENTRIES + piece), address)
+    for i in range(_ENTRIES - PIECES):
+        last = tables + 8 * (_ENTRIES + pieces + i)
+        _store_int64(last, load_int64(last - 8))
+        _store_int64(tables + 8 * (pieces + i), load_int64(tables + 8 * (_ENTRIES + min(i, pieces - 1))))
 
 
 @kernel
@@ -275,22 +283,20 @@ def attend_span(
     """
     head_dim = pool.head_dim
     _find_span(pool, layer, kv_head, table, first, keys, tables, expanded)
-    pieces = (keys + LANES - 1) // LANES
-    for piece in range(pieces):
-        panel = load_int64(tables + 8 * piece)
-        for row in range(0, rows, ROWS):
-            multiply_tile(
-                FLOAT32,
-                min(ROWS, rows - row),
-                1,
+    pieces, columns = (keys + LANES - 1) // LANES, head_dim // LANES
+    tiles, at_once = (rows + ROWS - 1) // ROWS, panels_at_once(rows)
+    for piece in range(0, pieces, at_once):
+        for tile in range(tiles):
+            row = rows * tile // tiles
+            multiply_pieces_tile(
+                rows * (tile + 1) // tiles - row,
+                min(at_once, pieces - piece),
                 queries + 4 * row * head_dim,
                 4 * head_dim,
-                panel,
-                0,
+                tables + 8 * piece,
                 head_dim,
                 scores + 4 * row * SPAN + piece * LANE_BYTES,
                 4 * SPAN,
-                0,
             )
     for row in range(rows):
         position = start + row // group
@@ -298,17 +304,19 @@ def attend_span(
         peak, total = _powers(pool, layer, kv_head, table, scores + 4 * row * SPAN, first, keys, low, position)
         store_scalar(peaks + 4 * row, peak)
         store_scalar(sums + 4 * row, total)
-    for i in range(0, head_dim, LANES):
-        for row in range(0, rows, ROWS):
+    for column in range(0, columns, at_once):
+        for tile in range(tiles):
+            row = rows * tile // tiles
             multiply_blocks_tile(
-                min(ROWS, rows - row),
+                rows * (tile + 1) // tiles - row,
+                min(at_once, columns - column),
                 scores + 4 * row * SPAN,
                 4 * SPAN,
-                tables + 8 * PIECES,
-                4 * i,
+                tables + 8 * _ENTRIES,
+                column * LANE_BYTES,
                 4 * head_dim,
                 keys,
-                out + 4 * (row * head_dim + i),
+                out + 4 * row * head_dim + column * LANE_BYTES,
                 4 * head_dim,
             )
 

@@ -45,7 +45,10 @@ def cache_place() -> Path:
 
 
 def has_wide_registers() -> bool:
-    """32 vector registers of 16 floats (AVX-512)."""
+    """32 vector registers of 16 floats (AVX-512). Those that numba compiles for: NUMBA_CPU_NAME and NUMBA_CPU_FEATURES can
+    say less than the processor has."""
+    if numba_config.CPU_FEATURES is not None:
+        return "+avx512f" in numba_config.CPU_FEATURES
     return bool(binding.get_host_cpu_features().get("avx512f"))
 
 

@@ -20,6 +20,8 @@ from python_backends.engines.torch.architecture import Architecture
 from python_backends.engines.torch.cores import CoreBoard
 from python_backends.engines.torch.kernels.attention import SPAN, TILE_QUERIES, KVPool, head_bytes
 from python_backends.engines.torch.kernels.forward import (
+    LAST_PHASES,
+    LAYER_PHASES,
     OTHER_PHASES,
     PHASES_PER_LAYER,
     SHORT_QUERIES,
@@ -31,7 +33,7 @@ from python_backends.engines.torch.kernels.forward import (
 )
 from python_backends.engines.torch.kernels.lending import Cores, cores_now
 from python_backends.engines.torch.kernels.packing import load_decoder, padded
-from python_backends.engines.torch.kernels.team import control_memory
+from python_backends.engines.torch.kernels.team import control_memory, phase_ends
 from python_backends.engines.torch.kernels.tile import FLOAT16, FLOAT32, INT8
 from python_backends.engines.torch.kernels.vector import LANES
 from python_backends.engines.torch.rope import inverse_frequencies
@@ -67,6 +69,7 @@ class CompiledExecutor:
         self._buffers = _Buffers(self._decoder, self._team.threads)
         self._pool: KVPool | None = None
         self._memory: PoolMemory | None = None
+        self._control: Ints = control_memory(0)  # of the last step
 
     def attach(self, memory: PoolMemory) -> None:
         """Compute in this memory from now on. Loads the machine code, or compiles it at the first start of all."""
@@ -92,6 +95,7 @@ class CompiledExecutor:
         work = self._buffers.workspace(step, self._group)
         cores, decoder, pool = self._cores, self._decoder, self._pool
         threads = min(cores_now(cores) if self._board.borrows else self._board.share, self._team.threads)
+        self._control = work.control
         self._team.run(lambda thread: forward(thread, threads, cores, decoder, pool, step, work), threads)
         return torch.from_numpy(work.logits[: len(step.drawing), : self._vocab_size])
 
@@ -100,6 +104,16 @@ class CompiledExecutor:
 
     def import_blocks(self, blocks: Sequence[int]) -> None:
         """The pool memory is where it computes."""
+
+    def phase_cycles(self) -> dict[str, int]:
+        """Of the last step: cycles (team.cycles) by kind of phase, all layers together. The embedding is not among them."""
+        totals = dict.fromkeys((*LAYER_PHASES, *LAST_PHASES), 0)
+        before, *ends = phase_ends(self._control).tolist()
+        for name, end in zip((*LAYER_PHASES * self._decoder.num_layers, *LAST_PHASES), ends, strict=True):
+            if end:
+                totals[name] += end - before
+                before = end
+        return totals
 
     def close(self) -> None:
         self._team.close()

@@ -28,16 +28,18 @@ from python_backends.engines.torch.kernels.attention import (
 from python_backends.engines.torch.kernels.attention import scratch_floats as attention_floats
 from python_backends.engines.torch.kernels.compiler import kernel, part
 from python_backends.engines.torch.kernels.lending import Cores, cores_now
-from python_backends.engines.torch.kernels.linear import multiply
+from python_backends.engines.torch.kernels.linear import multiply, panels_at_once
 from python_backends.engines.torch.kernels.team import claim, finish
-from python_backends.engines.torch.kernels.tile import ROWS, expand_panel
+from python_backends.engines.torch.kernels.tile import PANELS, ROWS, expand_panel
 from python_backends.engines.torch.kernels.vector import LANE_BYTES, LANES, load, load_scalar, silu, store
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
-PHASES_PER_LAYER = 9
-OTHER_PHASES = 3  # the embedding before the layers; norm and output after them
+LAYER_PHASES = ("norms", "qkv", "rotate, store", "attend", "merge", "attention output", "norms", "gate and up", "down")
+LAST_PHASES = ("norms", "output")
+PHASES_PER_LAYER = len(LAYER_PHASES)
+OTHER_PHASES = 1 + len(LAST_PHASES)  # the embedding before the layers
 
 SHORT_QUERIES = 48  # rows of queries per key head up to which a slice's spans are shared out
 _CACHE_BYTES = 512 << 10  # of inputs that one block of rows may have: they stay in the second-level cache
@@ -120,7 +122,7 @@ class Workspace(NamedTuple):
 def scratch_floats(head_dim: int, deepest: int) -> int:
     """Of each thread. deepest: depth of the deepest linear layer."""
     panel = (deepest + 8) * LANES  # codes of the last word may go on beyond the depth
-    return max(attention_floats(head_dim), 2 * _MOST_ROWS * LANES + panel)
+    return max(attention_floats(head_dim), 2 * _MOST_ROWS * LANES + PANELS[ROWS] * panel)
 
 
 @kernel
@@ -216,7 +218,7 @@ def linear(
     scratch: int,
 ) -> None:
     """target = (or +=, with add) source @ weights + bias. Units: blocks of rows times groups of panels."""
-    block = _block_rows(layers.depth)
+    block = _block_rows(rows, layers.depth)
     blocks = (rows + block - 1) // block
     group = _group_panels(layers.panels, threads, 1)
     groups = (layers.panels + group - 1) // group
@@ -242,14 +244,25 @@ def linear(
             target.strides[0],
             1 if has_bias else add,
             scratch,
+            weights + _likely_next(unit, threads, units, groups, group) * layers.panel_bytes,
         )
         mine, unit = mine + 1, claim(control, phase)
     finish(control, phase, units, mine)
 
 
 @kernel
-def _block_rows(depth: int) -> int:
-    return max(ROWS, min(_MOST_ROWS, _CACHE_BYTES // (4 * depth)) // ROWS * ROWS)
+def _block_rows(rows: int, depth: int) -> int:
+    """As many as the cache has room for, or fewer so that all blocks are of about one size."""
+    most = max(ROWS, min(_MOST_ROWS, _CACHE_BYTES // (4 * depth)) // ROWS * ROWS)
+    blocks = max(1, (rows + most - 1) // most)
+    each = (rows + blocks - 1) // blocks
+    return max(ROWS, (each + ROWS - 1) // ROWS * ROWS)
+
+
+@part
+def _likely_next(unit: int, threads: int, units: int, groups: int, group: int) -> int:
+    """First panel of the unit that the thread claims after this one if all take as long."""
+    return (unit + threads if unit + threads < units else unit) % groups * group
 
 
 @kernel
@@ -273,9 +286,9 @@ def gate_and_up(
     control: int, phase: int, threads: int, rows: int, source: Floats, layers: Linear, layer: int, target: Floats, scratch: int
 ) -> None:
     """target = silu(gate) * up, sixteen columns of both at a time."""
-    block = _block_rows(layers.depth)
+    block = _block_rows(rows, layers.depth)
     blocks = (rows + block - 1) // block
-    at_once = 4 if rows == 1 else 2  # panels: one pair, or two for a single row, which is multiplied with four at once
+    at_once = max(2, panels_at_once(rows))  # one pair, or two for a single row
     group = _group_panels(layers.panels, threads, at_once)
     groups = (layers.panels + group - 1) // group
     weights, has_bias = layers.addresses[layer], layers.bias.size > 0
@@ -283,9 +296,10 @@ def gate_and_up(
     units, mine, unit = blocks * groups, 0, claim(control, phase)
     while unit < units:
         row, first = unit // groups * block, unit % groups * group
-        count = min(block, rows - row)
-        for panel in range(first, min(first + group, layers.panels), at_once):
+        count, end = min(block, rows - row), min(first + group, layers.panels)
+        for panel in range(first, end, at_once):
             panels = min(at_once, layers.panels - panel)
+            following = panel + panels if panel + panels < end else _likely_next(unit, threads, units, groups, group)
             stride = panels * LANE_BYTES
             if has_bias:
                 _spread_bias(both, stride, count, panels, layers.bias[layer, panel * LANES :])
@@ -302,6 +316,7 @@ def gate_and_up(
                 stride,
                 1 if has_bias else 0,
                 expanded,
+                weights + following * layers.panel_bytes,
             )
             for pair in range(panels // 2):
                 for i in range(count):

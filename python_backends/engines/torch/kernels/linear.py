@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from python_backends.engines.torch.kernels.compiler import part
+from python_backends.engines.torch.kernels.compiler import kernel, part
 from python_backends.engines.torch.kernels.tile import (
+    CODED_ROWS,
     FLOAT32,
+    PANELS,
+    PREFETCH_BYTES,
     ROWS,
     expand_panel,
     multiply_tile,
 )
 from python_backends.engines.torch.kernels.vector import LANE_BYTES
 
-_PANEL_STEP_BYTES = LANE_BYTES
+
+@kernel
+def panels_at_once(rows: int) -> int:
+    """That so many rows are multiplied with."""
+    return PANELS[min(rows, ROWS)]
 
 
 @part
@@ -28,47 +35,57 @@ def multiply(
     out_stride: int,
     add: int,
     scratch: int,
+    following: int,
 ) -> None:
     """out[rows, 16 * num_panels] = (or +=, with add) row[rows, depth] @ panels. Addresses and strides in bytes.
 
-    scratch: room for one panel as float32. More rows than a tile has expand each panel there once.
+    scratch: room for PANELS[ROWS] panels as float32. More rows than CODED_ROWS expand narrow panels there once.
+    following: the panels that are likely needed after these.
     """
-    if rows <= ROWS:
-        at_once = 4 if rows == 1 else 2 if rows <= 3 else 1  # tile._PANELS
-        done = 0
-        while done < num_panels:
-            count = at_once if done + at_once <= num_panels else 1
+    tiles = (rows + ROWS - 1) // ROWS
+    at_once = panels_at_once(rows)
+    narrow = weight_format != FLOAT32
+    for index in range(0, num_panels, at_once):
+        at, count, stride = panel + index * panel_stride, min(at_once, num_panels - index), panel_stride
+        if tiles == 1 and (rows <= CODED_ROWS or not narrow):
             multiply_tile(
                 weight_format,
                 rows,
                 count,
                 row,
                 row_stride,
-                panel + done * panel_stride,
+                at,
                 panel_stride,
                 depth,
-                out + done * LANE_BYTES,
+                out + index * LANE_BYTES,
                 out_stride,
                 add,
+                at + PREFETCH_BYTES,
+                panel_stride,
+                panel_stride // depth,
             )
-            done += count
-        return
-    for index in range(num_panels):
-        at = panel + index * panel_stride
-        if weight_format != FLOAT32:
-            expand_panel(weight_format, at, depth, scratch)
+            continue
+        ahead = at + count * panel_stride if index + count < num_panels else following
+        if narrow:
+            stride = depth * LANE_BYTES
+            for i in range(count):
+                expand_panel(weight_format, at + i * panel_stride, depth, scratch + i * stride)
             at = scratch
-        for first in range(0, rows, ROWS):
+        for tile in range(tiles):
+            first = rows * tile // tiles
             multiply_tile(
                 FLOAT32,
-                min(ROWS, rows - first),
-                1,
+                rows * (tile + 1) // tiles - first,
+                count,
                 row + first * row_stride,
                 row_stride,
                 at,
-                0,
+                stride,
                 depth,
                 out + first * out_stride + index * LANE_BYTES,
                 out_stride,
                 add,
+                ahead + panel_stride * tile // tiles,
+                panel_stride,
+                (panel_stride + tiles * depth - 1) // (tiles * depth),
             )

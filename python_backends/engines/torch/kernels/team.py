@@ -6,7 +6,7 @@ something else takes fewer units, or none, and holds up nobody unless it is in t
 for some microseconds, which is what ends of phases usually differ by, and then sleeps in the kernel (futex(2)): it takes
 no core from another worker.
 
-    control memory: per phase 64 bytes: units claimed, units done, sleeping threads
+    control memory: per phase 64 bytes: units claimed, units done, sleeping threads, cycle counter when all were done
 
 Each run has control memory of its own, so a thread that is late by a whole run finds nothing left to claim in it.
 """
@@ -31,11 +31,16 @@ _SYS_FUTEX = 202 if _MACHINE == "x86_64" else 98
 _FUTEX_WAIT_PRIVATE, _FUTEX_WAKE_PRIVATE = 128, 129
 _SPINS = 1500  # about 20 us
 
-_CLAIMED, _DONE, _SLEEPERS, _PHASE_BYTES = 0, 8, 16, 64
+_CLAIMED, _DONE, _SLEEPERS, _ENDED, _PHASE_BYTES = 0, 8, 16, 24, 64
 
 
 def control_memory(phases: int) -> npt.NDArray[np.int64]:
     return np.zeros(phases * _PHASE_BYTES // 8, np.int64)
+
+
+def phase_ends(control: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """After a run, [phases]: `cycles()` when each ended, 0 for those without units."""
+    return control.reshape(-1, _PHASE_BYTES // 8)[:, _ENDED // 8]
 
 
 @intrinsic
@@ -65,6 +70,17 @@ def _pause(_context: Any) -> Any:
 
 
 @intrinsic
+def _read_cycles(_context: Any) -> Any:
+    def codegen(_context: Any, builder: Any, _signature: Any, _args: Any) -> Any:
+        if _MACHINE != "x86_64":  # others let no program read theirs
+            return ir.Constant(INT64, 0)
+        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(INT64, []), "llvm.readcyclecounter")
+        return builder.call(function, [])
+
+    return types.intp(), codegen
+
+
+@intrinsic
 def _futex(_context: Any, _address: Any, _operation: Any, _value: Any) -> Any:
     """The system call, on the 32 bits at the address, without a time limit."""
 
@@ -75,6 +91,12 @@ def _futex(_context: Any, _address: Any, _operation: Any, _value: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.intp, types.intp, types.intp), codegen
+
+
+@kernel
+def cycles() -> int:
+    """The processor's cycle counter, of constant rate; 0 where programs can't read it."""
+    return _read_cycles()
 
 
 @kernel
@@ -96,8 +118,10 @@ def finish(control: int, phase: int, units: int, mine: int) -> None:
     sleepers = control + phase * _PHASE_BYTES + _SLEEPERS
     now = _add_at(done, mine) + mine
     if now == units:
-        if mine > 0 and _add_at(sleepers, 0) > 0:
-            _futex(done, _FUTEX_WAKE_PRIVATE, 1 << 30)
+        if mine > 0:
+            _add_at(control + phase * _PHASE_BYTES + _ENDED, _read_cycles())
+            if _add_at(sleepers, 0) > 0:
+                _futex(done, _FUTEX_WAKE_PRIVATE, 1 << 30)
         return
     spins = 0
     while now != units:

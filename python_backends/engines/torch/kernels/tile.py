@@ -8,7 +8,10 @@ multiplies it with one element of each row:
 
 Each sum adds its products in the order of depth, starting from zero, however many rows a tile has: so a row's result is
 the same bit for bit whichever batch it is in. Few rows have too few sums to hide the latency of one multiply-add (four
-cycles), so they take several panels at once.
+cycles), so they take several panels at once; with wide registers all do, since one load of an element then serves two.
+
+Panels come from memory once, for the first of several tiles. So that the memory is busy during the others too, each tile
+asks for its part of what is needed next (`ahead`), step by step.
 
 A panel of weights has one of the formats below. All are turned into float32 in registers, the same way everywhere.
 
@@ -49,10 +52,12 @@ CODE_BITS = {INT8: 8, INT4: 4}
 GROUP = 32  # steps of depth with one scale per column
 SCALE_BYTES = {INT8: 2 * LANES, INT4: 4 * LANES}  # of a group: scales, offsets
 
-ROWS = 14 if has_wide_registers() else 6  # sums that fit in the registers, beside a panel's step and a row's element
-_PANELS = {1: 4, 2: 2, 3: 2}  # at once, by rows
+# Sums fit in the registers, beside a panel's step and a row's element.
+ROWS = 12 if has_wide_registers() else 6
+PANELS = (0, 4, *[2] * 11) if has_wide_registers() else (0, 4, 2, 2, 1, 1, 1)  # at most at once, by rows
+CODED_ROWS = 4  # up to which narrow weights become float32 in registers; more rows share a panel that was expanded
 _UNROLL = 4
-_PREFETCH_BYTES = 1024  # ahead in the stream of float32 weights: beyond what the processor does when rows keep it busy
+PREFETCH_BYTES = 1024  # ahead in a stream: beyond what the processor does when rows keep it busy
 
 _INT8 = ir.IntType(8)
 _INT16 = ir.IntType(16)
@@ -154,11 +159,21 @@ def _decode(builder: Any, weight_format: int, words: Any, step: int, scale: tupl
     return builder.fmul(code, factor) if offset is None else emit_fma(builder, code, factor, offset)
 
 
+def _after(builder: Any, pointer: Any, vectors: list[Any]) -> Any:
+    """The same pointer, as if it depended on the vectors: no instruction, but the compiler can't load from it earlier. Else
+    it loads the elements of many rows and steps first, and has no registers left for them."""
+    kind = ir.FunctionType(POINTER, [POINTER, *([VECTOR] * len(vectors))])
+    return builder.asm(kind, "", ",".join(["=r,0", *(["v"] * len(vectors))]), [pointer, *vectors], side_effect=False)
+
+
 def _multiply_add(builder: Any, row_at: Any, offsets: list[Any], weights: list[Any], sums: list[Any], step: int) -> list[Any]:
     """One step of all rows and panels; `offsets`: of each row from the first, bytes."""
-    new = []
+    new: list[Any] = []
+    row_at = _at(builder, row_at, 4 * step)
     for row, offset in enumerate(offsets):
-        element = builder.load(_at(builder, _at(builder, row_at, offset), 4 * step), typ=FLOAT, align=4)
+        if has_wide_registers() and len(weights) > 1 and len(offsets) > 2:
+            row_at = _after(builder, row_at, (new or sums)[-len(weights) :])
+        element = builder.load(_at(builder, row_at, offset), typ=FLOAT, align=4)
         spread = emit_broadcast(builder, element)
         new += [emit_fma(builder, spread, w, sums[row * len(weights) + i]) for i, w in enumerate(weights)]
     return new
@@ -172,19 +187,24 @@ def _steps(
     offsets: list[Any],
     panels: list[Any],
     sums: list[Any],
-    stride: Any = None,
+    ahead: list[Any],
+    ahead_bytes: Any,
+    step_bytes: Any = None,
 ) -> list[Any]:
-    """All `depth` steps, _UNROLL at a time. stride: bytes between steps, where they don't lie side by side."""
-    fetch = weight_format == FLOAT32 and stride is None and len(offsets) > 1
-    step_bytes = _int(STEP_BYTES[weight_format]) if stride is None else stride
+    """All `depth` steps, _UNROLL at a time.
+
+    ahead: of each panel, what to prefetch, `ahead_bytes` further at each step. step_bytes: between steps, where they don't
+    lie side by side.
+    """
+    if step_bytes is None:
+        step_bytes = _int(STEP_BYTES[weight_format])
 
     def unrolled(count: int) -> _Body:
         def body(at: list[Any], sums: list[Any]) -> list[Any]:
             for step in range(count):
-                here = [_at(builder, panel, builder.mul(step_bytes, _int(step))) for panel in at[1:]]
-                if fetch:
-                    for panel in here:
-                        _prefetch(builder, _at(builder, panel, _PREFETCH_BYTES))
+                for place in at[1 + len(panels) :]:
+                    _prefetch(builder, _at(builder, place, builder.mul(ahead_bytes, _int(step))))
+                here = [_at(builder, panel, builder.mul(step_bytes, _int(step))) for panel in at[1 : 1 + len(panels)]]
                 weights = [_load_step(builder, weight_format, panel) for panel in here]
                 sums = _multiply_add(builder, at[0], offsets, weights, sums, step)
             return sums
@@ -192,10 +212,11 @@ def _steps(
         return body
 
     def strides(count: int) -> list[Any]:
-        return [_int(4 * count), *([builder.mul(step_bytes, _int(count))] * len(panels))]
+        panel_stride, ahead_stride = (builder.mul(size, _int(count)) for size in (step_bytes, ahead_bytes))
+        return [_int(4 * count), *([panel_stride] * len(panels)), *([ahead_stride] * len(ahead))]
 
     rounds = builder.ashr(depth, _int(_UNROLL.bit_length() - 1))
-    at, sums = _repeat(builder, rounds, [row_at, *panels], strides(_UNROLL), sums, unrolled(_UNROLL))
+    at, sums = _repeat(builder, rounds, [row_at, *panels, *ahead], strides(_UNROLL), sums, unrolled(_UNROLL))
     return _repeat(builder, builder.and_(depth, _int(_UNROLL - 1)), at, strides(1), sums, unrolled(1))[1]
 
 
@@ -244,6 +265,8 @@ def _quantised_steps(
         scales = [_group_scale(builder, weight_format, panel) for panel in at[1:]]
 
         def word(at: list[Any], sums: list[Any]) -> list[Any]:
+            for panel in at[1:]:
+                _prefetch(builder, _at(builder, panel, PREFETCH_BYTES))
             loaded = [builder.load(panel, typ=_WORDS, align=4) for panel in at[1:]]
             for step in range(per_word):
                 weights = [_decode(builder, weight_format, w, step, scale) for w, scale in zip(loaded, scales, strict=True)]
@@ -288,21 +311,50 @@ def _function(module: Any, name: str, num_args: int, emit: Callable[..., None]) 
 
 def _weights_tile(module: Any, weight_format: int, rows: int, panels: int) -> Any:
     def emit(
-        builder: Any, row: Any, row_stride: Any, panel: Any, panel_stride: Any, depth: Any, out: Any, out_stride: Any, add: Any
+        builder: Any,
+        row: Any,
+        row_stride: Any,
+        panel: Any,
+        panel_stride: Any,
+        depth: Any,
+        out: Any,
+        out_stride: Any,
+        add: Any,
+        ahead: Any,
+        ahead_stride: Any,
+        ahead_bytes: Any,
     ) -> None:
-        row_at, first, out = (builder.inttoptr(address, POINTER) for address in (row, panel, out))
+        row_at, first, out, ahead_at = (builder.inttoptr(address, POINTER) for address in (row, panel, out, ahead))
         offsets = [builder.mul(row_stride, _int(i)) for i in range(rows)]
         at = [_at(builder, first, builder.mul(panel_stride, _int(i))) for i in range(panels)]
         sums = [constant(0.0)] * (rows * panels)
-        steps = _quantised_steps if weight_format in CODE_BITS else _steps
-        sums = steps(builder, weight_format, depth, row_at, offsets, at, sums)
+        if weight_format in CODE_BITS:
+            sums = _quantised_steps(builder, weight_format, depth, row_at, offsets, at, sums)
+        else:
+            parts = [_at(builder, ahead_at, builder.mul(ahead_stride, _int(i))) for i in range(panels)]
+            sums = _steps(builder, weight_format, depth, row_at, offsets, at, sums, parts, ahead_bytes)
         _write(builder, sums, rows, panels, out, out_stride, add)
 
-    return _function(module, f"weights_tile_{weight_format}_{rows}_{panels}", 8, emit)
+    return _function(module, f"weights_tile_{weight_format}_{rows}_{panels}", 11, emit)
 
 
-def _blocks_tile(module: Any, rows: int) -> Any:
-    """Values of a sequence's blocks: steps of `step_bytes` in pieces of LANES steps whose addresses a table has."""
+def _pieces_tile(module: Any, rows: int, panels: int) -> Any:
+    """Keys of a sequence's blocks: float32 panels whose addresses a table has. Prefetches the next ones in it."""
+
+    def emit(builder: Any, row: Any, row_stride: Any, table: Any, depth: Any, out: Any, out_stride: Any) -> None:
+        row_at, table_at, out = (builder.inttoptr(address, POINTER) for address in (row, table, out))
+        offsets = [builder.mul(row_stride, _int(i)) for i in range(rows)]
+        at = [builder.load(_at(builder, table_at, 8 * i), typ=POINTER, align=8) for i in range(2 * panels)]
+        sums, step_bytes = [constant(0.0)] * (rows * panels), _int(STEP_BYTES[FLOAT32])
+        sums = _steps(builder, FLOAT32, depth, row_at, offsets, at[:panels], sums, at[panels:], step_bytes)
+        _write(builder, sums, rows, panels, out, out_stride, _int(0))
+
+    return _function(module, f"pieces_tile_{rows}_{panels}", 6, emit)
+
+
+def _blocks_tile(module: Any, rows: int, panels: int) -> Any:
+    """Values of a sequence's blocks: steps of `step_bytes` in pieces of LANES steps whose addresses a table has. While it
+    is at one piece, it prefetches the next."""
 
     def emit(
         builder: Any, row: Any, row_stride: Any, table: Any, offset: Any, step_bytes: Any, depth: Any, out: Any, out_stride: Any
@@ -312,20 +364,25 @@ def _blocks_tile(module: Any, rows: int) -> Any:
 
         def piece(length: Any) -> _Body:
             def body(at: list[Any], sums: list[Any]) -> list[Any]:
-                address = builder.add(builder.load(at[1], typ=INT64, align=8), offset)
-                values = builder.inttoptr(address, POINTER)
-                return _steps(builder, FLOAT32, length, at[0], offsets, [values], sums, step_bytes)
+                here, following = (
+                    [
+                        _at(builder, builder.load(_at(builder, at[1], entry), typ=POINTER, align=8), place)
+                        for place in (builder.add(offset, _int(panel * LANE_BYTES)) for panel in range(panels))
+                    ]
+                    for entry in (0, 8)
+                )
+                return _steps(builder, FLOAT32, length, at[0], offsets, here, sums, following, step_bytes, step_bytes)
 
             return body
 
         full, rest = builder.sdiv(depth, _int(LANES)), builder.srem(depth, _int(LANES))
-        strides = [_int(4 * LANES), _int(8)]
-        at, sums = _repeat(builder, full, [row_at, table_at], strides, [constant(0.0)] * rows, piece(_int(LANES)))
+        strides, sums = [_int(4 * LANES), _int(8)], [constant(0.0)] * (rows * panels)
+        at, sums = _repeat(builder, full, [row_at, table_at], strides, sums, piece(_int(LANES)))
         some = builder.zext(builder.icmp_signed(">", rest, _int(0)), INT64)
         sums = _repeat(builder, some, at, strides, sums, piece(rest))[1]
-        _write(builder, sums, rows, 1, out, out_stride, _int(0))
+        _write(builder, sums, rows, panels, out, out_stride, _int(0))
 
-    return _function(module, f"blocks_tile_{rows}", 8, emit)
+    return _function(module, f"blocks_tile_{rows}_{panels}", 8, emit)
 
 
 def _switch(builder: Any, value: Any, cases: dict[int, Any], args: list[Any]) -> None:
@@ -343,8 +400,13 @@ def _switch(builder: Any, value: Any, cases: dict[int, Any], args: list[Any]) ->
 # --- what kernels call ---
 
 
-def panels_at_once(rows: int) -> int:
-    return _PANELS.get(rows, 1)
+def _cases(most: int) -> list[tuple[int, int]]:
+    """Rows and panels of the tiles there are."""
+    return [(count, panels) for count in range(1, most + 1) for panels in range(1, PANELS[count] + 1)]
+
+
+def _case(builder: Any, weight_format: Any, rows: Any, panels: Any) -> Any:
+    return builder.add(builder.add(builder.mul(weight_format, _int(1000)), builder.mul(rows, _int(10))), panels)
 
 
 @intrinsic
@@ -361,33 +423,59 @@ def multiply_tile(
     _out: Any,
     _out_stride: Any,
     _add: Any,
+    _ahead: Any,
+    _ahead_stride: Any,
+    _ahead_bytes: Any,
 ) -> Any:
     """out[rows, 16 * panels] = (or +=, with add) row[rows, depth] @ the panels.
 
-    format, rows (1 .. ROWS), panels (1, or _PANELS of the rows); then addresses and strides in bytes, the depth in steps.
+    format, rows (1 .. ROWS, other formats than FLOAT32 CODED_ROWS), panels (1 .. PANELS of the rows); then addresses and
+    strides in bytes, the depth in steps. ahead: where what is to be prefetched begins, how far apart it is for the panels,
+    and how many bytes of it each step asks for (tiles of codes do that by themselves).
     """
 
     def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         cases = {
             weight_format * 1000 + rows * 10 + panels: _weights_tile(builder.module, weight_format, rows, panels)
             for weight_format in FORMATS
-            for rows in range(1, ROWS + 1)
-            for panels in {1, _PANELS.get(rows, 1)}
+            for rows, panels in _cases(ROWS if weight_format == FLOAT32 else CODED_ROWS)
         }
-        case = builder.add(
-            builder.add(builder.mul(args[0], _int(1000)), builder.mul(args[1], _int(10))),
-            args[2],
-        )
-        _switch(builder, case, cases, list(args[3:]))
+        _switch(builder, _case(builder, *args[:3]), cases, list(args[3:]))
         return context.get_dummy_value()
 
-    return types.void(*[types.intp] * 11), codegen
+    return types.void(*[types.intp] * 14), codegen
+
+
+@intrinsic
+def multiply_pieces_tile(
+    _context: Any,
+    _rows: Any,
+    _panels: Any,
+    _row: Any,
+    _row_stride: Any,
+    _table: Any,
+    _depth: Any,
+    _out: Any,
+    _out_stride: Any,
+) -> Any:
+    """out[rows, 16 * panels] = row[rows, depth] @ the float32 panels whose addresses are in the table.
+
+    The table has as many entries again, of what is needed next.
+    """
+
+    def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        cases = {10 * rows + panels: _pieces_tile(builder.module, rows, panels) for rows, panels in _cases(ROWS)}
+        _switch(builder, _case(builder, _int(0), *args[:2]), cases, list(args[2:]))
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 8), codegen
 
 
 @intrinsic
 def multiply_blocks_tile(
     _context: Any,
     _rows: Any,
+    _panels: Any,
     _row: Any,
     _row_stride: Any,
     _table: Any,
@@ -397,14 +485,15 @@ def multiply_blocks_tile(
     _out: Any,
     _out_stride: Any,
 ) -> Any:
-    """out[rows, 16] = row[rows, depth] @ what lies `offset` bytes behind the addresses in the table, LANES steps each."""
+    """out[rows, 16 * panels] = row[rows, depth] @ what lies `offset` bytes behind the addresses in the table, LANES steps
+    each. The table has one more entry, of what is needed next."""
 
     def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        cases = {rows: _blocks_tile(builder.module, rows) for rows in range(1, ROWS + 1)}
-        _switch(builder, args[0], cases, list(args[1:]))
+        cases = {10 * rows + panels: _blocks_tile(builder.module, rows, panels) for rows, panels in _cases(ROWS)}
+        _switch(builder, _case(builder, _int(0), *args[:2]), cases, list(args[2:]))
         return context.get_dummy_value()
 
-    return types.void(*[types.intp] * 9), codegen
+    return types.void(*[types.intp] * 10), codegen
 
 
 @intrinsic
