@@ -28,9 +28,9 @@ from python_backends.engines.torch.kernels.attention import (
 from python_backends.engines.torch.kernels.attention import scratch_floats as attention_floats
 from python_backends.engines.torch.kernels.compiler import kernel, part
 from python_backends.engines.torch.kernels.lending import Cores, cores_now
-from python_backends.engines.torch.kernels.linear import multiply, panels_at_once
+from python_backends.engines.torch.kernels.linear import multiply, multiply_floats, panels_at_once
 from python_backends.engines.torch.kernels.team import claim, finish
-from python_backends.engines.torch.kernels.tile import PANELS, ROWS, expand_panel
+from python_backends.engines.torch.kernels.tile import ROWS, expand_panel
 from python_backends.engines.torch.kernels.vector import LANE_BYTES, LANES, load, load_scalar, silu, store
 
 Floats = npt.NDArray[np.float32]
@@ -121,8 +121,7 @@ class Workspace(NamedTuple):
 
 def scratch_floats(head_dim: int, deepest: int) -> int:
     """Of each thread. deepest: depth of the deepest linear layer."""
-    panel = (deepest + 8) * LANES  # codes of the last word may go on beyond the depth
-    return max(attention_floats(head_dim), 2 * _MOST_ROWS * LANES + PANELS[ROWS] * panel)
+    return max(attention_floats(head_dim), 2 * _MOST_ROWS * LANES + multiply_floats(deepest))
 
 
 @kernel

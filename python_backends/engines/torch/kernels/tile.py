@@ -25,7 +25,7 @@ The functions are emitted as LLVM instructions, since no compiler finds this for
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from llvmlite import ir
@@ -55,7 +55,9 @@ SCALE_BYTES = {INT8: 2 * LANES, INT4: 4 * LANES}  # of a group: scales, offsets
 # Sums fit in the registers, beside a panel's step and a row's element.
 ROWS = 12 if has_wide_registers() else 6
 PANELS = (0, 4, *[2] * 11) if has_wide_registers() else (0, 4, 2, 2, 1, 1, 1)  # at most at once, by rows
-CODED_ROWS = 4  # up to which narrow weights become float32 in registers; more rows share a panel that was expanded
+CODED_ROWS = 16 if has_wide_registers() else 6  # of tiles whose weights become float32 in registers; more share expanded ones
+CODED_PANELS = tuple(PANELS[rows] if rows <= 4 else 1 for rows in range(ROWS + 1)) + (1,) * (CODED_ROWS - ROWS)
+CONTINUE, LEAVE = 1, 2  # a tile of a part of the depth: begin with the sums that are there, leave them there
 _UNROLL = 4
 PREFETCH_BYTES = 1024  # ahead in a stream: beyond what the processor does when rows keep it busy
 
@@ -74,6 +76,13 @@ def panel_bytes(weight_format: int, depth: int) -> int:
     else:
         size = depth * STEP_BYTES[weight_format]
     return -(-size // 64) * 64
+
+
+def group_bytes(weight_format: int) -> int:
+    """Of GROUP steps of a panel."""
+    if weight_format in CODE_BITS:
+        return SCALE_BYTES[weight_format] + GROUP * CODE_BITS[weight_format] * LANES // 8
+    return GROUP * STEP_BYTES[weight_format]
 
 
 # --- emitting ---
@@ -251,10 +260,6 @@ def _for_each_group(
     return _repeat(builder, some, at, each, values, lambda at, values: body(rest, at, values))[1]
 
 
-def _group_bytes(weight_format: int) -> int:
-    return SCALE_BYTES[weight_format] + GROUP * CODE_BITS[weight_format] * LANES // 8
-
-
 def _quantised_steps(
     builder: Any, weight_format: int, depth: Any, row_at: Any, offsets: list[Any], panels: list[Any], sums: list[Any]
 ) -> list[Any]:
@@ -277,7 +282,7 @@ def _quantised_steps(
         strides = [_int(4 * per_word), *([_int(LANE_BYTES)] * len(panels))]
         return _repeat(builder, words, [at[0], *codes], strides, sums, word)[1]
 
-    strides = [4 * GROUP, *([_group_bytes(weight_format)] * len(panels))]
+    strides = [4 * GROUP, *([group_bytes(weight_format)] * len(panels))]
     return _for_each_group(builder, weight_format, depth, [row_at, *panels], strides, sums, group)
 
 
@@ -323,19 +328,50 @@ def _weights_tile(module: Any, weight_format: int, rows: int, panels: int) -> An
         ahead: Any,
         ahead_stride: Any,
         ahead_bytes: Any,
+        partial: Any,
+        part: Any,
     ) -> None:
         row_at, first, out, ahead_at = (builder.inttoptr(address, POINTER) for address in (row, panel, out, ahead))
         offsets = [builder.mul(row_stride, _int(i)) for i in range(rows)]
         at = [_at(builder, first, builder.mul(panel_stride, _int(i))) for i in range(panels)]
         sums = [constant(0.0)] * (rows * panels)
+        kept = [_at(builder, builder.inttoptr(partial, POINTER), i * LANE_BYTES) for i in range(rows * panels)]
+        if weight_format == FLOAT32:
+            sums = _continue(builder, part, kept)
         if weight_format in CODE_BITS:
             sums = _quantised_steps(builder, weight_format, depth, row_at, offsets, at, sums)
         else:
             parts = [_at(builder, ahead_at, builder.mul(ahead_stride, _int(i))) for i in range(panels)]
             sums = _steps(builder, weight_format, depth, row_at, offsets, at, sums, parts, ahead_bytes)
-        _write(builder, sums, rows, panels, out, out_stride, add)
+        if weight_format != FLOAT32:
+            _write(builder, sums, rows, panels, out, out_stride, add)
+            return
+        with builder.if_else(_has(builder, part, LEAVE)) as (leaving, ending):
+            with leaving:
+                for place, total in zip(kept, sums, strict=True):
+                    builder.store(total, place, align=4)
+            with ending:
+                _write(builder, sums, rows, panels, out, out_stride, add)
 
-    return _function(module, f"weights_tile_{weight_format}_{rows}_{panels}", 11, emit)
+    return _function(module, f"weights_tile_{weight_format}_{rows}_{panels}", 13, emit)
+
+
+def _has(builder: Any, part: Any, flag: int) -> Any:
+    return builder.icmp_signed("!=", builder.and_(part, _int(flag)), _int(0))
+
+
+def _continue(builder: Any, part: Any, kept: list[Any]) -> list[Any]:
+    """The sums to begin with: zero, or what the tile of the depth before left."""
+    before = builder.block
+    with builder.if_then(_has(builder, part, CONTINUE)):
+        loaded, last = [builder.load(place, typ=VECTOR, align=4) for place in kept], builder.block
+    sums = []
+    for value in loaded:
+        phi = builder.phi(VECTOR)
+        phi.add_incoming(constant(0.0), before)
+        phi.add_incoming(value, last)
+        sums.append(phi)
+    return sums
 
 
 def _pieces_tile(module: Any, rows: int, panels: int) -> Any:
@@ -400,9 +436,9 @@ def _switch(builder: Any, value: Any, cases: dict[int, Any], args: list[Any]) ->
 # --- what kernels call ---
 
 
-def _cases(most: int) -> list[tuple[int, int]]:
-    """Rows and panels of the tiles there are."""
-    return [(count, panels) for count in range(1, most + 1) for panels in range(1, PANELS[count] + 1)]
+def _cases(most: Sequence[int]) -> list[tuple[int, int]]:
+    """Rows and panels of the tiles there are. most: panels, by rows."""
+    return [(rows, panels) for rows in range(1, len(most)) for panels in range(1, most[rows] + 1)]
 
 
 def _case(builder: Any, weight_format: Any, rows: Any, panels: Any) -> Any:
@@ -426,24 +462,27 @@ def multiply_tile(
     _ahead: Any,
     _ahead_stride: Any,
     _ahead_bytes: Any,
+    _partial: Any,
+    _part: Any,
 ) -> Any:
     """out[rows, 16 * panels] = (or +=, with add) row[rows, depth] @ the panels.
 
-    format, rows (1 .. ROWS, other formats than FLOAT32 CODED_ROWS), panels (1 .. PANELS of the rows); then addresses and
-    strides in bytes, the depth in steps. ahead: where what is to be prefetched begins, how far apart it is for the panels,
-    and how many bytes of it each step asks for (tiles of codes do that by themselves).
+    format, rows (1 .. ROWS), panels (1 .. PANELS of the rows), or for other formats than FLOAT32 CODED_ROWS and
+    CODED_PANELS; then addresses and strides in bytes, the depth in steps. ahead: where what is to be prefetched begins, how
+    far apart it is for the panels, and how many bytes of it each step asks for (tiles of codes do that by themselves).
+    partial: room for a float32 tile's sums where `part` has CONTINUE or LEAVE.
     """
 
     def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         cases = {
             weight_format * 1000 + rows * 10 + panels: _weights_tile(builder.module, weight_format, rows, panels)
             for weight_format in FORMATS
-            for rows, panels in _cases(ROWS if weight_format == FLOAT32 else CODED_ROWS)
+            for rows, panels in _cases(PANELS if weight_format == FLOAT32 else CODED_PANELS)
         }
         _switch(builder, _case(builder, *args[:3]), cases, list(args[3:]))
         return context.get_dummy_value()
 
-    return types.void(*[types.intp] * 14), codegen
+    return types.void(*[types.intp] * 16), codegen
 
 
 @intrinsic
@@ -464,7 +503,7 @@ def multiply_pieces_tile(
     """
 
     def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        cases = {10 * rows + panels: _pieces_tile(builder.module, rows, panels) for rows, panels in _cases(ROWS)}
+        cases = {10 * rows + panels: _pieces_tile(builder.module, rows, panels) for rows, panels in _cases(PANELS)}
         _switch(builder, _case(builder, _int(0), *args[:2]), cases, list(args[2:]))
         return context.get_dummy_value()
 
@@ -489,7 +528,7 @@ def multiply_blocks_tile(
     each. The table has one more entry, of what is needed next."""
 
     def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        cases = {10 * rows + panels: _blocks_tile(builder.module, rows, panels) for rows, panels in _cases(ROWS)}
+        cases = {10 * rows + panels: _blocks_tile(builder.module, rows, panels) for rows, panels in _cases(PANELS)}
         _switch(builder, _case(builder, _int(0), *args[:2]), cases, list(args[2:]))
         return context.get_dummy_value()
 
@@ -532,7 +571,7 @@ def _expansion(module: Any, weight_format: int) -> Any:
             return []
 
         if weight_format in CODE_BITS:
-            strides = [_group_bytes(weight_format), GROUP * LANE_BYTES]
+            strides = [group_bytes(weight_format), GROUP * LANE_BYTES]
             _for_each_group(builder, weight_format, depth, pointers, strides, [], group)
         else:
             _repeat(builder, depth, pointers, [_int(STEP_BYTES[weight_format]), _int(LANE_BYTES)], [], step)
