@@ -30,7 +30,10 @@ def long_prompt(step_tokens: int) -> int:
 
 
 class WorkerView:
-    """One life of a worker. `role`, `fingerprint`, `max_context` and the like are the heartbeat's."""
+    """One life of a worker. `role`, `fingerprint`, `max_context` and the like are the heartbeat's.
+
+    `family`: equal in workers that hand KV over to each other.
+    """
 
     def __init__(self, heartbeat: Heartbeat, heard: float, former: WorkerView | None = None, like: StepModel | None = None):
         """heard: monotonic, s. What the former life has taught is kept; of a new worker, what is known of another."""
@@ -41,6 +44,7 @@ class WorkerView:
         self.role = heartbeat.role
         self.epoch = heartbeat.epoch
         self.fingerprint = heartbeat.fingerprint
+        self.family = heartbeat.family or heartbeat.fingerprint
         self.max_context = heartbeat.max_context
         self.step_tokens = heartbeat.step_tokens
         self.step_ms = heartbeat.step_ms

@@ -53,7 +53,8 @@ class Claim(msgspec.Struct, frozen=True, tag=True):
 class Fetch(msgspec.Struct, frozen=True, tag=True):
     """Send the bytes of these positions of the ticket, in this order. Answered by a Status, the bytes, another Status.
 
-    `codec`: in which the bytes are welcome, raw | lossless (codec.py). The first Status says what comes: that, or raw.
+    `codec`: in which the bytes are welcome, raw | lossless | float16 | int8 (codec.py). The first Status says what comes:
+    that, or raw.
     """
 
     positions: list[int]
