@@ -30,10 +30,7 @@ def long_prompt(step_tokens: int) -> int:
 
 
 class WorkerView:
-    """One life of a worker. `role`, `fingerprint`, `max_context` and the like are the heartbeat's.
-
-    `family`: equal in workers that hand KV over to each other.
-    """
+    """One life of a worker. `role`, `fingerprint`, `max_context` and the like are the heartbeat's."""
 
     def __init__(self, heartbeat: Heartbeat, heard: float, former: WorkerView | None = None, like: StepModel | None = None):
         """heard: monotonic, s. What the former life has taught is kept; of a new worker, what is known of another."""
@@ -44,7 +41,7 @@ class WorkerView:
         self.role = heartbeat.role
         self.epoch = heartbeat.epoch
         self.fingerprint = heartbeat.fingerprint
-        self.family = heartbeat.family or heartbeat.fingerprint
+        self.family = heartbeat.family
         self.max_context = heartbeat.max_context
         self.step_tokens = heartbeat.step_tokens
         self.step_ms = heartbeat.step_ms
@@ -69,6 +66,10 @@ class WorkerView:
         self.resting = ""  # why it is given no new work by this router, though it is up
         self.spoke = 0.0  # when it last produced something, on the router's clock, s
         self.load_ms = 0.0  # what the workers of a role are ordered by
+
+    def exchanges_with(self, other: WorkerView) -> bool:
+        """Whether one takes the other's KV, converted if need be."""
+        return self.fingerprint == other.fingerprint or "" != self.family == other.family
 
     @property
     def available(self) -> bool:

@@ -298,13 +298,14 @@ def test_a_seal_is_of_one_block_only() -> None:
     """Whoever hears a block may play it back, for this very block."""
     blocks = pack(numbers_of(LAYOUT, 8), LAYOUT)
     codec, digests = RoundingCodec(LAYOUT, "float16", KEY), [block_digest(block) for block in blocks]
-    length, numbers, seal = (bytes(piece) for piece in codec.encode(blocks[0], digests[0]))
+    head, *sent = (bytes(piece) for piece in codec.encode(blocks[0], digests[0]))
+    (length,) = LENGTH.unpack(head)
     reader, target = RoundingCodec(LAYOUT, "float16", KEY), np.zeros(LAYOUT.block_bytes, np.uint8)
-    for view, piece in zip(reader.landing(*LENGTH.unpack(length), target), (numbers, seal), strict=True):
+    for view, piece in zip(reader.landing(length, target), sent, strict=True):
         view[:] = piece
-    assert reader.decode(*LENGTH.unpack(length), target, digests[0])
+    assert reader.decode(length, target, digests[0])
     with pytest.raises(BadEncoding, match="seal"):
-        reader.decode(*LENGTH.unpack(length), target, digests[1])
+        reader.decode(length, target, digests[1])
 
 
 # --- the choice -------------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from python_backends.kv.transfer.session import (
 )
 
 _STREAM_BYTES = 2 << 20  # a share of less is not worth another connection
-_PIECE_BYTES = 4 << 20  # received before it is digested, while it is in the processor's cache
+_PIECE_BYTES = 512 << 10  # received before it is digested, while it is in the core's own cache: from there that costs little
 _TRIES = 3  # in a row that bring nothing
 _PAUSE_S = 0.02  # before another try
 _IDLE_MOST = 64  # connections kept for the next handoff

@@ -232,6 +232,11 @@ def test_a_prefill_worker_whose_kv_is_converted_is_asked(fleet: Fleet) -> None:
     assert chosen(query(), fleet).prefill == "p0"
 
 
+def test_workers_that_say_different_things_of_conversion_still_share_what_is_equal(fleet: Fleet) -> None:
+    put(fleet, "p0", P, family="k"), put(fleet, "d", D, family="l", streams=7, coefficients=SLOW_PREFILL)
+    assert chosen(query(), fleet).prefill == "p0"
+
+
 def test_what_would_have_to_be_converted_is_not_lent(fleet: Fleet) -> None:
     put(fleet, "p", P, lends=True, fingerprint="float16", family="k"), put(fleet, "d", D, lends=True, family="k")
     decision = chosen(query(900, {"d": 640}, wish=Wish.REMOTE), fleet)
