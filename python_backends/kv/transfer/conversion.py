@@ -22,6 +22,7 @@ from python_backends.kv.transfer.base import Fetched, KVTransport, check_time, f
 
 _PIECE_BYTES = 32 << 20  # held beside the pool
 _SCALE_BYTES = 4
+_COARSENESS = ("", "float16", "int8")  # what `Fetched.rounded` may be
 
 Blocks = npt.NDArray[np.uint8]
 
@@ -66,9 +67,6 @@ def fetch_converted(
     return msgspec.structs.replace(
         pieces[-1], wire_bytes=sum(piece.wire_bytes for piece in pieces), rounded=max(rounded, key=_COARSENESS.index)
     )
-
-
-_COARSENESS = ("", "float16", "int8")  # what `Fetched.rounded` may be
 
 
 def _rounding(theirs: KVLayout, ours: KVLayout) -> str:
