@@ -7,6 +7,7 @@ asked for again until the deadline.
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 import time
@@ -47,6 +48,7 @@ class Sessions:
         self._lock = threading.Lock()
         self._idle: dict[str, list[Session]] = {}
         self._busy: set[Session] = set()
+        self._local: set[str] = set()
         self._closed = False
 
     def take(self, address: str, deadline: float) -> Session:
@@ -72,6 +74,10 @@ class Sessions:
                 return
         session.close()
 
+    def is_local(self, address: str) -> bool:
+        """Whether it is known to be of this machine."""
+        return address in self._local
+
     def close(self) -> None:
         """Wake who waits. Idempotent."""
         with self._lock:
@@ -90,6 +96,8 @@ class Sessions:
         session = self._enter(Session(sock))
         try:
             session.greet(host, self._key, self._tls, deadline)
+            if session.is_local:
+                self._local.add(address)
         except BaseException:
             self.give_back(address, session, usable=False)
             raise
@@ -158,7 +166,10 @@ class TcpTransport(CheckedTransport):
         codec = self._choice.choose(handoff.locator, len(wanted) * into.block_bytes, narrower)
         ticket = seal(handoff, self._key)
         size = into.block_bytes
-        count = max(1, min(self._streams, len(wanted) * size // _STREAM_BYTES, len(wanted)))
+        streams = self._streams
+        if self._sessions.is_local(handoff.locator):  # each stream takes a core at either end
+            streams = min(streams, (os.cpu_count() or 2) // 2)
+        count = max(1, min(streams, len(wanted) * size // _STREAM_BYTES, len(wanted)))
         bounds = [len(wanted) * i // count for i in range(count + 1)]
         shares = [
             _Share(ticket, self._key, handoff, wanted, into, blocks, range(first, last), arrived, codec)
