@@ -90,6 +90,7 @@ class Account:
             transport_why=report.transport_why,
             kv_codec=report.codec,
             kv_wire_bytes=report.wire_bytes,
+            kv_rounded=report.rounded,
             store_bytes=sum(prefix.bytes for prefix in both),
             store_ms=sum(prefix.ms for prefix in both),
             digest=report.digest,

@@ -41,6 +41,7 @@ class WorkerView:
         self.role = heartbeat.role
         self.epoch = heartbeat.epoch
         self.fingerprint = heartbeat.fingerprint
+        self.family = heartbeat.family
         self.max_context = heartbeat.max_context
         self.step_tokens = heartbeat.step_tokens
         self.step_ms = heartbeat.step_ms
@@ -65,6 +66,10 @@ class WorkerView:
         self.resting = ""  # why it is given no new work by this router, though it is up
         self.spoke = 0.0  # when it last produced something, on the router's clock, s
         self.load_ms = 0.0  # what the workers of a role are ordered by
+
+    def exchanges_with(self, other: WorkerView) -> bool:
+        """Whether one takes the other's KV, converted if need be."""
+        return self.fingerprint == other.fingerprint or "" != self.family == other.family
 
     @property
     def available(self) -> bool:

@@ -204,9 +204,7 @@ class Health:
             (prefill, decode)
             for prefill in able
             for decode in able
-            if prefill.role is Role.PREFILL
-            and decode.role is Role.DECODE
-            and prefill.heartbeat.fingerprint == decode.heartbeat.fingerprint
+            if prefill.role is Role.PREFILL and decode.role is Role.DECODE and prefill.exchanges_with(decode)
         ]
 
     def _is_as_before(self, view: WorkerView) -> bool:

@@ -74,6 +74,7 @@ def _until_end(record: Record) -> Iterator[Phase]:
                 "baton.kv.bytes": proof.kv_bytes,
                 "baton.kv.codec": proof.kv_codec,
                 "baton.kv.wire_bytes": proof.kv_wire_bytes,
+                "baton.kv.rounded": proof.kv_rounded,
                 "baton.kv.digest": proof.digest,
             }
             yield Phase("transfer", ready - min(proof.transfer_ms, proof.handoff_ms), ready, "handoff", transferred)

@@ -184,14 +184,15 @@ def _options(query: Query, fleet: Fleet, random: Random) -> list[_Option]:
     return [*remote, *local, *(_alone(query, worker, Way.AGGREGATED, _itl(query, worker)) for worker in others)]
 
 
-def _candidates(query: Query, fleet: Fleet, role: Role, random: Random, fingerprint: str | None = None) -> list[WorkerView]:
-    """A few workers of the role that can take the prompt; those that failed it only if there are no others."""
+def _candidates(query: Query, fleet: Fleet, role: Role, random: Random, other: WorkerView | None = None) -> list[WorkerView]:
+    """A few workers of the role that can take the prompt, and hand over to the other one; those that failed it only if there
+    are no others."""
     ranked = fleet.ranked[role]
     if not ranked:
         return []
 
     def able(worker: WorkerView) -> bool:
-        return query.num_tokens < worker.max_context and fingerprint in (None, worker.fingerprint)
+        return query.num_tokens < worker.max_context and (other is None or worker.exchanges_with(other))
 
     def trusted(worker: WorkerView) -> bool:
         return worker.id not in query.avoid and able(worker)
@@ -212,9 +213,9 @@ def _remote(query: Query, fleet: Fleet, decodes: Sequence[WorkerView], itls: Seq
     """Each prefill worker with the decode worker that suits best."""
     receivers = [_receiving(query, worker, itl) for worker, itl in zip(decodes, itls, strict=True)]
     decode = _pick([option for option in receivers if option.lacks is None] or receivers, random)
-    lender = _lender(query, fleet, decode.worker.fingerprint)
+    lender = _lender(query, fleet, decode.worker)
     options = []
-    for worker in _candidates(query, fleet, Role.PREFILL, random, decode.worker.fingerprint):
+    for worker in _candidates(query, fleet, Role.PREFILL, random, decode.worker):
         borrowed = _borrowed(query, worker, lender)
         uncached, ttft, has_room = _first_token(query, worker, borrowed)
         lacks = decode.lacks or (None if has_room and worker.has_kv_for(uncached + borrowed) else Room.PROMPT)
@@ -236,17 +237,17 @@ def _remote(query: Query, fleet: Fleet, decodes: Sequence[WorkerView], itls: Seq
     return options
 
 
-def _lender(query: Query, fleet: Fleet, fingerprint: str) -> WorkerView | None:
+def _lender(query: Query, fleet: Fleet, decode: WorkerView) -> WorkerView | None:
     """Who has the most of the prompt in its pool, and lends it."""
     hits = [worker for worker in _hits(query, fleet.get) if worker.available and worker.id not in query.avoid]
-    able = [worker for worker in hits if worker.heartbeat.lends and worker.fingerprint == fingerprint]
+    able = [worker for worker in hits if worker.heartbeat.lends and worker.exchanges_with(decode)]
     return max(able, key=lambda worker: (query.cached.get(worker.id), -worker.requests), default=None)
 
 
 def _borrowed(query: Query, worker: WorkerView, lender: WorkerView | None) -> int:
     """Tokens that a prefill worker would borrow."""
-    if lender is None or lender is worker or not worker.heartbeat.lends:
-        return 0
+    if lender is None or lender is worker or not worker.heartbeat.lends or lender.fingerprint != worker.fingerprint:
+        return 0  # what is borrowed is not converted
     more = query.cached.get(lender.id) - _has(query, worker)
     return more if more >= _LOAN_TOKENS else 0
 

@@ -139,8 +139,11 @@ class Proof(msgspec.Struct, frozen=True):
     itl_ms: float = 0.0  # mean time between two tokens
     predicted_ttft_ms: float = 0.0  # when the route was chosen
     predicted_itl_ms: float = 0.0
-    kv_codec: str = ""  # raw | lossless: how kv_bytes travelled; empty: nothing did, or the engine doesn't tell
+    kv_codec: str = (
+        ""  # raw | lossless | float16 | int8: how kv_bytes travelled; empty: nothing did, or the engine doesn't tell
+    )
     kv_wire_bytes: int = 0  # that travelled for them
+    kv_rounded: str = ""  # the dtype that received KV was rounded to (transfer.rounding); empty: it arrived bit for bit
     request_id: str = ""  # the router's; scripts/trace finds the request by it ...
     trace_id: str = ""  # ... and by this one
 

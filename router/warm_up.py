@@ -46,8 +46,7 @@ class WarmUp:
         workers = [worker for worker in self._house.fleet.up() if worker.heartbeat.warm_up]
         for prefill in (worker for worker in workers if worker.role is Role.PREFILL):
             for decode in (worker for worker in workers if worker.role is Role.DECODE):
-                same = prefill.heartbeat.fingerprint == decode.heartbeat.fingerprint
-                if same and (prefill.epoch, decode.epoch) not in self._seen:
+                if prefill.exchanges_with(decode) and (prefill.epoch, decode.epoch) not in self._seen:
                     return prefill, decode
         return None
 

@@ -73,6 +73,7 @@ def transfer(proof: Proof) -> str:
         return f"{milliseconds(proof.transfer_ms)} ms by {proof.transport}"
     seconds = max(proof.transfer_ms, 1e-3) / 1e3
     encoded = f" as {size(proof.kv_wire_bytes)} {proof.kv_codec}" if proof.kv_codec not in ("", "raw") else ""
+    encoded += f" (rounded to {proof.kv_rounded})" if proof.kv_rounded else ""
     return f"{size(proof.kv_bytes)}{encoded} in {milliseconds(proof.transfer_ms)} ms ({size(proof.kv_bytes / seconds)}/s)"
 
 

@@ -147,9 +147,18 @@ class TransferConfig(Section, frozen=True):
         Literal["auto", "raw", "lossless"],
         Meta(
             description="tcp: how KV travels: raw (as it lies in the pool), lossless (the numbers' highest bytes compressed: "
-            "fewer bytes, more work), or auto: lossless where the measured link is so slow that this is faster."
+            "fewer bytes, more work), or auto: whichever is fastest over the measured link, what `transfer.rounding` allows "
+            "included."
         ),
     ] = "auto"
+    rounding: Annotated[
+        Literal["none", "float16", "int8"],
+        Meta(
+            description="How far KV may be rounded on its way: none (it arrives bit for bit), float16 or int8. It lets codec "
+            "auto round by tcp where that saves a fifth of the time, and workers of different `model.kv_dtype` hand over to "
+            "each other. Texts then may differ from those without a handoff: measure it first (docs/transports.md)."
+        ),
+    ] = "none"
     tls_cert_file: Annotated[
         str,
         Meta(description="tcp, nixl: this side's certificate. With the next two, connections are in TLS on both sides' word."),

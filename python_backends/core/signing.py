@@ -16,6 +16,7 @@ class Domain(bytes, Enum):
     CORES = b"baton-cores\0"
     TRANSFER_CLIENT = b"baton-transfer-client\0"
     TRANSFER_SERVER = b"baton-transfer-server\0"
+    ROUNDED_KV = b"baton-rounded-kv\0"
     REGISTRATION = b"baton-registration\0"
 
 

@@ -177,8 +177,9 @@ class KVReport(msgspec.Struct, frozen=True):
     digest: str = "none"
     transport: str = ""  # that moved the bytes
     transport_why: str = ""  # it was taken, where there was a choice
-    codec: str = ""  # raw | lossless: how received_bytes travelled
+    codec: str = ""  # raw | lossless | float16 | int8: how received_bytes travelled
     wire_bytes: int = 0  # that travelled for them
+    rounded: str = ""  # the dtype that what was received was rounded to; empty: it is what was published, bit for bit
     prefix: PrefixReport = PrefixReport()
 
 

@@ -36,11 +36,14 @@ class FakeRunner:
     def __init__(self, deployment: Deployment) -> None:
         self._fake = deployment.engine.fake
         self.layout = KVLayout(1, 1, _HEAD_DIM, deployment.engine.block_size, "float32")
-        self.fingerprint = fingerprint(self.layout, "fake", "fake")
+        self.fingerprint = self.fingerprint_of(self.layout)
         self.max_positions = _MAX_POSITIONS
         self.eos_token_ids: tuple[int, ...] = (_EOS,)
         self.vocab_size = _VOCAB_SIZE
         self._model_path = deployment.model.path
+
+    def fingerprint_of(self, layout: KVLayout) -> str:
+        return fingerprint(layout, "fake", "fake")
 
     def start(self) -> None:
         """There is nothing to load."""

@@ -187,6 +187,7 @@ class Worker:
             warm_up=info.warm_up,
             draining=self._drain.draining,
             step_ms=info.step_ms,
+            family=info.family,
         )
 
     def told(self, message: ToWorker) -> None:

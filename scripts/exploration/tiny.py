@@ -69,12 +69,15 @@ class TinyRunner:
 
     def __init__(self, check_write: Callable[[Sequence[Slice]], None]) -> None:
         self.layout = KVLayout(1, 1, 1, BLOCK_SIZE, "float32")
-        self.fingerprint = fingerprint(self.layout, "tiny", "tiny")
+        self.fingerprint = self.fingerprint_of(self.layout)
         self.max_positions = 4096
         self.eos_token_ids: tuple[int, ...] = (EOS,)
         self.vocab_size = VOCABULARY
         self.breaks = False  # the next step fails
         self._check_write = check_write
+
+    def fingerprint_of(self, layout: KVLayout) -> str:
+        return fingerprint(layout, "tiny", "tiny")
 
     def tokenizer_path(self) -> Path:
         raise AssertionError("no request has a grammar")
@@ -163,6 +166,8 @@ class HeapTransport(CheckedTransport):
         blocks: Sequence[int],
         deadline: float,
         arrived: Arrived,
+        *,
+        exact: bool,
     ) -> None:
         fault, self.fault = self.fault, ""
         if fault == "drop":

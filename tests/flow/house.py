@@ -390,11 +390,11 @@ class FlowHouse:
 
     # --- workers ---
 
-    def start(self, *names: str) -> None:
-        """Returns when the router knows of them."""
+    def start(self, *names: str, config: Deployment | None = None) -> None:
+        """Returns when the router knows of them. `config`: of another server, which the workers are of."""
         before = {view.id: view.epoch for view in self.service.house.fleet.up()}
         make = OwnProcess if self._own_processes else InProcess
-        made = {name: make(self.config, self.config.worker(name), self.address(name), self.key) for name in names}
+        made = {name: make(config or self.config, self.config.worker(name), self.address(name), self.key) for name in names}
         self.workers.update(made)
         for worker in made.values():
             worker.ready()

@@ -6,6 +6,7 @@ import signal
 import threading
 from typing import Literal
 
+import msgspec
 import pytest
 
 from python_backends.core.types import SamplingParams
@@ -50,6 +51,23 @@ def test_the_text_is_the_same_however_kv_travels_and_the_proof_says_how(codec: L
             assert 0 < proof.kv_wire_bytes < proof.kv_bytes * 1.01
         else:
             assert (proof.kv_codec, proof.kv_wire_bytes) == ("raw", proof.kv_bytes)
+
+
+@pytest.mark.parametrize("transport", ["auto", "tcp"])
+def test_servers_with_other_block_sizes_hand_over_to_each_other(transport: Transport) -> None:
+    config = deployment(1, 1, transport=transport)
+    other = msgspec.structs.replace(config, engine=msgspec.structs.replace(config.engine, block_size=32))
+    with FlowHouse(config, workers_up=False) as flow:
+        flow.start("prefill_0")
+        flow.start("decode_0", config=other)
+        for _ in range(2):
+            answer = flow.ask(prompt(200), SAMPLING)
+            assert answer.ids == reference(prompt(200), SAMPLING)
+            proof = answer.proof
+            assert (proof.route, proof.digest, proof.kv_rounded) == (Way.REMOTE, "verified", "")
+            assert (proof.kv_tokens_received + proof.kv_tokens_reused, proof.kv_tokens_recomputed) == (200, 0)
+        assert proof.kv_tokens_reused == 192
+        flow.assert_nothing_held()
 
 
 @pytest.mark.parametrize("transport", [*TRANSPORTS, "nixl"])

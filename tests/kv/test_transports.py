@@ -31,7 +31,7 @@ from python_backends.core.types import Epoch, WorkerId
 from python_backends.kv.memory import PoolMemory
 from python_backends.kv.transfer import create_transport
 from python_backends.kv.transfer.auto import AutoTransport, Ways
-from python_backends.kv.transfer.base import CheckedTransport, KVTransport, Published, block_digest
+from python_backends.kv.transfer.base import CheckedTransport, Fetched, KVTransport, Published, block_digest
 from python_backends.kv.transfer.faulty import FaultyTransport
 from python_backends.kv.transfer.inline import InlineTransport
 from python_backends.kv.transfer.nixl import NixlTransport, is_installed
@@ -47,8 +47,11 @@ KEY = b"k" * 32
 
 
 def make_pool(epoch: Epoch = EPOCH, *, num_blocks: int = SOURCE_BLOCKS, seed: int = 0) -> PoolMemory:
+    """Of whole numbers, each vector's largest 127, so that rounding leaves them as they are."""
     memory = PoolMemory(num_blocks, LAYOUT.block_bytes, epoch)
-    memory.blocks[:] = np.random.default_rng(seed).integers(0, 256, memory.blocks.shape, np.uint8)
+    numbers = np.random.default_rng(seed).integers(-127, 128, (num_blocks, *LAYOUT.block_shape)).astype(np.float32)
+    numbers[..., 0] = 127
+    memory.blocks[:] = numbers.reshape(num_blocks, -1).view(np.uint8)
     return memory
 
 
@@ -80,8 +83,10 @@ def soon(seconds: float = 5.0) -> float:
 class Rig:
     """A source pool, a destination pool and one transport, as the two ends of a handoff see them."""
 
-    def __init__(self, transport: CheckedTransport) -> None:
+    def __init__(self, transport: CheckedTransport, *, exact: bool = True) -> None:
+        """`exact`: as in KVTransport.fetch."""
         self.transport = transport
+        self.exact = exact
         self.source = make_pool()
         self.target = make_pool(Epoch(8), seed=1)
 
@@ -93,8 +98,8 @@ class Rig:
     def publish(self, blocks: Sequence[int]) -> KVHandoff:
         return publish(self.transport, self.source, blocks)
 
-    def fetch(self, handoff: KVHandoff, wanted: Sequence[int], blocks: Sequence[int], seconds: float = 5.0) -> None:
-        self.transport.fetch(handoff, wanted, self.target, blocks, soon(seconds))
+    def fetch(self, handoff: KVHandoff, wanted: Sequence[int], blocks: Sequence[int], seconds: float = 5.0) -> Fetched:
+        return self.transport.fetch(handoff, wanted, self.target, blocks, soon(seconds), exact=self.exact)
 
     def refusal(self, handoff: KVHandoff, *, seconds: float = 5.0) -> RefusalReason:
         """The reason why the whole handoff is refused."""
@@ -119,8 +124,10 @@ def outcome(rig: Rig, handoff: KVHandoff, seconds: float = 5.0) -> RefusalReason
     return None
 
 
-def tcp(streams: int = 2, tls: TlsContexts | None = None, codec: str = "auto") -> TcpTransport:
-    return TcpTransport(TransferServer("127.0.0.1", (), KEY, tls, timeout_s=5.0), KEY, tls, streams, codec)
+def tcp(streams: int = 2, tls: TlsContexts | None = None, codec: str = "auto", rounding: str = "none") -> TcpTransport:
+    codecs = ("lossless", "float16", "int8")
+    server = TransferServer("127.0.0.1", (), KEY, tls, timeout_s=5.0, codecs=codecs)
+    return TcpTransport(server, KEY, tls, streams, codec, rounding)
 
 
 def nixl(**settings: str) -> NixlTransport:
@@ -148,6 +155,8 @@ TRANSPORTS: dict[str, Callable[[], CheckedTransport]] = {
     "inline": InlineTransport,
     "tcp": tcp,
     "tcp lossless": lambda: tcp(codec="lossless"),
+    "tcp float16": lambda: tcp(codec="float16", rounding="int8"),
+    "tcp int8": lambda: tcp(codec="int8", rounding="int8"),
     "auto": lambda: AutoTransport(ShmTransport(), tcp(), None, ()),
     "auto elsewhere": lambda: Elsewhere(ShmTransport(), tcp(), None, ()),
     "nixl": nixl,
@@ -158,7 +167,7 @@ TRANSPORTS: dict[str, Callable[[], CheckedTransport]] = {
 
 @pytest.fixture(params=TRANSPORTS)
 def rig(request: pytest.FixtureRequest) -> Iterator[Rig]:
-    rig = Rig(TRANSPORTS[request.param]())
+    rig = Rig(TRANSPORTS[request.param](), exact=request.param not in ("tcp float16", "tcp int8"))
     yield rig
     rig.close()
 

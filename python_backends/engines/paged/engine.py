@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 
-from python_backends.core.block_hash import chain_root, content_hash
+from python_backends.core.block_hash import block_hashes, chain_root, content_hash
 from python_backends.core.config import Deployment, WorkerConfig
 from python_backends.core.errors import BatonError, ConfigError, EngineFailure, HandoffRefused, RefusalReason, TritonCode
 from python_backends.core.handoff import TICKET_VERSION, KVHandoff, seal, unseal
@@ -55,6 +55,7 @@ from python_backends.kv.store.pace import Pace
 from python_backends.kv.store.stores import Loaded, Stores
 from python_backends.kv.transfer import create_transport
 from python_backends.kv.transfer.base import Fetched, block_digest
+from python_backends.kv.transfer.conversion import fetch_converted
 
 log = logging.getLogger(__name__)
 
@@ -152,6 +153,7 @@ class PagedEngine:
             step_tokens=self._config.step_tokens,
             max_batch=self._config.max_batch,
             step_ms=self._step_ms,
+            family=self._runner.fingerprint_of(layout.relatives(self._transfer.rounding)),
         )
         self._guides = Guides(self._runner.tokenizer_path, self._runner.vocab_size, self._runner.eos_token_ids)
         self._snapshot()
@@ -603,7 +605,7 @@ class PagedEngine:
         try:
             loan = unseal(ticket, self._key, time.time())
             sequence.lease_id = loan.lease_id
-            self._check_origin(loan)
+            self._check_origin(loan, convert=False)
             blocks, rest = divmod(loan.num_tokens, sequence.block_size)
             if rest or not 0 < blocks <= len(sequence.reusable_hashes()) or loan.content != sequence.hashes[blocks - 1]:
                 raise HandoffRefused(RefusalReason.FOREIGN_CONTENT, "KV of other tokens")
@@ -641,9 +643,11 @@ class PagedEngine:
             self._used_leases[handoff.lease_id] = handoff.expires_at
             sequence.handoff = handoff
 
-    def _check_origin(self, handoff: KVHandoff) -> None:
-        if (handoff.fingerprint, handoff.layout) != (self.info.fingerprint, self.info.layout):
-            differ = handoff.layout.differences(self.info.layout)
+    def _check_origin(self, handoff: KVHandoff, *, convert: bool) -> None:
+        """`convert`: KV of another layout is good, too, where it can be converted."""
+        theirs, ours = handoff.layout, self.info.layout
+        differ = theirs.obstacle(ours, self._transfer.rounding) if convert else theirs.differences(ours)
+        if differ or handoff.fingerprint != self._runner.fingerprint_of(theirs):
             what = f"its KV and that of {self._worker} differ in {differ}" if differ else "KV of another model or version"
             detail = f"{handoff.source}: {what}; set model.* and engine.block_size alike on both sides"
             raise HandoffRefused(RefusalReason.FOREIGN_FINGERPRINT, detail)
@@ -651,14 +655,14 @@ class PagedEngine:
             raise HandoffRefused(RefusalReason.REPLAYED, "this ticket was used before")
 
     def _check_ticket(self, sequence: Sequence, handoff: KVHandoff) -> None:
-        self._check_origin(handoff)
+        self._check_origin(handoff, convert=True)
         covered = handoff.num_tokens
-        content = content_hash(
-            sequence.token_ids[:covered],
-            sequence.hashes[: covered // sequence.block_size],
-            sequence.block_size,
-            sequence.root,
-        )
+        tokens, size, root = sequence.token_ids[:covered], handoff.layout.block_size, sequence.root
+        hashes = sequence.hashes[: covered // size]
+        if handoff.layout != self.info.layout:  # its hashes are of its own fingerprint and block size
+            root = chain_root(handoff.fingerprint, sequence.request.salt)
+            hashes = block_hashes(tokens, size, root)
+        content = content_hash(tokens, hashes, size, root)
         if covered != sequence.num_given - 1 or content != handoff.content:
             raise HandoffRefused(RefusalReason.FOREIGN_CONTENT, "KV of other tokens")
 
@@ -668,7 +672,7 @@ class PagedEngine:
         if handoff is None:
             self._begin_load(sequence)
             return
-        wanted = range(sequence.num_published, len(handoff.blocks))
+        wanted = range(sequence.num_published, self.info.layout.blocks_for(handoff.num_tokens))
         if not sequence.was_handed and not self._loan_pays(len(wanted)):
             refused = HandoffRefused(RefusalReason.TRANSFER_FAILED, "computing is faster")
             self._inbox.put(partial(self._end_fetch, sequence, 0, 0.0, refused))
@@ -684,7 +688,13 @@ class PagedEngine:
         began = time.monotonic()
         outcome: Fetched | HandoffRefused
         try:
-            outcome = self._transport.fetch(handoff, wanted, self._require_memory(), targets, began + self._transfer.timeout_s)
+            memory, deadline = self._require_memory(), began + self._transfer.timeout_s
+            exact = not sequence.was_handed  # who borrows hands it on, and has others find it
+            if handoff.layout == self.info.layout:
+                outcome = self._transport.fetch(handoff, wanted, memory, targets, deadline, exact=exact)
+            else:
+                first, ours = wanted[0] * sequence.block_size, self.info.layout
+                outcome = fetch_converted(self._transport, handoff, first, ours, memory, targets, deadline, exact=exact)
         except HandoffRefused as error:
             outcome = error
         except Exception as error:  # a sequence must never be lost because a transport has a bug
@@ -729,16 +739,19 @@ class PagedEngine:
         return self._loan_pace.beats(num_blocks * layout.block_bytes, self._compute_pace, num_blocks * layout.block_size)
 
     def _accept(self, sequence: Sequence, handoff: KVHandoff, num_blocks: int, taken_ms: float) -> None:
-        first = len(handoff.blocks) - num_blocks
-        self._runner.import_blocks(sequence.blocks[first : len(handoff.blocks)])
+        last = self.info.layout.blocks_for(handoff.num_tokens)
+        first = last - num_blocks
+        self._runner.import_blocks(sequence.blocks[first:last])
         sequence.received_tokens = handoff.num_tokens - sequence.num_computed
         sequence.received_bytes = num_blocks * self.info.layout.block_bytes
         sequence.transfer_ms = taken_ms
         sequence.refusal = "verified"
         sequence.num_computed = handoff.num_tokens
+        sequence.private = bool(sequence.fetched.rounded)
         self._scheduler.publish_full_blocks(sequence)
-        for index in range(first, handoff.num_tokens // sequence.block_size):
-            self._pool.set_digest(sequence.blocks[index], handoff.digests[index])
+        if handoff.layout == self.info.layout:
+            for index in range(first, handoff.num_tokens // sequence.block_size):
+                self._pool.set_digest(sequence.blocks[index], handoff.digests[index])
 
     def _refused(self, sequence: Sequence, refused: HandoffRefused) -> None:
         log.warning("request %s: handoff refused, recomputing: %s", sequence.id, refused)
@@ -807,6 +820,7 @@ class PagedEngine:
             transport_why=sequence.fetched.why,
             codec=sequence.fetched.codec if sequence.received_bytes else "",
             wire_bytes=sequence.fetched.wire_bytes if sequence.received_bytes else 0,
+            rounded=sequence.fetched.rounded,
             prefix=sequence.prefix,
         )
 

@@ -88,6 +88,9 @@ class ModelRunner(Protocol):
     def tokenizer_path(self) -> Path:
         """The model's tokenizer.json; asked for when the first grammar comes. Raises ConfigError when there is none."""
 
+    def fingerprint_of(self, layout: KVLayout) -> str:
+        """What `fingerprint` would be with another layout: of a worker that has the same model, and KV that is converted."""
+
     def start(self) -> None:
         """Load weights. Raises ConfigError that says what is wrong with the model directory."""
 

@@ -118,6 +118,8 @@ class Scheduler:
         self.publish_full_blocks(sequence)
 
     def publish_full_blocks(self, sequence: Sequence) -> None:
+        if sequence.private:
+            return
         for index in range(sequence.num_published, sequence.num_computed // self._block_size):
             self._pool.publish(sequence.blocks[index], sequence.hashes[index])
             sequence.num_published = index + 1

@@ -42,6 +42,7 @@ class Sequence:
     num_computed: int = 0
     num_published: int = 0
     transfer: Future[None] | None = None  # that fetches the handed KV
+    private: bool = False  # there is rounded KV in its blocks, hence in all that it computes: nobody else may find it
     doomed: bool = False  # aborted while a transfer writes into its blocks: freed when the transfer ends
 
     drafts: Drafts = field(default_factory=Drafts)
@@ -89,7 +90,7 @@ class Sequence:
     @property
     def may_be_stored(self) -> bool:
         """Whether full blocks are missing that the stores may have."""
-        return self.seeks_store and self.num_published < len(self.reusable_hashes())
+        return self.seeks_store and not self.private and self.num_published < len(self.reusable_hashes())
 
     @property
     def is_fresh(self) -> bool:
@@ -121,3 +122,4 @@ class Sequence:
         self.blocks = []
         self.num_computed = 0
         self.num_published = 0
+        self.private = False

@@ -92,10 +92,15 @@ class TorchRunner:
             log.info("PyTorch's own operators compute: %s", reason)
             weights = self._start_plain(architecture, checkpoint, reason)
         config_digest = hashlib.blake2b(msgspec.json.encode(architecture), digest_size=16).hexdigest()
-        self.fingerprint = fingerprint(self.layout, config_digest, weights)
+        self._digests = (config_digest, weights)
+        self.fingerprint = self.fingerprint_of(self.layout)
         self.max_positions = architecture.max_positions
         self.eos_token_ids = architecture.eos_token_ids
         self.vocab_size = architecture.vocab_size
+
+    def fingerprint_of(self, layout: KVLayout) -> str:
+        """See ModelRunner; once it has started."""
+        return fingerprint(layout, *self._digests)
 
     def _why_plain(self, architecture: Architecture) -> str | None:
         """Why kernels can't or shall not compute this model; None if they do."""

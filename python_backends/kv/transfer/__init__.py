@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from python_backends.core.config import ClusterConfig, TransferConfig
 from python_backends.core.errors import ConfigError
+from python_backends.core.layout import ROUNDINGS
 from python_backends.core.place import WILDCARDS, own_address
 from python_backends.kv.transfer.auto import AutoTransport
 from python_backends.kv.transfer.base import CheckedTransport, KVTransport
@@ -43,11 +44,13 @@ def _create(config: TransferConfig, key: bytes, cluster: ClusterConfig) -> Check
         return AutoTransport(ShmTransport(), None, None, ())
     tls = _tls(config)
     if config.transport == "auto" and not listens:  # fetches from other hosts, and hands over to none
-        return AutoTransport(ShmTransport(), TcpTransport(None, key, tls, config.streams, config.codec), None, ())
+        return AutoTransport(
+            ShmTransport(), TcpTransport(None, key, tls, config.streams, config.codec, config.rounding), None, ()
+        )
     server = _server(config, key, tls, cluster)
     if config.transport == "nixl":
         return NixlTransport(server, key, tls)
-    tcp = TcpTransport(server, key, tls, config.streams, config.codec)
+    tcp = TcpTransport(server, key, tls, config.streams, config.codec, config.rounding)
     if config.transport == "tcp":
         return tcp
     devices = rdma_devices()
@@ -60,7 +63,13 @@ def _server(config: TransferConfig, key: bytes, tls: TlsContexts | None, cluster
     of_cluster = listen in WILDCARDS or (cluster.listen and not config.listen)
     told = own_address(listen, cluster.advertise) if of_cluster else listen
     where = "0.0.0.0" if listen == "*" else listen
-    return TransferServer(where, _ports(config.ports), key, tls, config.timeout_s, told, encodes=config.codec != "raw")
+    return TransferServer(where, _ports(config.ports), key, tls, config.timeout_s, told, _codecs(config))
+
+
+def _codecs(config: TransferConfig) -> tuple[str, ...]:
+    """Those in which this worker hands out, besides raw."""
+    rounding = ROUNDINGS[1 : ROUNDINGS.index(config.rounding) + 1]
+    return () if config.codec == "raw" else ("lossless", *rounding)
 
 
 def _ports(text: str) -> range:

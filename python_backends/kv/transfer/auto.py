@@ -74,6 +74,8 @@ class AutoTransport(CheckedTransport):
         blocks: Sequence[int],
         deadline: float,
         arrived: Arrived,
+        *,
+        exact: bool,
     ) -> Fetched:
         """See CheckedTransport.copy."""
         try:
@@ -87,7 +89,7 @@ class AutoTransport(CheckedTransport):
                 why = f"{why} ({refused.detail})"
             ticket = msgspec.structs.replace(handoff, transport=part.name, locator=locator, opaque=b"")
             try:
-                how = part.copy(ticket, wanted, into, blocks, deadline, arrived)
+                how = part.copy(ticket, wanted, into, blocks, deadline, arrived, exact=exact)
             except HandoffRefused as error:
                 if error.reason is not RefusalReason.TRANSFER_FAILED:
                     raise

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import msgspec
@@ -35,13 +35,20 @@ class Fetched(msgspec.Struct, frozen=True):
 
     transport: str  # the one that moved the bytes
     why: str = ""  # it was taken, where there was a choice
-    codec: str = "raw"  # raw | lossless: how the bytes travelled
+    codec: str = "raw"  # raw | lossless | float16 | int8: how the bytes travelled
     wire_bytes: int = 0  # that travelled
+    rounded: str = ""  # the dtype that numbers were rounded to on the way; empty: they are what was published, bit for bit
 
 
-Arrived = Callable[[Sequence[int]], None]
-"""Told by `copy` of indices into `wanted` whose bytes are complete: they are digested at once, while the processor has them
-in its cache. Whatever was not told is digested at the end."""
+class Arrived(Protocol):
+    """Told by `copy` of indices into `wanted` whose bytes are complete: they are digested at once, while the processor has
+    them in its cache. Whatever was not told is digested at the end.
+    """
+
+    def __call__(self, indices: Sequence[int], *, rounded: bool = False) -> None:
+        """`rounded`: they are not what was published but what the source has made of it for the way, with a seal of its own
+        (codec.py) that `copy` has checked.
+        """
 
 
 class KVTransport(Protocol):
@@ -65,11 +72,19 @@ class KVTransport(Protocol):
         """The lease has ended: nothing of it is handed out any more. A copy on its way may get other bytes from now on."""
 
     def fetch(
-        self, handoff: KVHandoff, wanted: Sequence[int], into: PoolMemory, blocks: Sequence[int], deadline: float
+        self,
+        handoff: KVHandoff,
+        wanted: Sequence[int],
+        into: PoolMemory,
+        blocks: Sequence[int],
+        deadline: float,
+        *,
+        exact: bool = True,
     ) -> Fetched:
         """Copy the handoff's blocks at the positions `wanted` into `into.blocks[blocks[i]]`, verified.
 
-        `deadline` is in time.monotonic() seconds; returns or raises by then (and 50 ms). May be called from several
+        Not `exact`: numbers may be rounded on the way, as far as `transfer.rounding` of both ends allows; Fetched.rounded
+        tells. `deadline` is in time.monotonic() seconds; returns or raises by then (and 50 ms). May be called from several
         threads. When it has returned, nobody writes into `into` any more; after an error the destination blocks hold
         anything. Raises HandoffRefused: STALE_EPOCH (the source has restarted or reused a block), EXPIRED (its lease
         has ended), DIGEST_MISMATCH, TRANSFER_FAILED or TRANSFER_TIMEOUT.
@@ -103,6 +118,8 @@ class CheckedTransport(ABC):
         blocks: Sequence[int],
         deadline: float,
         arrived: Arrived,
+        *,
+        exact: bool,
     ) -> Fetched | None:
         """Copy as `fetch` does, and check that the source still meant the bytes *after* they were copied.
 
@@ -113,15 +130,22 @@ class CheckedTransport(ABC):
     def close(self) -> None: ...
 
     def fetch(
-        self, handoff: KVHandoff, wanted: Sequence[int], into: PoolMemory, blocks: Sequence[int], deadline: float
+        self,
+        handoff: KVHandoff,
+        wanted: Sequence[int],
+        into: PoolMemory,
+        blocks: Sequence[int],
+        deadline: float,
+        *,
+        exact: bool = True,
     ) -> Fetched:
         """See KVTransport.fetch."""
         if handoff.transport != self.name:
             raise failed(f"the ticket is for transport {handoff.transport!r}, this worker has {self.name!r}")
         if handoff.layout.block_bytes != into.block_bytes:
             raise failed(f"blocks of {handoff.layout.block_bytes} bytes do not fit a pool of {into.block_bytes}")
-        check = _DigestCheck(handoff, wanted, into, blocks)
-        how = self.copy(handoff, wanted, into, blocks, deadline, check.arrived)
+        check = _DigestCheck(handoff, wanted, into, blocks, exact=exact)
+        how = self.copy(handoff, wanted, into, blocks, deadline, check.arrived, exact=exact)
         check.finish(deadline)
         return how or Fetched(self.name, wire_bytes=len(wanted) * into.block_bytes)
 
@@ -145,7 +169,10 @@ def failed(detail: str) -> HandoffRefused:
 class _DigestCheck:
     """The digests of one fetch. A mismatch is reported at the end: that the source has reused the block says more."""
 
-    def __init__(self, handoff: KVHandoff, wanted: Sequence[int], into: PoolMemory, blocks: Sequence[int]) -> None:
+    def __init__(
+        self, handoff: KVHandoff, wanted: Sequence[int], into: PoolMemory, blocks: Sequence[int], *, exact: bool
+    ) -> None:
+        self._exact = exact
         self._handoff = handoff
         self._wanted = wanted
         self._into = into
@@ -153,9 +180,9 @@ class _DigestCheck:
         self._unchecked = set(range(len(wanted)))
         self._damaged: list[int] = []  # positions in the handoff
 
-    def arrived(self, indices: Sequence[int]) -> None:
-        """May be called from several threads, for different indices."""
-        for index in indices:
+    def arrived(self, indices: Sequence[int], *, rounded: bool = False) -> None:
+        """See Arrived. May be called from several threads, for different indices."""
+        for index in () if rounded and not self._exact else indices:
             if block_digest(self._into.blocks[self._blocks[index]]) != self._handoff.digests[self._wanted[index]]:
                 self._damaged.append(self._wanted[index])
         self._unchecked.difference_update(indices)

@@ -1,10 +1,10 @@
-"""Whether blocks are asked for encoded: only when encoding, sending less and decoding is predicted to take less time than
-sending them as they are, over the link as it was measured.
+"""In which codec blocks are asked for: the one that is predicted to take the least time, over the link as it was measured.
 
     raw       bytes / link
     encoded   bytes x seconds of the codec per byte + bytes x share that is left / link
 
-The two parts of the second line overlap in truth, so it is too high, and what is not sure to pay is not done.
+The two parts of the second line overlap in truth, so it is too high, and what is not sure to pay is not done. What rounds
+must save a fifth of what the best of the exact ways takes: where little is gained, KV stays as it is.
 """
 
 from __future__ import annotations
@@ -12,17 +12,29 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
-_LEAST_BYTES = 256 << 10  # of a handoff that teaches anything, or is worth the codec
+_LEAST_BYTES = 256 << 10  # of a handoff that teaches anything, or is worth a codec
 _WEIGHT = 0.25  # of a new measurement
 _FORGOTTEN_S = 60.0  # a codec that did not pay is tried again after so long, where its first guess says so
 _MOST_LINKS = 1024
+_WORTH_ROUNDING = 0.8  # of the time of the best exact way
 
-# First guesses, somewhat worse than what docs/transports.md has measured: both ends together.
-_CODEC_S_PER_BYTE = 1 / (256 << 20)
-_SHARE = 0.87
+
+@dataclass(slots=True)
+class _Cost:
+    s_per_byte: float  # of KV, for both ends together
+    share: float  # wire bytes per KV byte
+    used_at: float = 0.0  # the last time, on the clock
+
+
+# Seconds per byte and share at first: somewhat worse than what docs/transports.md has measured.
+_FIRST_GUESSES = {
+    "lossless": (1 / (256 << 20), 0.87),
+    "float16": (1 / (400 << 20), 0.51),
+    "int8": (1 / (160 << 20), 0.28),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,38 +45,37 @@ class Moved:
     wire_bytes: int
     seconds: float
     codec_s: float  # of them, encoding and decoding
-    encoded: bool
+    codec: str
 
 
 @dataclass(slots=True)
 class _Link:
     s_per_byte: float | None = None  # on the wire
-    codec_s_per_byte: float = _CODEC_S_PER_BYTE
-    share: float = _SHARE  # wire bytes per KV byte
-    encoded_at: float = 0.0  # the last time, on the clock
+    costs: dict[str, _Cost] = field(default_factory=lambda: {name: _Cost(*guess) for name, guess in _FIRST_GUESSES.items()})
 
 
 class CodecChoice:
     """What is known of each source. May be used from several threads."""
 
     def __init__(self, codec: str, clock: Callable[[], float] = time.monotonic) -> None:
-        """`codec`: as in `transfer.codec`."""
+        """`codec`: as in `transfer.codec`, or one that rounds: that one wherever it may."""
         self._codec = codec
         self._clock = clock
         self._lock = threading.Lock()
         self._links: OrderedDict[str, _Link] = OrderedDict()
 
-    def encoded(self, address: str, kv_bytes: int) -> bool:
-        """Whether to ask this source for encoded blocks."""
-        if self._codec != "auto":
-            return self._codec == "lossless"
+    def choose(self, address: str, kv_bytes: int, roundings: Sequence[str] = ()) -> str:
+        """The codec to ask this source for. `roundings`: those that round which may be used now."""
+        if self._codec in ("raw", "lossless", *roundings):
+            return self._codec
         with self._lock:
             link = self._links.get(address)
             if link is None or link.s_per_byte is None or kv_bytes < _LEAST_BYTES:
-                return False
-            if self._clock() - link.encoded_at > _FORGOTTEN_S:
-                link.codec_s_per_byte, link.share = _CODEC_S_PER_BYTE, _SHARE
-            return link.codec_s_per_byte + link.share * link.s_per_byte < link.s_per_byte
+                return "raw"
+            seconds = {name: self._predicted(link, name) for name in ("raw", "lossless", *roundings)}
+        exact = "lossless" if seconds["lossless"] < seconds["raw"] else "raw"
+        rounded = min(roundings, key=lambda name: seconds[name], default=exact)
+        return rounded if seconds[rounded] < _WORTH_ROUNDING * seconds[exact] else exact
 
     def learn(self, address: str, moved: Moved) -> None:
         if moved.kv_bytes < _LEAST_BYTES or not moved.wire_bytes:
@@ -76,10 +87,21 @@ class CodecChoice:
             if len(self._links) > _MOST_LINKS:
                 self._links.popitem(last=False)
             link.s_per_byte = sending if link.s_per_byte is None else _mixed(link.s_per_byte, sending)
-            if moved.encoded:
-                link.encoded_at = self._clock()
-                link.codec_s_per_byte = _mixed(link.codec_s_per_byte, moved.codec_s / moved.kv_bytes)
-                link.share = _mixed(link.share, moved.wire_bytes / moved.kv_bytes)
+            cost = link.costs.get(moved.codec)
+            if cost is not None:
+                cost.used_at = self._clock()
+                cost.s_per_byte = _mixed(cost.s_per_byte, moved.codec_s / moved.kv_bytes)
+                cost.share = _mixed(cost.share, moved.wire_bytes / moved.kv_bytes)
+
+    def _predicted(self, link: _Link, codec: str) -> float:
+        """Seconds per byte of KV."""
+        assert link.s_per_byte is not None
+        cost = link.costs.get(codec)
+        if cost is None:
+            return link.s_per_byte
+        if self._clock() - cost.used_at > _FORGOTTEN_S:
+            cost.s_per_byte, cost.share = _FIRST_GUESSES[codec]
+        return cost.s_per_byte + cost.share * link.s_per_byte
 
 
 def _mixed(old: float, new: float) -> float:

@@ -51,8 +51,13 @@ class FaultyTransport(CheckedTransport):
         blocks: Sequence[int],
         deadline: float,
         arrived: Arrived,
+        *,
+        exact: bool,
     ) -> Fetched | None:
-        """See CheckedTransport.copy, with at most one fault. Nothing has arrived before the damage is done."""
+        """See CheckedTransport.copy, with at most one fault. Nothing has arrived before the damage is done.
+
+        And nothing is rounded on the way: what the source seals is checked before the damage.
+        """
         fault, amount = self._draw()
         if fault == "drop":
             raise failed("dropped on purpose")
@@ -61,7 +66,7 @@ class FaultyTransport(CheckedTransport):
         if fault == "delay":
             self._wait(amount * _MAX_DELAY_S, deadline)
         before = into.blocks[blocks[-1]].copy() if fault == "truncate" and blocks else None
-        how = self._inner.copy(handoff, wanted, into, blocks, deadline, lambda indices: None)
+        how = self._inner.copy(handoff, wanted, into, blocks, deadline, _unheard, exact=True)
         if before is not None:
             into.blocks[blocks[-1], len(before) // 2 :] = before[len(before) // 2 :]
         if fault == "corrupt" and blocks:
@@ -88,3 +93,7 @@ class FaultyTransport(CheckedTransport):
         if self._closed.wait(min(seconds, deadline - time.monotonic())):
             raise failed("the transport was closed")
         check_time(deadline)
+
+
+def _unheard(indices: Sequence[int], *, rounded: bool = False) -> None:
+    """Everything is digested at the end."""

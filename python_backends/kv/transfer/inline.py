@@ -37,6 +37,8 @@ class InlineTransport(CheckedTransport):
         blocks: Sequence[int],
         deadline: float,
         arrived: Arrived,
+        *,
+        exact: bool,
     ) -> None:
         """See CheckedTransport.copy."""
         if len(handoff.opaque) != len(handoff.blocks) * into.block_bytes:

@@ -118,6 +118,8 @@ class NixlTransport(CheckedTransport):
         blocks: Sequence[int],
         deadline: float,
         arrived: Arrived,
+        *,
+        exact: bool,
     ) -> None:
         """See CheckedTransport.copy."""
         check_time(deadline)
@@ -152,6 +154,8 @@ class NixlTransport(CheckedTransport):
         with self._lock:
             if self._zone is None:
                 self._zone = _Zone(block_bytes, self._settings)
+            if self._zone.blocks.shape[1] != block_bytes:
+                raise failed(f"nixl brings blocks of {self._zone.blocks.shape[1]} bytes here, and these have {block_bytes}")
             self._zone.users += 1
             return self._zone
 

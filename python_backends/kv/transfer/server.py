@@ -11,7 +11,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
@@ -20,7 +20,7 @@ from python_backends.core.errors import ConfigError, HandoffRefused, RefusalReas
 from python_backends.core.handoff import KVHandoff, unseal
 from python_backends.kv.memory import PoolMemory
 from python_backends.kv.transfer.base import failed
-from python_backends.kv.transfer.codec import PlaneCodec
+from python_backends.kv.transfer.codec import BlockCodec, create_codec
 from python_backends.kv.transfer.session import (
     CODEC_VERSION,
     Claim,
@@ -119,17 +119,17 @@ class TransferServer:
         tls: TlsContexts | None,
         timeout_s: float,
         told: str = "",
-        *,
-        encodes: bool = True,
+        codecs: Collection[str] = ("lossless",),
     ) -> None:
         """Listens at `host`, the first free one of `ports`; none given: any. `timeout_s`: for one request.
 
-        `told`: the host that others are told; empty: the same. `encodes`: for readers who ask for it. Raises ConfigError.
+        `told`: the host that others are told; empty: the same. `codecs`: besides raw, for readers who ask for them. Raises
+        ConfigError.
         """
         self._key = key
         self._tls = tls
         self._timeout_s = timeout_s
-        self._encodes = encodes
+        self._codecs = codecs
         self._leases: dict[str, _Lease] = {}
         self._sessions: dict[Session, threading.Thread] = {}
         self._lock = threading.Lock()  # of leases and sessions
@@ -219,14 +219,13 @@ class TransferServer:
         status = Status()
         try:
             handoff, memory = self._check(state.claim, request.positions)
-            encoded = self._encodes and request.codec == "lossless" and session.version >= CODEC_VERSION
-            blocks = [handoff.blocks[position] for position in request.positions]
-            session.send_message(Status(codec="lossless" if encoded else "raw"), deadline)
-            if encoded:
-                codec = PlaneCodec(handoff.layout.dtype, memory.block_bytes)
-                status = Status(encode_s=_send_encoded(session, memory, blocks, codec, deadline))
+            encoded = request.codec in self._codecs and session.version >= CODEC_VERSION
+            codec = create_codec(request.codec, handoff.layout, self._key) if encoded else None
+            session.send_message(Status(codec=request.codec if encoded else "raw"), deadline)
+            if codec is not None:
+                status = Status(encode_s=_send_encoded(session, memory, handoff, request.positions, codec, deadline))
             else:
-                self._send_blocks(session, memory, blocks, deadline)
+                self._send_blocks(session, memory, [handoff.blocks[position] for position in request.positions], deadline)
             self._check_generations(handoff, request.positions, memory)  # what was sent was meant to the end
         except HandoffRefused as refused:
             status = _refusal(refused)
@@ -297,12 +296,14 @@ class TransferServer:
             session.send_file(memory.fd, memory.offset_of(block), memory.block_bytes, deadline)
 
 
-def _send_encoded(session: Session, memory: PoolMemory, blocks: Sequence[int], codec: PlaneCodec, deadline: float) -> float:
+def _send_encoded(
+    session: Session, memory: PoolMemory, handoff: KVHandoff, positions: Sequence[int], codec: BlockCodec, deadline: float
+) -> float:
     """Seconds spent on encoding. The kernel sends one block while the next one is encoded."""
     spent = 0.0
-    for block in blocks:
+    for position in positions:
         began = time.monotonic()
-        pieces = codec.encode(memory.blocks[block])
+        pieces = codec.encode(memory.blocks[handoff.blocks[position]], handoff.digests[position])
         spent += time.monotonic() - began
         session.send_pieces(pieces, deadline)
     return spent

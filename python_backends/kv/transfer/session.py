@@ -38,6 +38,7 @@ _LENGTH = struct.Struct("<I")
 _MOST_BYTES = 16 << 20  # of a frame
 _BUFFER_BYTES = 4 << 20  # of the kernel, per direction
 _VECTOR_MOST = 256  # pieces in one system call
+_UNPACED = b"reno"  # congestion control within a machine: where the default paces (bbr), that costs half of the rate
 
 
 class SessionError(Exception):
@@ -53,7 +54,8 @@ class Claim(msgspec.Struct, frozen=True, tag=True):
 class Fetch(msgspec.Struct, frozen=True, tag=True):
     """Send the bytes of these positions of the ticket, in this order. Answered by a Status, the bytes, another Status.
 
-    `codec`: in which the bytes are welcome, raw | lossless (codec.py). The first Status says what comes: that, or raw.
+    `codec`: in which the bytes are welcome, raw | lossless | float16 | int8 (codec.py). The first Status says what comes:
+    that, or raw.
     """
 
     positions: list[int]
@@ -125,6 +127,9 @@ class Session:
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             sock.setsockopt(socket.SOL_SOCKET, option, _BUFFER_BYTES)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with suppress(OSError):  # it has gone, or the kernel has no other
+            if self.is_local:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, _UNPACED)
         # The kernel itself waits for whole blocks, and keeps the deadline meanwhile (SO_RCVTIMEO, socket(7)).
         sock.settimeout(None)
 

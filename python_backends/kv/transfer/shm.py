@@ -42,6 +42,8 @@ class ShmTransport(CheckedTransport):
         blocks: Sequence[int],
         deadline: float,
         arrived: Arrived,
+        *,
+        exact: bool,
     ) -> None:
         """See CheckedTransport.copy. numpy gives up the GIL while it copies."""
         check_time(deadline)

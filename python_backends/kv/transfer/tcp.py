@@ -7,6 +7,7 @@ asked for again until the deadline.
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 import time
@@ -18,7 +19,7 @@ from python_backends.core.errors import HandoffRefused, RefusalReason
 from python_backends.core.handoff import KVHandoff, seal
 from python_backends.kv.memory import PoolMemory
 from python_backends.kv.transfer.base import Arrived, CheckedTransport, Fetched, Published, check_time, failed
-from python_backends.kv.transfer.codec import LENGTH, BadEncoding, PlaneCodec
+from python_backends.kv.transfer.codec import LENGTH, BadEncoding, create_codec, roundings
 from python_backends.kv.transfer.codec_choice import CodecChoice, Moved
 from python_backends.kv.transfer.server import TransferServer
 from python_backends.kv.transfer.session import (
@@ -32,7 +33,7 @@ from python_backends.kv.transfer.session import (
 )
 
 _STREAM_BYTES = 2 << 20  # a share of less is not worth another connection
-_PIECE_BYTES = 4 << 20  # received before it is digested, while it is in the processor's cache
+_PIECE_BYTES = 512 << 10  # received before it is digested, while it is in the core's own cache: from there that costs little
 _TRIES = 3  # in a row that bring nothing
 _PAUSE_S = 0.02  # before another try
 _IDLE_MOST = 64  # connections kept for the next handoff
@@ -47,6 +48,7 @@ class Sessions:
         self._lock = threading.Lock()
         self._idle: dict[str, list[Session]] = {}
         self._busy: set[Session] = set()
+        self._local: set[str] = set()
         self._closed = False
 
     def take(self, address: str, deadline: float) -> Session:
@@ -72,6 +74,10 @@ class Sessions:
                 return
         session.close()
 
+    def is_local(self, address: str) -> bool:
+        """Whether it is known to be of this machine."""
+        return address in self._local
+
     def close(self) -> None:
         """Wake who waits. Idempotent."""
         with self._lock:
@@ -90,6 +96,8 @@ class Sessions:
         session = self._enter(Session(sock))
         try:
             session.greet(host, self._key, self._tls, deadline)
+            if session.is_local:
+                self._local.add(address)
         except BaseException:
             self.give_back(address, session, usable=False)
             raise
@@ -105,17 +113,24 @@ class Sessions:
 
 class TcpTransport(CheckedTransport):
     def __init__(
-        self, server: TransferServer | None, key: bytes, tls: TlsContexts | None, streams: int, codec: str = "auto"
+        self,
+        server: TransferServer | None,
+        key: bytes,
+        tls: TlsContexts | None,
+        streams: int,
+        codec: str = "auto",
+        rounding: str = "none",
     ) -> None:
         """`server`: of this worker; it is closed with the transport. None: it only fetches, and tells no locator.
 
-        `streams`: connections per handoff, at most. `codec`: as in `transfer.codec`.
+        `streams`: connections per handoff, at most. `codec`: as CodecChoice takes it. `rounding`: as in `transfer.rounding`.
         """
         self.name = "tcp"
         self._server = server
         self._key = key
         self._streams = streams
         self._choice = CodecChoice(codec)
+        self._rounding = rounding
         self._sessions = Sessions(key, tls)
         self._threads = ThreadPoolExecutor(max(1, 4 * streams), thread_name_prefix="tcp")
 
@@ -139,19 +154,25 @@ class TcpTransport(CheckedTransport):
         blocks: Sequence[int],
         deadline: float,
         arrived: Arrived,
+        *,
+        exact: bool,
     ) -> Fetched | None:
         """See CheckedTransport.copy."""
         check_time(deadline)
         if not wanted:
             return None
         began = time.monotonic()
-        encoded = self._choice.encoded(handoff.locator, len(wanted) * into.block_bytes)
+        narrower = () if exact else roundings(handoff.layout.dtype, self._rounding)
+        codec = self._choice.choose(handoff.locator, len(wanted) * into.block_bytes, narrower)
         ticket = seal(handoff, self._key)
         size = into.block_bytes
-        count = max(1, min(self._streams, len(wanted) * size // _STREAM_BYTES, len(wanted)))
+        streams = self._streams
+        if self._sessions.is_local(handoff.locator):  # each stream takes a core at either end
+            streams = min(streams, (os.cpu_count() or 2) // 2)
+        count = max(1, min(streams, len(wanted) * size // _STREAM_BYTES, len(wanted)))
         bounds = [len(wanted) * i // count for i in range(count + 1)]
         shares = [
-            _Share(ticket, handoff, wanted, into, blocks, range(first, last), arrived, encoded=encoded)
+            _Share(ticket, self._key, handoff, wanted, into, blocks, range(first, last), arrived, codec)
             for first, last in pairwise(bounds)
         ]
         others = [self._threads.submit(self._receive, share, deadline) for share in shares[1:]]
@@ -166,10 +187,11 @@ class TcpTransport(CheckedTransport):
             wire_bytes=sum(share.wire_bytes for share in shares),
             seconds=time.monotonic() - began,
             codec_s=max(share.encode_s + share.decode_s for share in shares),
-            encoded=any(share.was_encoded for share in shares),
+            codec=codec if any(share.was_encoded for share in shares) else "raw",
         )
         self._choice.learn(handoff.locator, moved)
-        return Fetched(self.name, codec="lossless" if moved.encoded else "raw", wire_bytes=moved.wire_bytes)
+        rounded = codec if any(share.was_rounded for share in shares) else ""
+        return Fetched(self.name, codec=moved.codec, wire_bytes=moved.wire_bytes, rounded=rounded)
 
     def close(self) -> None:
         self._sessions.close()
@@ -207,16 +229,16 @@ class _Share:
     def __init__(
         self,
         ticket: bytes,
+        key: bytes,
         handoff: KVHandoff,
         wanted: Sequence[int],
         into: PoolMemory,
         blocks: Sequence[int],
         indices: Sequence[int],
         arrived: Arrived,
-        *,
-        encoded: bool,
+        codec: str,
     ) -> None:
-        """`indices` into `wanted` and `blocks`. `encoded`: blocks are asked for in the lossless codec."""
+        """`indices` into `wanted` and `blocks`. `codec`: in which blocks are asked for."""
         self.handoff = handoff
         self.left = list(indices)
         self.answered = True  # whether the connection owes nothing
@@ -224,8 +246,10 @@ class _Share:
         self.encode_s = 0.0  # spent by the source
         self.decode_s = 0.0
         self.was_encoded = False
-        self._encoded = encoded
+        self.was_rounded = False
+        self._codec = codec
         self._ticket = ticket
+        self._key = key
         self._wanted = wanted
         self._into = into
         self._blocks = blocks
@@ -235,7 +259,7 @@ class _Share:
         """Ask for what is missing and take it in. Raises HandoffRefused, OSError or SessionError."""
         self.answered = False
         session.send_message(Claim(self._ticket), deadline)
-        codec = "lossless" if self._encoded and session.version >= CODEC_VERSION else "raw"
+        codec = self._codec if session.version >= CODEC_VERSION else "raw"
         session.send_message(Fetch([self._wanted[index] for index in self.left], codec), deadline)
         status = self._read_status(session, deadline)
         self.answered = False
@@ -257,7 +281,7 @@ class _Share:
             self.left = self.left[step:]
 
     def _receive_encoded(self, session: Session, deadline: float) -> None:
-        codec = PlaneCodec(self.handoff.layout.dtype, self._into.block_bytes)
+        codec = create_codec(self._codec, self.handoff.layout, self._key)
         self.was_encoded = True
         while self.left:
             index = self.left[0]
@@ -267,13 +291,14 @@ class _Share:
                 pieces = codec.landing(length, block)
                 session.receive_into(pieces, deadline)
                 began = time.monotonic()
-                codec.decode(length, block)
+                rounded = codec.decode(length, block, self.handoff.digests[self._wanted[index]])
             except BadEncoding as error:
                 detail = f"block {self._wanted[index]} of {self.handoff.source} arrived damaged: {error}"
                 raise HandoffRefused(RefusalReason.DIGEST_MISMATCH, detail) from error
             self.decode_s += time.monotonic() - began
             self.wire_bytes += LENGTH.size + sum(piece.nbytes for piece in pieces)
-            self._arrived([index])
+            self._arrived([index], rounded=rounded)
+            self.was_rounded |= rounded
             self.left.pop(0)
 
     def _read_status(self, session: Session, deadline: float) -> Status:

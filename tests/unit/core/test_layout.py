@@ -40,6 +40,49 @@ def test_what_differs_is_named_with_both_values() -> None:
     assert SMOLLM2.differences(SMOLLM2) == ""
 
 
+COLUMNS = msgspec.structs.replace(SMOLLM2, keys="columns")
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "rounding", "obstacle"),
+    [
+        (SMOLLM2, {}, "none", ""),
+        (SMOLLM2, {"block_size": 24}, "none", ""),
+        (COLUMNS, {"block_size": 32}, "none", ""),
+        (COLUMNS, {"block_size": 24}, "none", "block_size 16 and 24, and of columns only multiples of 16 tokens are converted"),
+        (
+            SMOLLM2,
+            {"dtype": "float16"},
+            "none",
+            "dtype float32 and float16, which is converted with transfer.rounding: float16",
+        ),
+        (SMOLLM2, {"dtype": "float16", "block_size": 32}, "float16", ""),
+        (SMOLLM2, {"dtype": "int8"}, "float16", "dtype float32 and int8, which is converted with transfer.rounding: int8"),
+        (SMOLLM2, {"dtype": "int8"}, "int8", ""),
+        (SMOLLM2, {"dtype": "bfloat16"}, "int8", "dtype float32 and bfloat16, which is not converted"),
+        (SMOLLM2, {"keys": "columns"}, "int8", "keys rows and columns, which is not converted"),
+        (SMOLLM2, {"tp": 2, "block_size": 32}, "int8", "tp 1 and 2, which is not converted"),
+    ],
+)
+def test_what_is_not_converted_is_named(ours: KVLayout, theirs: dict[str, Any], rounding: str, obstacle: str) -> None:
+    other = msgspec.structs.replace(ours, **theirs)
+    assert ours.obstacle(other, rounding) == obstacle
+    assert bool(other.obstacle(ours, rounding)) == bool(obstacle)
+    if not obstacle:
+        assert ours.relatives(rounding) == other.relatives(rounding)
+
+
+@pytest.mark.parametrize("rounding", ["none", "float16", "int8"])
+def test_dtypes_are_related_as_far_as_rounding_goes(rounding: str) -> None:
+    families = {
+        dtype: msgspec.structs.replace(SMOLLM2, dtype=dtype).relatives(rounding)
+        for dtype in ("float32", "float16", "int8", "bfloat16")
+    }
+    assert (families["float16"] == families["float32"]) is (rounding != "none")
+    assert (families["int8"] == families["float32"]) is (rounding == "int8")
+    assert families["bfloat16"] not in [families[dtype] for dtype in ("float32", "float16", "int8")]
+
+
 def test_fingerprint_is_a_stable_name() -> None:
     one, again = fingerprint(SMOLLM2, "config", "weights"), fingerprint(SMOLLM2, "config", "weights")
     assert one == again

@@ -27,6 +27,7 @@ def heartbeat(
     stores: Collection[str] = (),
     lends: bool = False,
     step_ms: float = 0.0,
+    family: str = "",
 ) -> Heartbeat:
     return Heartbeat(
         worker=WorkerId(name),
@@ -46,6 +47,7 @@ def heartbeat(
         stores={tier: StoreCounts() for tier in stores},
         lends=lends,
         step_ms=step_ms,
+        family=family,
     )
 
 
@@ -64,6 +66,7 @@ def put(
     coefficients: Sequence[float] = SIMPLE,
     lends: bool = False,
     step_ms: float = 0.0,
+    family: str = "",
 ) -> WorkerView:
     """A worker that has so many streams, of `context` tokens in all, and prompts with these tokens to compute."""
     beat = heartbeat(
@@ -74,6 +77,7 @@ def put(
         total_blocks=total_blocks,
         lends=lends,
         step_ms=step_ms,
+        family=family,
     )
     fleet.hear(beat, 0.0)
     view = fleet.get(WorkerId(name))

@@ -249,6 +249,23 @@ def test_a_prefill_worker_of_another_model_is_not_asked(fleet: Fleet) -> None:
     assert chosen(query(), fleet).prefill == "p1"
 
 
+def test_a_prefill_worker_whose_kv_is_converted_is_asked(fleet: Fleet) -> None:
+    put(fleet, "p0", P, fingerprint="float16", family="k")
+    put(fleet, "d", D, family="k", streams=7, coefficients=SLOW_PREFILL)
+    assert chosen(query(), fleet).prefill == "p0"
+
+
+def test_workers_that_say_different_things_of_conversion_still_share_what_is_equal(fleet: Fleet) -> None:
+    put(fleet, "p0", P, family="k"), put(fleet, "d", D, family="l", streams=7, coefficients=SLOW_PREFILL)
+    assert chosen(query(), fleet).prefill == "p0"
+
+
+def test_what_would_have_to_be_converted_is_not_lent(fleet: Fleet) -> None:
+    put(fleet, "p", P, lends=True, fingerprint="float16", family="k"), put(fleet, "d", D, lends=True, family="k")
+    decision = chosen(query(900, {"d": 640}, wish=Wish.REMOTE), fleet)
+    assert (decision.prefill, decision.lender) == ("p", None)
+
+
 def test_prompts_go_only_where_they_fit(fleet: Fleet) -> None:
     put(fleet, "p", P), put(fleet, "d0", D, max_context=200), put(fleet, "d1", D, max_context=201, streams=7)
     assert chosen(query(200), fleet).decode == "d1"

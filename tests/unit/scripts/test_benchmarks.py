@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from python_backends.core.layout import KVLayout
 from scripts import bench
 from scripts.benchmarks.codec import measure
 from scripts.benchmarks.figures import Figure, draw, ratio_to, table
@@ -48,8 +49,11 @@ def test_an_unknown_part_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert "'nonsense' is no benchmark" in capsys.readouterr().err
 
 
-def test_the_codec_is_measured_over_blocks_that_come_back() -> None:
+@pytest.mark.parametrize(("codec", "ratios"), [("lossless", (1.05, 1.4)), ("float16", (1.9, 2.0)), ("int8", (3.0, 4.0))])
+def test_codecs_are_measured_over_blocks_that_come_back(codec: str, ratios: tuple[float, float]) -> None:
+    layout = KVLayout(num_layers=2, num_kv_heads=1, head_dim=32, block_size=16, dtype="float32")
     blocks = np.random.default_rng(1).normal(size=(4, 2048)).astype(np.float32).view(np.uint8)
-    measured = measure("float32", blocks, 64, rounds=2)
-    assert 1.05 < measured.ratio < 1.4
+    measured = measure(layout, blocks, codec, rounds=2)
+    assert ratios[0] < measured.ratio < ratios[1]
+    assert measured.rounded == (codec != "lossless")
     assert min(measured.encode, measured.decode, measured.pays_below) > 0
