@@ -19,6 +19,7 @@ from python_backends.core.messages import BlockEvents, Heartbeat, Lent, Located,
 from python_backends.core.types import LeaseEnd, RequestId, Role, WorkerId
 from router.admission import SHUTTING_DOWN, Admission
 from router.clock import Clock
+from router.detokenizer import Detokenizer
 from router.fleet import Fleet, WorkerView, long_prompt
 from router.journal import Journal
 from router.lifecycle import State
@@ -59,8 +60,9 @@ class House:
         clock: Clock | None = None,
         hasher: Hasher = block_hashes,
         random: Random | None = None,
+        detokenizer: type[Detokenizer] = Detokenizer,
     ) -> None:
-        """clock, hasher and random are the simulator's to give."""
+        """clock, hasher, random and detokenizer are the simulator's to give."""
         self.name = secrets.token_hex(8)  # of this life of the router
         self.config = deployment.router
         self._locate_s = deployment.store.locate_timeout_s
@@ -78,16 +80,18 @@ class House:
         self.fleet.on_room = self.admission.room_changed
         self.output_tokens = float(self.config.default_max_tokens)  # expected of a request
         self.lost_at = 0.0  # monotonic s, when a worker was lost last
+        self.detokenizer = detokenizer
         self._hasher = hasher
         self._random = random or Random(secrets.randbits(64))
         self._encoders = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
         self._requests = 0
         self._questions = 0
         self._orphans: dict[WorkerId, set[RequestId]] = {}  # what lost workers may still compute, should they come back
-        self._seen_version = -1  # of the fleet, for the three below
+        self._seen_version = -1  # of the fleet, for the four below
         self._members: dict[Role, int] = {}
         self._models: list[tuple[str, int]] = []  # fingerprint, block size
         self._longest = 0  # tokens that a worker takes that decodes, whether it is up or not; 0: none is known
+        self._has_stores = False
         self._capacity = (0.0, -_CAPACITY_AGE_S)  # tokens per ms, and when that was
 
     def close(self) -> None:
@@ -188,8 +192,9 @@ class House:
     @property
     def has_stores(self) -> bool:
         """Whether a worker that is up and decodes has any."""
-        ranked = self.fleet.ranked
-        return any(worker.heartbeat.stores for role in (Role.DECODE, Role.AGGREGATED) for worker in ranked[role])
+        if self._seen_version != self.fleet.version:
+            self._look_at_fleet()
+        return self._has_stores
 
     async def look_in_stores(self, prompt: Prompt, worker: WorkerId) -> dict[WorkerId, int]:
         """Leading tokens that workers have in their pools or find in their stores, as this one says of its own.
@@ -256,6 +261,8 @@ class House:
         self._members = {role: self.index.members([w.id for w in self.fleet.ranked[role]]) for role in Role}
         self._models = sorted({(worker.fingerprint, worker.block_size) for worker in self.fleet.up()})
         self._longest = max((worker.max_context for worker in self.fleet if worker.role is not Role.PREFILL), default=0)
+        decoding = (worker for role in (Role.DECODE, Role.AGGREGATED) for worker in self.fleet.ranked[role])
+        self._has_stores = any(worker.heartbeat.stores for worker in decoding)
 
     def _tokens_per_ms(self) -> float:
         """Prompt tokens that the prefill workers - without any, those that decode - compute in a millisecond."""
@@ -318,6 +325,7 @@ class House:
     def forget(self, worker: WorkerId) -> None:
         """A worker that is lost has left the deployment: where servers come and go each has a name of its own, for once."""
         self.fleet.forget(worker)
+        self.index.leave(worker)
         if not self._orphans.get(worker):  # else it may come back, and still compute
             self._orphans.pop(worker, None)
 

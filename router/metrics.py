@@ -119,6 +119,7 @@ FAMILIES: tuple[Family, ...] = (
     _counter("baton_worker_starts_total", "Lives of the worker that this router has seen begin", *_WORKER),
     _gauge("baton_worker_requests", "Requests at the worker, by state; running is its batch", *_WORKER, "state"),
     _gauge("baton_worker_queued_tokens", "Prompt tokens the worker has yet to compute", *_WORKER),
+    _counter("baton_worker_busy_seconds_total", "Time in which the worker has computed", *_WORKER),
     _gauge("baton_router_requests", "Requests in the router"),
     _gauge("baton_live_requests", "Requests in the router, by state of their life", "state"),
     _gauge("baton_router_waiting_requests", "Requests in the router that wait for a worker with room"),
@@ -336,6 +337,7 @@ class Meter:
 
     def _look_at_model(self, worker: WorkerView) -> None:
         labels = {"worker": worker.id, "role": worker.role.value}
+        self._count_busy(worker, labels)
         for term, ms in zip(TERMS, worker.model.coefficients, strict=True):
             self._set("baton_step_cost_seconds", _rounded(ms / 1e3), **labels, term=term)
         self._set("baton_step_cost_error_ratio", _rounded(worker.model.error), **labels)
@@ -344,6 +346,15 @@ class Meter:
         if worker.role is Role.DECODE:
             self._set("baton_link_bytes_per_second", _rounded(worker.link.bytes_per_ms * 1e3), **labels)
             self._set("baton_link_overhead_seconds", _rounded(worker.link.overhead_ms / 1e3), **labels)
+
+    def _count_busy(self, worker: WorkerView, labels: dict[str, str]) -> None:
+        """Not what it did before this router came: a rate over that would be of more than the time that has passed."""
+        name, busy_s = "baton_worker_busy_seconds_total", worker.heartbeat.load.busy_s
+        key = (name, tuple(labels.items()))
+        if key not in self._reported:
+            self._reported[key] = (worker.epoch, busy_s)
+            self.count(name, 0, **labels)
+        self._count_up(worker.epoch, name, busy_s, **labels)
 
     def _count_up(self, epoch: int, name: str, total: float, **labels: str) -> None:
         """A worker's own counter, which begins at 0 in each of its lives."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Sequence
+from heapq import heappop, heappush
 
 from python_backends.core.messages import BlockEvents
 from python_backends.core.types import BlockHash, WorkerId
@@ -54,6 +55,7 @@ class PrefixIndex:
         self._sequence: dict[WorkerId, tuple[int, int]] = {}  # epoch, last sequence number seen
         self._bits: dict[WorkerId, int] = {}
         self._names: list[WorkerId] = []
+        self._free_bits: list[int] = []  # heap
 
     def members(self, workers: Collection[WorkerId]) -> int:
         """These workers as `Match.deepest` takes them."""
@@ -120,6 +122,15 @@ class PrefixIndex:
             self._drop(blocks, block, bit)
         self._sequence.pop(worker, None)
 
+    def leave(self, worker: WorkerId) -> None:
+        """It has left the deployment for good. Its bit is the next new worker's, or every block would need one per pod there
+        ever was; whoever keeps what `members` said asks again when a worker comes.
+        """
+        self.forget(worker)
+        bit = self._bits.pop(worker, None)
+        if bit is not None:
+            heappush(self._free_bits, bit)
+
     def __len__(self) -> int:
         return len(self._holders)
 
@@ -134,9 +145,15 @@ class PrefixIndex:
             del self._holders[block]
 
     def _bit(self, worker: WorkerId) -> int:
-        """A worker keeps its bit for good: names are those of the deployment, and few."""
+        """A worker keeps its bit until it leaves."""
         bit = self._bits.get(worker)
-        if bit is None:
-            bit = self._bits[worker] = len(self._names)
+        if bit is not None:
+            return bit
+        if self._free_bits:
+            bit = heappop(self._free_bits)
+            self._names[bit] = worker
+        else:
+            bit = len(self._names)
             self._names.append(worker)
+        self._bits[worker] = bit
         return bit

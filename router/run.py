@@ -38,7 +38,6 @@ from python_backends.core.messages import (
 from python_backends.core.types import FinishReason, GenerateRequest, KVReport, LeaseEnd, RequestId, SamplingParams, WorkerId
 from router.account import Account
 from router.admission import Forecast, Place
-from router.detokenizer import Detokenizer
 from router.fleet import Charge
 from router.house import House
 from router.journal import Entry
@@ -120,7 +119,8 @@ class Run:
         self._house.quarantine.check(self._prompt_ids, self._request.salt)
         self._prompt = self._known_tokens()
         self._place.queue(len(self._prompt_ids), self._request.salt, self._request.priority, self._wish)
-        self._text = Detokenizer(self._house.tokenizer, self._sampling.stop, self._sampling.min_tokens, self._prompt_ids)
+        sampling, house = self._sampling, self._house
+        self._text = house.detokenizer(house.tokenizer, sampling.stop, sampling.min_tokens, self._prompt_ids)
         self._text.push(self._output_ids)  # the client has this text
 
     async def route(self) -> RouteDecision:

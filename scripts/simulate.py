@@ -2,14 +2,17 @@
 
     scripts/simulate --workload mixed --rate 20 --workers 8
     scripts/simulate --trace conversation.jsonl --fleets 2:6,4:4,8 --modes adaptive,always-remote --plot out.png
+    scripts/simulate --autoscale configs/kubernetes/overlays/gpu-trtllm --day 24 --rate 40 --max-replicas 100 --plot day.png
     scripts/simulate --validate                 # how near is it to a real server on this machine?
 
-A fleet is PREFILL:DECODE workers, or a single number of aggregated ones.
+A fleet is PREFILL:DECODE workers, or a single number of aggregated ones. With --autoscale the fleet grows and shrinks as its
+manifests say, and fixed ones are run for comparison: one of its largest size, one of its mean size.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from pathlib import Path
@@ -21,8 +24,16 @@ from python_backends.core.config import EngineConfig, SloConfig
 from python_backends.core.errors import BatonError
 from python_backends.core.paths import repository_root
 from python_backends.core.types import Role
+from scripts.simulation.autoscaled import compare, plot_scaled, print_scaled, read_scaling
 from scripts.simulation.fleets import MODES, default_fleets, make_plans, parse_fleet, run_all
-from scripts.simulation.options import add_hardware_options, add_workload_options, choose_rates, choose_workload, positive
+from scripts.simulation.options import (
+    add_hardware_options,
+    add_scaling_options,
+    add_workload_options,
+    choose_rates,
+    choose_workload,
+    positive,
+)
 from scripts.simulation.report import print_table, write_json, write_plot
 from scripts.simulation.validation import print_comparison, validate
 from scripts.terminal import print_error
@@ -45,6 +56,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     add_workload_options(parser)
     add_hardware_options(parser)
+    add_scaling_options(parser)
     parser.add_argument("--validate", action="store_true", help="compare with a real server of --config on this machine")
     parser.add_argument("--config", type=Path, default=_VALIDATED, metavar="FILE", help="--validate: the deployment")
     parser.add_argument("--load", type=positive, default=0.6, help="--validate: how busy the workers are to be")
@@ -73,12 +85,38 @@ def _validate(options: argparse.Namespace, console: Console) -> int:
     return 0
 
 
+def _autoscale(options: argparse.Namespace, console: Console) -> int:
+    """Raises BatonError."""
+    scaling = read_scaling(options.autoscale, options.max_replicas, options.start_s, options.metrics_age_s)
+    workload, rates = choose_workload(options), choose_rates(options)
+    console.print(f"{workload.name}: {len(workload.arrivals)} requests", highlight=False)
+    comparison = compare(
+        workload,
+        scaling,
+        rates,
+        SloConfig(ttft_ms=options.ttft_ms, itl_ms=options.itl_ms),
+        EngineConfig(step_tokens=options.step_tokens, max_batch=options.max_batch),
+        options.gpus_per_worker,
+        lambda plans: run_all(plans, options.jobs),
+        alone=options.alone,
+    )
+    print_scaled(console, comparison)
+    if options.json:
+        write_json(options.json, comparison.summaries)
+    if options.plot:
+        plot_scaled(options.plot, comparison, workload.name)
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     console = Console()
+    logging.getLogger("router").setLevel(logging.ERROR)  # that requests go on elsewhere is counted
     try:
         if options.validate:
             return _validate(options, console)
+        if options.autoscale:
+            return _autoscale(options, console)
         workload = choose_workload(options)
         fleets = (
             [parse_fleet(text) for text in options.fleets.split(",")]

@@ -207,5 +207,6 @@ class WorkerLoad(msgspec.Struct, frozen=True):
     held_blocks: int = 0  # owned by requests and leases
     total_blocks: int = 0
     active_leases: int = 0
+    busy_s: float = 0.0  # seconds in which it has computed, in this life
     tells_blocks: bool = True  # False: what its prefix cache holds is not told, so the router routes to it blindly
     fault: str = ""  # why the engine can't go on: a sentence; the worker is to be taken out and restarted

@@ -10,23 +10,26 @@ from python_backends.core.errors import ConfigError
 from python_backends.core.paths import repository_root
 from python_backends.core.types import Role
 from scripts.simulation.hardware import Rates, load_catalogue, load_rates
-from scripts.simulation.workload import Workload, generate, read_trace
+from scripts.simulation.workload import Day, Workload, generate, read_trace
 
 _CATALOGUE = repository_root() / "configs" / "simulation" / "gpus.yaml"
 
 
 def choose_workload(options: argparse.Namespace) -> Workload:
     """As the options say. Raises ConfigError."""
-    random = Random(options.seed)
+    random, day = Random(options.seed), Day(options.swing)
+    day_s = day.load_s(options.day * 3600)
     if options.trace is not None:
         workload = read_trace(options.trace, random).scaled(options.speed, options.length, options.requests)
+        if day_s and workload.arrivals:
+            workload = workload.filling(day_s)
     else:
         seconds = options.requests / options.rate if options.requests else options.minutes * 60
-        workload = generate(options.workload, options.rate, seconds, random, options.tenants)
+        workload = generate(options.workload, options.rate, day_s or seconds, random, options.tenants)
         workload = workload.scaled(length=options.length, most=options.requests)
     if not workload.arrivals:
         raise ConfigError("the workload has no requests; give a longer time or a higher rate")
-    return workload
+    return workload.through(day) if day_s else workload
 
 
 def add_workload_options(parser: argparse.ArgumentParser) -> None:
@@ -40,6 +43,14 @@ def add_workload_options(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--rate", type=positive, default=10.0, help="requests per second of a drawn workload")
     what.add_argument("--minutes", type=positive, default=10.0, help="length of a drawn workload")
     what.add_argument("--requests", type=int, default=0, metavar="N", help="only so many; 0 is all")
+    what.add_argument(
+        "--day",
+        type=float,
+        default=0.0,
+        metavar="HOURS",
+        help="instead: so much of a day, with quiet nights; a trace is repeated",
+    )
+    what.add_argument("--swing", type=positive, default=4.0, help="--day: the rate at 16 o'clock in terms of that at 4")
     what.add_argument("--speed", type=positive, default=1.0, help="a trace's arrivals come so many times faster")
     what.add_argument("--length", type=positive, default=1.0, help="prompts and outputs are so many times longer")
     what.add_argument("--tenants", type=int, default=1, help="that a drawn workload's requests belong to")
@@ -59,6 +70,17 @@ def add_hardware_options(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--max-batch", type=int, default=256, help="engine.max_batch")
     which.add_argument("--ttft-ms", type=float, default=0.0, help="router.slo.ttft_ms; 0 is no target")
     which.add_argument("--itl-ms", type=float, default=0.0, help="router.slo.itl_ms; 0 is no target")
+
+
+def add_scaling_options(parser: argparse.ArgumentParser) -> None:
+    how = parser.add_argument_group("scaling")
+    how.add_argument(
+        "--autoscale", type=Path, metavar="PATH", help="HorizontalPodAutoscalers: a kustomize folder, or a file of them"
+    )
+    how.add_argument("--alone", action="store_true", help="don't run fixed fleets for comparison")
+    how.add_argument("--max-replicas", type=int, default=0, metavar="N", help="of workers of a role, instead of the manifests'")
+    how.add_argument("--start-s", type=positive, default=120.0, metavar="S", help="a pod's start: node, image and model")
+    how.add_argument("--metrics-age-s", type=float, default=30.0, metavar="S", help="of what the autoscaler sees")
 
 
 def choose_rates(options: argparse.Namespace) -> dict[Role, Rates]:

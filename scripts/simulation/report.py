@@ -11,6 +11,7 @@ from rich.table import Table
 
 from python_backends.core.types import Role
 from scripts.simulation.simulator import Result
+from scripts.simulation.timeline import Moment
 
 
 class Summary(msgspec.Struct, frozen=True):
@@ -37,7 +38,10 @@ class Summary(msgspec.Struct, frozen=True):
     ways: dict[str, int]
     ways_by_tokens: dict[str, dict[str, int]]  # by uncached prompt tokens: the next power of two
     busy: dict[str, float]
+    worker_hours: dict[str, float]
     prediction_error: dict[str, float]  # of TTFT: |predicted - real| / real
+    retried: int
+    timeline: list[Moment]
 
 
 def summarise(result: Result) -> Summary:
@@ -64,7 +68,10 @@ def summarise(result: Result) -> Summary:
         ways=dict(result.ways),
         ways_by_tokens={str(size): dict(ways) for size, ways in sorted(result.ways_by_tokens.items())},
         busy={role.value: round(share, 3) for role, share in result.busy.items()},
+        worker_hours={role.value: paid_s / 3600 for role, paid_s in result.worker_seconds.items()},
         prediction_error=result.ttft_error.quantiles(),
+        retried=result.errors["retried"],
+        timeline=result.timeline,
     )
 
 

@@ -18,6 +18,7 @@ from python_backends.core.errors import BatonError
 from python_backends.core.messages import Work
 from python_backends.core.step_model import longest_step_ms
 from python_backends.core.types import BlockHash, LeaseEnd, RequestId, Role, SamplingParams, WorkerId
+from router.detokenizer import Detokenizer
 from router.fleet import WorkerView
 from router.house import House
 from router.journal import Record
@@ -28,9 +29,11 @@ from router.tokenizer import Tokenizer
 from router.types import ClientRequest, Outcome, Piece, Proof, Way
 from scripts.simulation.clock import VirtualClock, VirtualLoop
 from scripts.simulation.hardware import Rates
+from scripts.simulation.scaling import ROUTER, Scaler, Scaling
 from scripts.simulation.statistics import Histogram
+from scripts.simulation.timeline import WATCH_S, Moment
 from scripts.simulation.worker import SimulatedWorker
-from scripts.simulation.workload import SILENT, Arrival, Tokens, Workload
+from scripts.simulation.workload import Arrival, Tokens, Workload
 
 _BEAT_S = 0.5  # between two heartbeats of a worker ...
 _BEATS_PER_S = 64  # ... but all together send no more per simulated second
@@ -47,6 +50,7 @@ class Scenario:
     engine: EngineConfig
     transfer: TransferConfig = field(default_factory=TransferConfig)
     seed: int = 0
+    scaling: Scaling | None = None  # by which prefill and decode workers come and go; `workers` has none of them then
 
 
 @dataclass(slots=True)
@@ -74,8 +78,10 @@ class Result:
     output_tokens: int = 0
     reused_tokens: int = 0  # prompt tokens that nobody computed
     busy: dict[Role, float] = field(default_factory=dict)  # share of the time
+    worker_seconds: dict[Role, float] = field(default_factory=dict)  # that workers were paid for
     errors: Counter[str] = field(default_factory=Counter)
     most_waiting: int = 0
+    timeline: list[Moment] = field(default_factory=list)
 
     @property
     def goodput(self) -> float:
@@ -105,7 +111,11 @@ class Simulation:
         self._clock = clock
         self._random = Random(scenario.seed)
         self.result = Result(scenario, workload.name)
-        self.workers = {worker.id: worker for worker in self._make_workers()}
+        self.workers: dict[WorkerId, SimulatedWorker] = {}
+        self._hired: Counter[Role] = Counter()
+        self._busy_s: Counter[Role] = Counter()  # of workers that are gone
+        self._scaler: Scaler | None = None
+        self._ttft = Histogram()  # ms, since the last moment of the timeline
         self.house = House(
             _deployment(scenario),
             cast(Tokenizer, _NoText()),
@@ -114,47 +124,67 @@ class Simulation:
             clock=clock,
             hasher=_hashes_of,
             random=Random(scenario.seed + 1),
+            detokenizer=_NoDetokenizer,
         )
         self._left = 0
         self._broken: BaseException | None = None
         self._done = asyncio.Event()
 
-    def _make_workers(self) -> list[SimulatedWorker]:
-        scenario = self._scenario
-        return [
-            SimulatedWorker(
-                f"{role.value}_{index}",
-                role,
-                scenario.rates[role],
-                scenario.engine,
-                scenario.transfer,
-                self._workload.block_size,
-                self.result.itl,
-                Random(f"{scenario.seed}/{role.value}/{index}"),
-                step_ms=0.0 if role is Role.PREFILL else longest_step_ms(scenario.router.slo.itl_ms),
-            )
-            for role, count in scenario.workers.items()
-            for index in range(count)
-        ]
-
     async def run(self) -> Result:
-        for worker in self.workers.values():
-            worker.join(self.house, self.workers)
-        beating = asyncio.ensure_future(self._beat())
+        scenario, loop = self._scenario, asyncio.get_running_loop()
+        for role, count in scenario.workers.items():
+            for _ in range(count):
+                self.hire(role)
+        chores = [loop.create_task(self._beat()), loop.create_task(self._watch())]
+        if scenario.scaling is not None:
+            self._scaler = Scaler(scenario.scaling, self)
+            chores.append(loop.create_task(self._scaler.run()))
+        for chore in chores:
+            chore.add_done_callback(self._broke)
         self._left = len(self._workload.arrivals)
-        loop = asyncio.get_running_loop()
         for arrival in self._workload.arrivals:
             await asyncio.sleep(arrival.at_s - self._clock.now())
             if self._broken is not None:
                 break
             task = loop.create_task(self._serve(arrival))
             task.add_done_callback(self._ended)
-        if self._left:
+        if self._left and self._broken is None:
             await self._done.wait()
-        beating.cancel()
+        for chore in chores:
+            chore.cancel()
         if self._broken is not None:
             raise self._broken
         return self._finish()
+
+    # --- workers: see scaling.Scaled ---
+
+    def hire(self, role: Role) -> WorkerId:
+        """A new worker under a name of its own, at work from now on."""
+        scenario, number = self._scenario, self._hired[role]
+        self._hired[role] += 1
+        worker = SimulatedWorker(
+            f"{role.value}_{number}",
+            role,
+            scenario.rates[role],
+            scenario.engine,
+            scenario.transfer,
+            self._workload.block_size,
+            self.result.itl,
+            Random(f"{scenario.seed}/{role.value}/{number}"),
+            step_ms=0.0 if role is Role.PREFILL else longest_step_ms(scenario.router.slo.itl_ms),
+        )
+        self.workers[worker.id] = worker
+        worker.join(self.house, self.workers)
+        return worker.id
+
+    def dismiss(self, worker: WorkerId) -> None:
+        """It says that it leaves, and the router sends its requests elsewhere."""
+        leaving = self.workers[worker]
+        leaving.leave()
+        del self.workers[worker]
+        self._busy_s[leaving.role] += leaving.busy_s
+        self.house.lose(worker, f"worker {worker} was stopped", died=False)
+        self.house.forget(worker)
 
     async def _serve(self, arrival: Arrival) -> None:
         result = self.result
@@ -168,6 +198,11 @@ class Simulation:
         now = self._clock.now()
         await serve(Run(request, _Reply(self.result, self._clock, arrival.tenant), self.house, now))
 
+    def _broke(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and task.exception() is not None:
+            self._broken = self._broken or task.exception()
+            self._done.set()
+
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._left -= 1
         self._broken = self._broken or task.exception()  # a bug in the router ends the simulation
@@ -176,32 +211,73 @@ class Simulation:
 
     async def _beat(self) -> None:
         """Heartbeats: each worker in turn, so that large fleets don't drown in them."""
-        pause = max(_BEAT_S / len(self.workers), 1 / _BEATS_PER_S)
         while True:
-            for worker in self.workers.values():
+            workers = list(self.workers.values())
+            pause = max(_BEAT_S / max(len(workers), 1), 1 / _BEATS_PER_S)
+            for worker in workers:
                 await asyncio.sleep(pause)
-                self.house.hear_heartbeat(worker.heartbeat(), self._clock.now())
+                if worker.id in self.workers:
+                    self.house.hear_heartbeat(worker.heartbeat(), self._clock.now())
                 self.result.most_waiting = max(self.result.most_waiting, self.house.admission.waiting)
+            if not workers:
+                await asyncio.sleep(_BEAT_S)
+
+    async def _watch(self) -> None:
+        """What is drawn over the time."""
+        while True:
+            await asyncio.sleep(WATCH_S)
+            self.result.timeline.append(self._moment())
+
+    def _moment(self) -> Moment:
+        result = self.result
+        fleet = Counter(worker.role for worker in self.workers.values())
+        deployments = self._scaler.deployments if self._scaler else {}
+        ttft, self._ttft = self._ttft, Histogram()
+        return Moment(
+            at_s=self._clock.now(),
+            ready={role.value: count for role, count in fleet.items()},
+            pods={name: each.pods.wanted for name, each in deployments.items()},
+            arrived=result.arrived,
+            completed=result.completed,
+            good=result.good,
+            refused=result.refused,
+            failed=result.failed,
+            tokens=result.itl.count + result.ttft.count,
+            waiting=self.house.admission.waiting,
+            ttft_p90_ms=ttft.quantile(0.9) if ttft.count else 0.0,
+        )
 
     def _finish(self) -> Result:
         result, seconds = self.result, self._clock.now()
         result.seconds = self._workload.arrivals[-1].at_s if self._workload.arrivals else 0.0
-        for role, count in self._scenario.workers.items():
-            busy = sum(worker.busy_s for worker in self.workers.values() if worker.role is role)
-            result.busy[role] = busy / (count * seconds) if count and seconds else 0.0
+        for worker in self.workers.values():
+            self._busy_s[worker.role] += worker.busy_s
+        result.worker_seconds = {role: count * seconds for role, count in self._scenario.workers.items()}
+        if self._scaler is not None:
+            for name, deployment in self._scaler.deployments.items():
+                if name != ROUTER:
+                    result.worker_seconds[Role(name)] = deployment.seconds
+        for role, paid_s in result.worker_seconds.items():
+            result.busy[role] = self._busy_s[role] / paid_s if paid_s else 0.0
         self.house.close()
         return result
 
     # --- router.seams.Calls ---
 
     def submit(self, worker: WorkerId, work: Work) -> None:
-        self.workers[worker].submit(work)
+        found = self.workers.get(worker)
+        if found is None:
+            self.house.mailroom.fail([work.request.request_id], f"worker {worker} is gone")
+        else:
+            found.submit(work)
 
     def abort(self, worker: WorkerId, request_id: RequestId) -> None:
-        self.workers[worker].abort(request_id)
+        if worker in self.workers:
+            self.workers[worker].abort(request_id)
 
     def release(self, worker: WorkerId, lease_id: str, end: LeaseEnd) -> None:
-        self.workers[worker].release(lease_id)
+        if worker in self.workers:
+            self.workers[worker].release(lease_id)
 
     def lend(self, worker: WorkerId, request_id: RequestId, hashes: Sequence[BlockHash]) -> None:
         """Never asked for: simulated workers don't say that they lend, ..."""
@@ -245,6 +321,7 @@ class Simulation:
         result, slo = self.result, self._scenario.router.slo
         result.completed += 1
         result.ttft.add(proof.ttft_ms)
+        self._ttft.add(proof.ttft_ms)
         result.queue.add(proof.queue_ms)
         result.ttft_error.add(abs(proof.predicted_ttft_ms - proof.ttft_ms) / max(proof.ttft_ms, 1e-3))
         if proof.itl_ms:
@@ -280,11 +357,18 @@ class _NoText:
 
     vocab_size = 2
 
-    def decode(self, token_ids: list[int]) -> str:
+
+class _NoDetokenizer(Detokenizer):
+    """Answers of thousands of tokens come at once here, and none of them has text."""
+
+    def __init__(self, *_: object) -> None:
+        self.stopped = False
+
+    def push(self, token_ids: Sequence[int]) -> str:
         return ""
 
-    def is_silent(self, token_id: int) -> bool:
-        return token_id == SILENT
+    def finish(self) -> str:
+        return ""
 
 
 def _hashes_of(tokens: object, block_size: int, root: BlockHash) -> list[BlockHash]:

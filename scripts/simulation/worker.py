@@ -42,7 +42,7 @@ from scripts.simulation.statistics import Histogram
 from scripts.simulation.workload import SILENT, Tokens
 
 _FINGERPRINT = "simulated"
-_MOST_STEPS_AT_ONCE = 256  # so that growing contexts are seen
+_MOST_STEPS_AT_ONCE = 1024  # so that growing contexts are seen
 _MOST_SAMPLES = 4  # told at once
 
 
@@ -104,6 +104,7 @@ class SimulatedWorker:
         self._engine = engine
         self._transfer = transfer
         self._size = block_size
+        self._calibration = rates.calibration()
         self._itl = itl
         self._random = random
         self._step_ms = step_ms
@@ -130,6 +131,7 @@ class SimulatedWorker:
         self._samples: list[StepSample] = []
         # the step under way, or several of streams alone
         self._timer: asyncio.TimerHandle | None = None
+        self._has_left = False
         self._since = 0.0
         self._count = 0
         self._chunks: list[tuple[_Sequence, int]] = []
@@ -143,9 +145,9 @@ class SimulatedWorker:
         house.hear_heartbeat(self.heartbeat(), self._loop.time())
         house.hear_events(BlockEvents(self.id, self._epoch, 0, [], [], reset=True))
 
-    def heartbeat(self) -> Heartbeat:
+    def load(self) -> WorkerLoad:
         pool = self._pool
-        load = WorkerLoad(
+        return WorkerLoad(
             queued_requests=len(self._waiting) + self._fetching,
             queued_tokens=sum(sequence.left for sequence in (*self._waiting, *self._prompts)),
             running_requests=len(self._prompts) + self._streams,
@@ -154,7 +156,11 @@ class SimulatedWorker:
             held_blocks=pool.held_blocks + max(self._grown, 0) // self._size,
             total_blocks=pool.total_blocks,
             active_leases=len(self._leases),
+            busy_s=self.busy_s,
         )
+
+    def heartbeat(self) -> Heartbeat:
+        pool = self._pool
         return Heartbeat(
             worker=self.id,
             model=self.id,
@@ -163,7 +169,7 @@ class SimulatedWorker:
             epoch=self._epoch,
             pid=0,
             host="simulated",
-            load=load,
+            load=self.load(),
             layout=KVLayout(1, 1, max(self._rates.token_bytes // 8, 1), self._size, "float32"),  # any of this size
             fingerprint=_FINGERPRINT,
             max_context=pool.total_blocks * self._size,
@@ -171,8 +177,22 @@ class SimulatedWorker:
             max_batch=self._engine.max_batch,
             step_ms=self._step_ms,
             events_sequence=self._events,
-            calibration=self._rates.calibration(),
+            calibration=self._calibration,
         )
+
+    def leave(self) -> None:
+        """End as a worker does whose server is stopped: what it has made so far is said, and nothing more."""
+        if self._timer is not None:
+            self._timer.cancel()
+            ms = (self._loop.time() - self._since) * 1e3
+            self.busy_s += ms / 1e3
+            if not self._chunks and (done := self._steps_in(ms) - 1) > 0:
+                self._advance_streams(done, ms / (done + 1))
+        for _, sequence in self._last_steps:
+            if not sequence.gone and self._steps > sequence.joined_at:
+                self._say_tokens(sequence, None)
+        self._tell()
+        self._has_left = True
 
     # --- what the router says ---
 
@@ -200,6 +220,8 @@ class SimulatedWorker:
     # --- steps ---
 
     def _arrive(self, work: Work, sent: float) -> None:
+        if self._has_left:
+            return
         self._arrivals += 1
         sequence = _Sequence(work, self._arrivals, sent)
         self._live[sequence.id] = sequence
@@ -414,7 +436,8 @@ class SimulatedWorker:
         """Begin a transfer; when the KV is not there any more, or would come too late, the prompt is computed here."""
         sequence.ticket = None
         source, _, lease_id = ticket.decode().partition(" ")
-        lease = self._peers[WorkerId(source)]._leases.get(lease_id)
+        peer = self._peers.get(WorkerId(source))
+        lease = peer._leases.get(lease_id) if peer is not None else None
         now = self._loop.time()
         if lease is None or lease[0] < now:
             self._refuse(sequence, RefusalReason.EXPIRED)
@@ -436,6 +459,8 @@ class SimulatedWorker:
 
     def _missed(self, sequence: _Sequence) -> None:
         """A transfer took too long."""
+        if self._has_left:
+            return
         self._fetching -= 1
         if sequence.gone:
             self._pool.release(sequence.blocks)
@@ -446,6 +471,8 @@ class SimulatedWorker:
         self._interrupt()
 
     def _fetched(self, sequence: _Sequence, num_bytes: int, ms: float) -> None:
+        if self._has_left:
+            return
         self._fetching -= 1
         if sequence.gone:
             self._pool.release(sequence.blocks)

@@ -18,6 +18,8 @@ from pathlib import Path
 from random import Random
 from typing import overload
 
+import numpy as np
+
 from python_backends.core.errors import ConfigError
 from python_backends.core.types import BlockHash
 
@@ -42,6 +44,9 @@ class Tokens(Sequence[int]):
     def __getitem__(self, index: slice) -> Sequence[int]: ...
     def __getitem__(self, index: int | slice) -> int | Sequence[int]:
         return 0 if isinstance(index, int) else [0] * len(range(*index.indices(self._length)))
+
+    def __add__(self, more: Sequence[int]) -> Tokens:
+        return Tokens(self._length + len(more), self.hashes)
 
     def __iter__(self) -> Iterator[int]:
         return iter((0,))  # all are alike: whoever looks for the largest has it with the first
@@ -90,6 +95,18 @@ class Workload:
         rest = [replace(arrival, at_s=arrival.at_s - begin) for arrival in self.arrivals[at:]]
         return Workload(self.name, self.arrivals[:at], self.block_size), Workload(self.name, rest, self.block_size)
 
+    def through(self, day: Day) -> Workload:
+        """The same requests, come as the day's curve has it: on average as many per second as now."""
+        times = day.when([arrival.at_s for arrival in self.arrivals])
+        arrivals = [replace(arrival, at_s=at) for arrival, at in zip(self.arrivals, times, strict=True)]
+        return Workload(f"{self.name} over a day", arrivals, self.block_size)
+
+    def filling(self, seconds: float) -> Workload:
+        """Repeated as often as it takes, and cut off then."""
+        period = max(self.arrivals[-1].at_s, 1e-3)
+        longer = self.repeated(math.ceil(seconds / period)) if seconds > period else self
+        return Workload(self.name, [each for each in longer.arrivals if each.at_s < seconds], self.block_size)
+
     def repeated(self, times: int) -> Workload:
         """One after the other; every repetition has prefixes of its own."""
         if not self.arrivals:
@@ -105,6 +122,40 @@ class Workload:
             for arrival in self.arrivals
         ]
         return Workload(self.name, arrivals, self.block_size)
+
+
+@dataclass(frozen=True, slots=True)
+class Day:
+    """How the rate of requests goes up and down: a sine, lowest at 4 o'clock and highest at 16, from midnight on.
+
+    swing: the highest rate in terms of the lowest.
+    """
+
+    swing: float = 4.0
+    seconds: float = 86_400.0  # of a whole day
+
+    def load_s(self, until_s: float) -> float:
+        """Seconds at the mean rate that bring as many requests as the day until then."""
+        return float(self._load(np.array([until_s]))[0])
+
+    def when(self, load_s: Sequence[float]) -> list[float]:
+        """The inverse of `load_s`: when a request comes that would come then at the mean rate."""
+        if not load_s:
+            return []
+        most = (1 + self._depth) * load_s[-1] / (1 - self._depth) + self.seconds
+        times = np.arange(0.0, most, self.seconds / 1440)
+        return [float(time) for time in np.interp(load_s, self._load(times), times)]
+
+    @property
+    def _depth(self) -> float:
+        return (self.swing - 1) / (self.swing + 1)
+
+    def _load(self, times: np.ndarray) -> np.ndarray:
+        """The integral of 1 - depth x cos(angle since the quietest hour)."""
+        turn = 2 * math.pi / self.seconds
+        quietest = self.seconds / 6
+        loads: np.ndarray = times - self._depth / turn * (np.sin(turn * (times - quietest)) + math.sin(turn * quietest))
+        return loads
 
 
 def read_trace(path: Path, random: Random) -> Workload:
@@ -206,6 +257,12 @@ PROFILES = {
         (1020, 0.985), (129, 0.859), 14_050, source="Azure LLM inference trace 2023, conversation (Splitwise, ISCA 2024)"
     ),
     "code": Profile((1469, 1.36), (13, 0.847), 7_437, source="Azure LLM inference trace 2023, code (Splitwise, ISCA 2024)"),
+    "reasoning": Profile(
+        (1020, 0.985),
+        (9000, 0.75),
+        60_000,
+        source="prompts as chat; answers of 12,000 tokens on average, as DeepSeek-R1 thinks on AIME (model card of R1-0528)",
+    ),
     "conversation": Profile(
         (4200, 1.2), (350, 1.0), 120_000, turns=2.5, system=512, source="Mooncake conversation trace (FAST 2025)"
     ),

@@ -159,12 +159,13 @@ def test_scaling_counts_workers_once_and_only_living_ones(tmp_path: Path) -> Non
     (tmp_path / "rules.yaml").write_text(yaml.safe_dump({"groups": [{"name": "scaling", "rules": rules}]}))
     series = []
     for router in ("a", "b"):
-        for worker, up, queued, running, held in (("x", 1, 100, 7, 30), ("y", 1, 50, 5, 60), ("z", 0, 999, 99, 0)):
+        series.append((f'baton_router_queued_tokens{{namespace="n",pod="{router}"}}', 400))
+        for worker, up, busy, running, held in (("x", 1, 0.5, 7, 30), ("y", 1, 0.8, 5, 60), ("z", 0, 1, 99, 0)):
             for role in ("prefill", "decode"):
                 labels = f'namespace="n",pod="{router}",worker="{role}@{worker}",role="{role}"'
                 series += [
                     (f"baton_worker_up{{{labels}}}", up),
-                    (f"baton_worker_queued_tokens{{{labels}}}", queued),
+                    (f"baton_worker_busy_seconds_total{{{labels}}}", f"0+{15 * busy}x20"),
                     (f'baton_worker_requests{{{labels},state="running"}}', running),
                     (f'baton_worker_requests{{{labels},state="queued"}}', 1),
                     (f'baton_kv_blocks{{{labels},state="held"}}', held),
@@ -174,11 +175,17 @@ def test_scaling_counts_workers_once_and_only_living_ones(tmp_path: Path) -> Non
         "rule_files": ["rules.yaml"],
         "tests": [
             {
+                "interval": "15s",
                 "input_series": [{"series": name, "values": str(value)} for name, value in series],
                 "promql_expr_test": [
-                    {"expr": f"scaling:{name}", "exp_samples": [{"labels": f"scaling:{name}", "value": value}]}
+                    {
+                        "expr": f"scaling:{name}",
+                        "eval_time": "4m",
+                        "exp_samples": [{"labels": f"scaling:{name}", "value": value}],
+                    }
                     for name, value in (
-                        ("baton_prefill_queued_tokens", 150),
+                        ("baton_prefill_busy_ratio", 0.65),
+                        ("baton_waiting_prompt_tokens", 800),
                         ("baton_decode_requests", 14),
                         ("baton_decode_kv_held_ratio", 0.45),
                     )

@@ -610,3 +610,15 @@ def test_steps_tell_all_that_was_computed_and_calibration_comes_before(make_ours
     assert sum(step.decode_tokens for step in steps) == 8 - 1  # the first token comes with the prompt
     assert all(step.ms > 0 for step in steps)
     assert bench.engine.take_steps() == []
+
+
+def test_time_counts_as_busy_only_while_it_computes(make: Make) -> None:
+    worker = make(Role.AGGREGATED, step_us=20_000)
+    began = time.monotonic()
+    worker.decode(make_request("r", PROMPT, max_tokens=12))
+    worker.wait_load(lambda: worker.engine.load().busy_s > 0)
+    worker.assert_nothing_held()
+    busy_s, passed_s = worker.engine.load().busy_s, time.monotonic() - began
+    assert 0 < busy_s <= passed_s
+    time.sleep(0.2)
+    assert worker.engine.load().busy_s == pytest.approx(busy_s, abs=0.05)

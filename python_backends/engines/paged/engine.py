@@ -98,6 +98,7 @@ class PagedEngine:
         self._step_ms = 0.0 if self._role is Role.PREFILL else longest_step_ms(deployment.router.slo.itl_ms)
         self._limit: StepLimit | None = None
         self._steps: deque[StepSample] = deque(maxlen=_UNTOLD_STEPS)
+        self._busy_s = 0.0
         self._busy_since: float | None = None  # monotonic, s: end of the last step, if this one follows at once
         self._thread: threading.Thread | None = None
         self._fetchers = ThreadPoolExecutor(_FETCH_THREADS, thread_name_prefix="fetch")
@@ -302,6 +303,7 @@ class PagedEngine:
             for (sequence, count), piece, sampled in zip(batch, slices, results, strict=True):
                 self._advance(sequence, count, piece.drafts, sampled)
             self._busy_since = time.monotonic()
+            self._busy_s += self._busy_since - began
             sample = StepSample(*shape, ms=(self._busy_since - began) * 1e3, decode_tokens=got)
             self._steps.append(sample)
             if self._limit is not None:
@@ -395,6 +397,7 @@ class PagedEngine:
             held_blocks=pool.held_blocks,
             total_blocks=pool.total_blocks,
             active_leases=self._leases.active,
+            busy_s=self._busy_s,
         )
 
     # --- arrivals and endings ------------------------------------------------------------------------------------------

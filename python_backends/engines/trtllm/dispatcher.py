@@ -75,6 +75,8 @@ class Dispatcher:
         self._aborted: OrderedDict[RequestId, None] = OrderedDict()
         self._arrivals = 0
         self._nudged: list[str] = []  # overdue leases that the running nudge makes TensorRT-LLM drop
+        self._busy_s = 0.0
+        self._computing_since: float | None = None  # monotonic, s: the last look at it, if it computed then
 
     @property
     def busy(self) -> bool:
@@ -98,7 +100,16 @@ class Dispatcher:
             held_blocks=held,
             total_blocks=total,
             active_leases=len(self._published),
+            busy_s=self._look_busy(),
         )
+
+    def _look_busy(self) -> float:
+        """Seconds in which it has computed. TensorRT-LLM tells no steps: what is so at one look is so until the next."""
+        now = time.monotonic()
+        if self._computing_since is not None:
+            self._busy_s += now - self._computing_since
+        self._computing_since = now if any(not leg.in_transit for leg in self._legs) else None
+        return self._busy_s
 
     # --- what the router asks ---
 

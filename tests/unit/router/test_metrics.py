@@ -212,3 +212,16 @@ def test_of_a_worker_that_left_nothing_stands() -> None:
     assert port.values[f'baton_worker_up{{worker="decode",role="{stays.role.value}"}}'] == 1
     _refresh(meter, Snapshot({}, 0, 0, 0, 0, [stays, leaves]))
     assert port.values[f'baton_worker_up{{worker="decode_1",role="{leaves.role.value}"}}'] == 1
+
+
+def test_computing_is_counted_from_when_the_router_came_and_through_the_workers_lives() -> None:
+    """Autoscaling takes its rate: a restarted router must not make days of work look like those of a minute."""
+    meter, port = _metered()
+    name = 'baton_worker_busy_seconds_total{worker="decode",role="decode"}'
+    found = []
+    for epoch, busy_s in ((1, 5000.0), (1, 5003.0), (2, 4.0)):
+        beat = msgspec.structs.replace(heartbeat("decode", Role.DECODE, epoch=epoch), load=WorkerLoad(busy_s=busy_s))
+        for _ in range(21):  # what changes slowly is not looked at each time
+            _refresh(meter, Snapshot({}, 0, 0, 0, 0, [WorkerView(beat, 0.0)]))
+        found.append(port.values[name])
+    assert found == [0, 3, 7]

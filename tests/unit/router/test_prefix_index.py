@@ -123,6 +123,20 @@ def test_another_life_of_the_worker_starts_empty() -> None:
     assert matched(index, "z") == {A: 1}
 
 
+def test_who_has_left_makes_room_for_who_comes() -> None:
+    """Pods have other names in their next life: after a thousand of them a block's holders still fit into a machine word."""
+    index = started(A, B, stored="x")
+    for number in range(1000):
+        pod = WorkerId(f"pod-{number}")
+        index.apply(events(pod, 1, "xy", reset=True))
+        match = index.match([(1, blocks("xy"))])
+        assert match.deepest(index.members([A, B, pod]), 1) == [pod]
+        index.leave(pod)
+        assert index.match([(1, blocks("xy"))]).get(pod) == 0
+    assert index.members([WorkerId("the next")]) == 0b100
+    assert matched(index, "xy") == {A: 1, B: 1}
+
+
 def test_forgetting_leaves_nothing() -> None:
     index = started(A, B, stored="xy")
     index.forget(A)
