@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
@@ -113,7 +113,7 @@ class Simulation:
         self.result = Result(scenario, workload.name)
         self.workers: dict[WorkerId, SimulatedWorker] = {}
         self._hired: Counter[Role] = Counter()
-        self._busy_s: Counter[Role] = Counter()  # of workers that are gone
+        self._busy_s: defaultdict[Role, float] = defaultdict(float)  # of workers that are gone
         self._scaler: Scaler | None = None
         self._ttft = Histogram()  # ms, since the last moment of the timeline
         self.house = House(

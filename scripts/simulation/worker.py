@@ -55,7 +55,8 @@ class _Sequence:
         self.prefill_only = isinstance(work, PrefillWork)
         self.ticket = work.ticket if isinstance(work, DecodeWork) else None
         self.order = (request.priority, arrival)
-        self.hashes: Sequence[BlockHash] = request.prompt_ids.hashes if isinstance(request.prompt_ids, Tokens) else []
+        prompt: object = request.prompt_ids
+        self.hashes: Sequence[BlockHash] = prompt.hashes if isinstance(prompt, Tokens) else []
         self.length = request.num_tokens
         self.output = request.sampling.max_tokens - len(request.output_ids)  # tokens yet to be made
         self.computed = 0

@@ -19,9 +19,12 @@ from random import Random
 from typing import overload
 
 import numpy as np
+import numpy.typing as npt
 
 from python_backends.core.errors import ConfigError
 from python_backends.core.types import BlockHash
+
+Floats = npt.NDArray[np.float64]
 
 SILENT = 1  # the token that simulated workers make; it has no text
 MOONCAKE_BLOCK = 512  # tokens
@@ -150,11 +153,11 @@ class Day:
     def _depth(self) -> float:
         return (self.swing - 1) / (self.swing + 1)
 
-    def _load(self, times: np.ndarray) -> np.ndarray:
+    def _load(self, times: Floats) -> Floats:
         """The integral of 1 - depth x cos(angle since the quietest hour)."""
         turn = 2 * math.pi / self.seconds
         quietest = self.seconds / 6
-        loads: np.ndarray = times - self._depth / turn * (np.sin(turn * (times - quietest)) + math.sin(turn * quietest))
+        loads: Floats = times - self._depth / turn * (np.sin(turn * (times - quietest)) + math.sin(turn * quietest))
         return loads
 
 

@@ -157,7 +157,7 @@ def test_scaling_counts_workers_once_and_only_living_ones(tmp_path: Path) -> Non
         for rule in yaml.safe_load(ADAPTER.read_text())["rules"]["external"]
     ]
     (tmp_path / "rules.yaml").write_text(yaml.safe_dump({"groups": [{"name": "scaling", "rules": rules}]}))
-    series = []
+    series: list[tuple[str, object]] = []
     for router in ("a", "b"):
         series.append((f'baton_router_queued_tokens{{namespace="n",pod="{router}"}}', 400))
         for worker, up, busy, running, held in (("x", 1, 0.5, 7, 30), ("y", 1, 0.8, 5, 60), ("z", 0, 1, 99, 0)):
