@@ -39,15 +39,21 @@ class Fetched(msgspec.Struct, frozen=True):
     wire_bytes: int = 0  # that travelled
 
 
+_CHECKED_AT_ONCE = 16  # blocks digested between two looks at the clock
+
 Arrived = Callable[[Sequence[int]], None]
 """Told by `copy` of indices into `wanted` whose bytes are complete: they are digested at once, while the processor has them
 in its cache. Whatever was not told is digested at the end."""
 
 
 class KVTransport(Protocol):
-    """Moves blocks from a source's pool into this worker's pool. `name` is what the ticket calls it."""
+    """Moves blocks from a source's pool into this worker's pool. `name` is what the ticket calls it.
+
+    on_device: between the memories of GPUs. Then what pool memories hold does not matter, neither before nor after.
+    """
 
     name: str
+    on_device: bool
 
     def attach(self, memory: PoolMemory, role: Role) -> None:
         """This worker's pool and what the worker does with it; once, before anything else, so that the first handoff does
@@ -63,6 +69,9 @@ class KVTransport(Protocol):
 
     def release(self, lease_id: str) -> None:
         """The lease has ended: nothing of it is handed out any more. A copy on its way may get other bytes from now on."""
+
+    def digests(self, memory: PoolMemory, blocks: Sequence[int]) -> list[bytes]:
+        """What the ticket says of these blocks of this worker's pool, so that the other end knows them again."""
 
     def fetch(
         self, handoff: KVHandoff, wanted: Sequence[int], into: PoolMemory, blocks: Sequence[int], deadline: float
@@ -83,10 +92,15 @@ class CheckedTransport(ABC):
     """A KVTransport whose `fetch` is its own `copy` and the shared digest check."""
 
     name: str
+    on_device = False
 
     def attach(self, memory: PoolMemory, role: Role) -> None:
         """See KVTransport.attach."""
         return
+
+    def digests(self, memory: PoolMemory, blocks: Sequence[int]) -> list[bytes]:
+        """See KVTransport.digests."""
+        return [block_digest(memory.blocks[block]) for block in blocks]
 
     @abstractmethod
     def publish(self, memory: PoolMemory, blocks: Sequence[int], lease_id: str) -> Published: ...
@@ -120,7 +134,7 @@ class CheckedTransport(ABC):
             raise failed(f"the ticket is for transport {handoff.transport!r}, this worker has {self.name!r}")
         if handoff.layout.block_bytes != into.block_bytes:
             raise failed(f"blocks of {handoff.layout.block_bytes} bytes do not fit a pool of {into.block_bytes}")
-        check = _DigestCheck(handoff, wanted, into, blocks)
+        check = _DigestCheck(handoff, wanted, blocks, lambda some: self.digests(into, some))
         how = self.copy(handoff, wanted, into, blocks, deadline, check.arrived)
         check.finish(deadline)
         return how or Fetched(self.name, wire_bytes=len(wanted) * into.block_bytes)
@@ -145,25 +159,34 @@ def failed(detail: str) -> HandoffRefused:
 class _DigestCheck:
     """The digests of one fetch. A mismatch is reported at the end: that the source has reused the block says more."""
 
-    def __init__(self, handoff: KVHandoff, wanted: Sequence[int], into: PoolMemory, blocks: Sequence[int]) -> None:
+    def __init__(
+        self,
+        handoff: KVHandoff,
+        wanted: Sequence[int],
+        blocks: Sequence[int],
+        digests: Callable[[Sequence[int]], list[bytes]],
+    ) -> None:
+        """`digests` of blocks as they arrived."""
         self._handoff = handoff
         self._wanted = wanted
-        self._into = into
         self._blocks = blocks
+        self._digests = digests
         self._unchecked = set(range(len(wanted)))
         self._damaged: list[int] = []  # positions in the handoff
 
     def arrived(self, indices: Sequence[int]) -> None:
         """May be called from several threads, for different indices."""
-        for index in indices:
-            if block_digest(self._into.blocks[self._blocks[index]]) != self._handoff.digests[self._wanted[index]]:
+        digests = self._digests([self._blocks[index] for index in indices])
+        for index, digest in zip(indices, digests, strict=True):
+            if digest != self._handoff.digests[self._wanted[index]]:
                 self._damaged.append(self._wanted[index])
         self._unchecked.difference_update(indices)
 
     def finish(self, deadline: float) -> None:
-        for index in sorted(self._unchecked):
+        left = sorted(self._unchecked)
+        for start in range(0, len(left), _CHECKED_AT_ONCE):
             check_time(deadline)
-            self.arrived([index])
+            self.arrived(left[start : start + _CHECKED_AT_ONCE])
         if self._damaged:
             detail = f"block {self._damaged[0]} of {self._handoff.source} arrived damaged"
             raise HandoffRefused(RefusalReason.DIGEST_MISMATCH, detail)
