@@ -60,7 +60,7 @@ class Sizes:
 class TorchVerification:
     """Checks of one deployment's model on one GPU. Each returns what it saw or raises Failed."""
 
-    def __init__(self, deployment: Deployment, make_device: MakeDevice, sizes: Sizes = Sizes()) -> None:  # noqa: B008
+    def __init__(self, deployment: Deployment, make_device: MakeDevice, sizes: Sizes = Sizes()) -> None:
         self._model = deployment.model
         self._path = resolve_model(deployment.model.path)
         self._block_size = deployment.engine.block_size
@@ -292,7 +292,7 @@ def verify_torch(
     deployment: Deployment,
     make_device: MakeDevice,
     told: Callable[[Result], None],
-    sizes: Sizes = Sizes(),  # noqa: B008
+    sizes: Sizes = Sizes(),
 ) -> list[Result]:
     """Run all checks; one that fails does not keep the next from running."""
     results = []

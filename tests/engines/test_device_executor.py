@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import BlockMask
 
 from python_backends.core.config import ModelConfig, WorkerConfig
 from python_backends.core.types import Role
@@ -205,15 +206,31 @@ class Compiled(HostDevice):
     """FlexAttention itself, made for this processor by the compiler."""
 
     def flex(self, kinds: int) -> Flex:
-        return compiled_flex(kinds)
+        compiled = compiled_flex(kinds)
+
+        def widened(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, block_mask: BlockMask) -> torch.Tensor:
+            """On a CPU, and only there, a list of blocks must be as long as the keys are."""
+            size = block_mask.BLOCK_SIZE
+            wanted = -(-key.shape[2] // size[1]) - block_mask.kv_indices.shape[3]
+            longer = BlockMask.from_kv_blocks(
+                block_mask.kv_num_blocks,
+                torch.nn.functional.pad(block_mask.kv_indices, (0, wanted)),
+                BLOCK_SIZE=size,
+                mask_mod=block_mask.mask_mod,
+                seq_lengths=block_mask.seq_lengths,
+                compute_q_blocks=False,
+            )
+            return compiled(query, key, value, block_mask=longer)
+
+        return widened
 
     def captured(self, compute: Callable[[], None]) -> Callable[[], None]:
         return compute  # what is compiled can't be recorded
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, about itself
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ here")
 def test_compiled_flex_attention(tmp_path: Path) -> None:
-    """On a CPU its list of blocks must be as wide as the pool, so the pool is as small as a context is long."""
     directory = write_tiny_llama(tmp_path / "model", **MODELS["window"])
     bench = Bench(directory, Compiled(), max_batch=1)
     sequence = stream(bench, 70, seed=1)

@@ -16,7 +16,7 @@ _LAZY_PEER_ACCESS = 1  # the only flag there is, and needed
 class _Handle(ctypes.Structure):
     """CUipcMemHandle, which is passed by value."""
 
-    _fields_ = [("reserved", ctypes.c_char * _HANDLE_BYTES)]  # noqa: RUF012
+    _fields_ = [("reserved", ctypes.c_char * _HANDLE_BYTES)]
 
 
 class CudaDriver:
