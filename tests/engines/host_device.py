@@ -99,13 +99,13 @@ class HostDevice:
         return torch.frombuffer(memory, dtype=torch.uint8)
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """What CUDA does while it captures: remember each operator with the memory it reads and writes."""
 
     _waits: ClassVar[set[Any]] = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default}
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._calls: list[tuple[Any, Sequence[Any], dict[str, Any], Any]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None) -> Any:

@@ -6,6 +6,7 @@ import random
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from tests.engines.tiny_model import VOCAB, write_tiny_llama
 BLOCK_SIZE = 16
 NUM_BLOCKS = 64
 MAX_BATCH = 6  # prepared for 1, 2, 4 and 8 rows
-MODELS: dict[str, dict[str, object]] = {
+MODELS: dict[str, dict[str, Any]] = {
     "llama": {},
     "three heads per KV head": {"num_attention_heads": 6, "hidden_size": 96},
     "window": {"architectures": ["MistralForCausalLM"], "sliding_window": 21},
@@ -169,9 +170,9 @@ def test_a_sequence_in_other_blocks_goes_on_as_before(make: Callable[..., Bench]
     sequence = stream(bench, 40, seed=1)
     advance(bench, [sequence])
     moved = [bench.plain.free.pop() for _ in sequence.blocks]
-    for pool in (bench.pool, bench.plain.memory.blocks):
-        pool[moved] = pool[sequence.blocks]
-        pool[sequence.blocks] = 0
+    host = bench.plain.memory.blocks
+    bench.pool[moved], host[moved] = bench.pool[sequence.blocks], host[sequence.blocks]
+    bench.pool[sequence.blocks], host[sequence.blocks] = 0, 0
     sequence.blocks = moved
     advance(bench, [sequence])
 

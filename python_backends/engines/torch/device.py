@@ -69,7 +69,7 @@ class CudaDevice:
         """urgent: its steps go before those of streams that are not, where one process or MPS has both."""
         index = torch.cuda.current_device() if torch_device.index is None else torch_device.index
         self.torch_device = torch.device("cuda", index)
-        self._stream = torch.cuda.Stream(self.torch_device, priority=_FIRST if urgent else _LATER)
+        self._stream = _stream(self.torch_device, _FIRST if urgent else _LATER)
         self._graph_memory = torch.cuda.graph_pool_handle()
         self._copies = threading.local()  # a stream for each thread
         self._driver = CudaDriver()
@@ -110,7 +110,7 @@ class CudaDevice:
         """See Device.copying."""
         stream = getattr(self._copies, "stream", None)
         if stream is None:
-            stream = self._copies.stream = torch.cuda.Stream(self.torch_device)
+            stream = self._copies.stream = _stream(self.torch_device, _LATER)
         with torch.cuda.device(self.torch_device), torch.cuda.stream(stream):
             yield
         stream.synchronize()
@@ -145,6 +145,10 @@ class _Foreign:
 
     def __init__(self, begin: int, num_bytes: int) -> None:
         self.__cuda_array_interface__ = {"data": (begin, False), "shape": (num_bytes,), "typestr": "|u1", "version": 3}
+
+
+def _stream(device: torch.device, priority: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device, priority=priority)  # type: ignore[no-untyped-call]
 
 
 def reach_each_other(devices: set[str]) -> bool:

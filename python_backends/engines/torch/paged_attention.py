@@ -94,15 +94,14 @@ class PagedAttention:
         heads = torch.arange(self._kv_heads, device=tables.device)[None, :, None]
         places = (tables[:, None, :] * self._stride + heads).flatten(0, 1).to(torch.int32)  # [pairs, width]
         own = self._of_pairs(last - first)
-        last_place = places.gather(1, own[:, None])[:, 0]
-        first_place = places[:, 0].contiguous()
-        last_slot, first_slot = self._of_pairs(rows.positions % block_size), self._of_pairs(oldest % block_size)
+        newest = places.gather(1, own[:, None])[:, 0] * block_size + self._of_pairs(rows.positions % block_size)
+        eldest = places[:, 0] * block_size + self._of_pairs(oldest % block_size)
 
         def sees(pair: torch.Tensor, _head: torch.Tensor, _query: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
-            place, slot = vector // block_size, vector % block_size
-            seen = (place != last_place[pair]) | (slot <= last_slot[pair])
+            """All vectors of the listed places, but for those after the newest in its place, and before the eldest in its."""
+            seen = (vector <= newest[pair]) | (vector // block_size != newest[pair] // block_size)
             if window is not None:
-                seen = seen & ((place != first_place[pair]) | (slot >= first_slot[pair]))
+                seen = seen & ((vector >= eldest[pair]) | (vector // block_size != eldest[pair] // block_size))
             return seen
 
         return BlockMask.from_kv_blocks(

@@ -85,7 +85,8 @@ class FaultyTransport(CheckedTransport):
     def _bytes_of(self, into: PoolMemory, block: int) -> npt.NDArray[np.uint8]:
         if self.on_device and into.device is not None:
             into.device.to_host([block])
-        return into.blocks[block]
+        data: npt.NDArray[np.uint8] = into.blocks[block]
+        return data
 
     def _put_back(self, into: PoolMemory, block: int) -> None:
         if self.on_device and into.device is not None:
