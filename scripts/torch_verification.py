@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from python_backends.core.config import Deployment
-from python_backends.core.errors import BatonError
+from python_backends.core.errors import BatonError, ConfigError
 from python_backends.core.handoff import TICKET_VERSION, KVHandoff
 from python_backends.core.layout import KVLayout
 from python_backends.core.paths import cache_dir, resolve_model
@@ -284,8 +284,13 @@ def _best(work: Callable[[], object], device: torch.device) -> float:
     return min(times)
 
 
-def cuda_device(name: str) -> MakeDevice:
-    return partial(CudaDevice, torch.device(name), urgent=True)
+def verify_on_gpu(deployment: Deployment, told: Callable[[Result], None]) -> list[Result]:
+    """On the first GPU of the deployment's workers. Raises ConfigError where there is none."""
+    devices = sorted({worker.device for worker in deployment.workers})
+    gpus = [device for device in devices if device != "cpu"]
+    if not gpus or not torch.cuda.is_available():
+        raise ConfigError(f"workers are on {', '.join(devices)}, and torch sees {torch.cuda.device_count()} GPUs here")
+    return verify_torch(deployment, partial(CudaDevice, torch.device(gpus[0]), urgent=True), told)
 
 
 def verify_torch(

@@ -25,8 +25,8 @@ from pathlib import Path
 import yaml
 from rich.console import Console
 
-from python_backends.core.config import Deployment, load_deployment
-from python_backends.core.errors import BatonError, ConfigError
+from python_backends.core.config import load_deployment
+from python_backends.core.errors import BatonError
 from python_backends.core.paths import repository_root
 from python_backends.core.trtllm import ENGINE
 from scripts.client import Client
@@ -130,7 +130,9 @@ def main(arguments: list[str] | None = None) -> int:
         for result in machine(options.config):
             report.add(result)
         if all(worker.engine == "torch" for worker in loaded.workers):
-            _verify_torch(loaded, report)
+            from scripts.torch_verification import verify_on_gpu  # TensorRT-LLM has its own way to load torch
+
+            verify_on_gpu(loaded, report.add)
             return _finish(report, options.json, deployment, console)
         if not all(worker.engine == ENGINE for worker in loaded.workers):
             console.print("not all workers of this deployment have engine trtllm", style="yellow")
@@ -141,18 +143,6 @@ def main(arguments: list[str] | None = None) -> int:
     except BatonError as error:
         report.add(Result("start", False, str(error)))
     return _finish(report, options.json, deployment, console)
-
-
-def _verify_torch(deployment: Deployment, report: Report) -> None:
-    """Raises ConfigError where there is no GPU."""
-    import torch  # TensorRT-LLM has its own way to load it
-
-    from scripts.torch_verification import cuda_device, verify_torch
-
-    devices = sorted({worker.device for worker in deployment.workers})
-    if devices == ["cpu"] or not torch.cuda.is_available():
-        raise ConfigError(f"workers are on {', '.join(devices)}, and torch sees {torch.cuda.device_count()} GPUs here")
-    verify_torch(deployment, cuda_device(next(name for name in devices if name != "cpu")), report.add)
 
 
 def _finish(report: Report, file: Path | None, deployment: str, console: Console) -> int:
