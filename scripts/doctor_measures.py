@@ -82,8 +82,9 @@ def _with_threads(threads: int, work: Callable[[], object]) -> float:
 
 
 def transports() -> tuple[str, ...]:
-    """Names that `transfer.transport` takes."""
-    return tuple(get_args(get_args(get_type_hints(TransferConfig, include_extras=True)["transport"])[0]))
+    """Names that `transfer.transport` takes, but for cuda_ipc, which is nothing within a process: scripts/verify-gpu has it."""
+    names = get_args(get_args(get_type_hints(TransferConfig, include_extras=True)["transport"])[0])
+    return tuple(name for name in names if name != "cuda_ipc")
 
 
 def transfer_rate(name: str) -> tuple[float, str]:

@@ -1,4 +1,7 @@
-"""Verifies a TensorRT-LLM deployment on the machine it is meant for: what no test without a GPU can see.
+"""Verifies a deployment on the machine with GPUs that it is meant for: what no test without a GPU can see.
+
+Of workers with engine torch it checks the engine alone: steps replayed as graphs, the speed of decode and prefill, KV handed
+over between GPUs' memories. Of TensorRT-LLM it checks the whole deployment.
 
 Runs the engine conformance suite over the TensorRT-LLM that is installed, then starts the deployment, asks it what clients
 ask, compares tokens with those of one worker alone, puts it under load, cancels, kills its workers, and prints what held and
@@ -122,19 +125,30 @@ def main(arguments: list[str] | None = None) -> int:
     report = Report(console)
     deployment = ""
     try:
-        if not all(worker.engine == ENGINE for worker in load_deployment(options.config).workers):
-            console.print("not all workers of this deployment have engine trtllm", style="yellow")
+        loaded = load_deployment(options.config)
         deployment = options.config.read_text()
         for result in machine(options.config):
             report.add(result)
+        if all(worker.engine == "torch" for worker in loaded.workers):
+            from scripts.torch_verification import verify_on_gpu  # TensorRT-LLM has its own way to load torch
+
+            verify_on_gpu(loaded, report.add)
+            return _finish(report, options.json, deployment, console)
+        if not all(worker.engine == ENGINE for worker in loaded.workers):
+            console.print("not all workers of this deployment have engine trtllm", style="yellow")
         console.print("       the conformance suite: it loads models some ten times, which takes minutes", highlight=False)
         for result in run_conformance(options.config, options.small_model):
             report.add(result)
         _serve_and_verify(options.config, report, console)
     except BatonError as error:
         report.add(Result("start", False, str(error)))
-    if options.json:
-        report.write(options.json, deployment)
+    return _finish(report, options.json, deployment, console)
+
+
+def _finish(report: Report, file: Path | None, deployment: str, console: Console) -> int:
+    """The exit status."""
+    if file:
+        report.write(file, deployment)
     failed = report.failed
     console.print(f"verify FAILED: {', '.join(failed)}" if failed else "verify OK: everything held", highlight=False)
     return 1 if failed else 0

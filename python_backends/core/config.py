@@ -120,11 +120,11 @@ class EngineConfig(Section, frozen=True):
 
 class TransferConfig(Section, frozen=True):
     transport: Annotated[
-        Literal["auto", "shm", "tcp", "nixl", "inline"],
+        Literal["auto", "shm", "tcp", "nixl", "cuda_ipc", "inline"],
         Meta(
             description="How KV moves: shm (shared memory, same host), tcp (any host), nixl (RDMA and other fabrics; needs "
-            "requirements-nixl.txt), inline (in the ticket; tests and tiny prompts), or auto: the best that a pair of workers "
-            "has in common."
+            "requirements-nixl.txt), cuda_ipc (between GPUs of one host), inline (in the ticket; tests and tiny prompts), or "
+            "auto: the best that a pair of workers has in common."
         ),
     ] = "auto"
     listen: Annotated[

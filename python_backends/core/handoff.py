@@ -38,7 +38,7 @@ class KVHandoff(msgspec.Struct, frozen=True):
     num_tokens: int  # tokens whose KV is handed over
     blocks: list[int]  # block numbers in the source's pool
     generations: list[int]  # per block: the pool's generation when published; another one later means reused
-    digests: list[bytes]  # per block: xxh3_128 of its bytes
+    digests: list[bytes]  # per block: 16 bytes, as the transport digests it
     locator: str = ""  # transport's own address of the pool
     opaque: bytes = b""  # transport or engine private
     content: bytes = b""  # core.block_hash.content_hash of the tokens: a ticket can't be used for another prompt

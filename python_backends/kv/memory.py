@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from python_backends.core.shared_memory import create_memory, open_memory
 from python_backends.core.types import Epoch
+from python_backends.kv.device import DeviceBlocks
 
 _MAGIC = b"BATONKV1"
 _HEADER = struct.Struct("<8sQQQ")
@@ -38,7 +39,7 @@ class PoolMemory:
     """The owner's side: create, write, and bump generations before a block is written anew.
 
     `blocks`: uint8 [num_blocks, block_bytes]; `generations`: uint64 [num_blocks]; both are views of the shared memory,
-    zero at first. `locator` is what a PoolView opens.
+    zero at first. `locator` is what a PoolView opens. `device`: where the blocks really are, if that is a GPU's memory.
     """
 
     def __init__(self, num_blocks: int, block_bytes: int, epoch: Epoch) -> None:
@@ -51,6 +52,7 @@ class PoolMemory:
         self._map[: _HEADER.size] = _HEADER.pack(_MAGIC, epoch, num_blocks, block_bytes)
         self.generations, self.blocks = _arrays(self._map, num_blocks, block_bytes)
         self.locator = f"{os.getpid()}/{self._fd}"
+        self.device: DeviceBlocks | None = None
 
     @property
     def is_open(self) -> bool:

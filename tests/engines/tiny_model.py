@@ -37,10 +37,10 @@ _CONFIG = {
 }
 
 
-def write_tiny_llama(directory: Path, seed: int = 0) -> Path:
-    """Weights large enough that the next token depends on all of the context."""
+def write_tiny_llama(directory: Path, seed: int = 0, **config: object) -> Path:
+    """Weights large enough that the next token depends on all of the context. `config`: other values than its own."""
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(_CONFIG))
+    (directory / "config.json").write_text(json.dumps({**_CONFIG, **config}))
     generator = torch.Generator().manual_seed(seed)
     tensors = {
         name: torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=generator) * 0.12

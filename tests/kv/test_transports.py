@@ -32,6 +32,7 @@ from python_backends.kv.memory import PoolMemory
 from python_backends.kv.transfer import create_transport
 from python_backends.kv.transfer.auto import AutoTransport, Ways
 from python_backends.kv.transfer.base import CheckedTransport, Fetched, KVTransport, Published, block_digest
+from python_backends.kv.transfer.cuda_ipc import CudaIpcTransport
 from python_backends.kv.transfer.faulty import FaultyTransport
 from python_backends.kv.transfer.inline import InlineTransport
 from python_backends.kv.transfer.nixl import NixlTransport, is_installed
@@ -39,6 +40,7 @@ from python_backends.kv.transfer.server import TransferServer
 from python_backends.kv.transfer.session import TlsContexts
 from python_backends.kv.transfer.shm import ShmTransport
 from python_backends.kv.transfer.tcp import TcpTransport
+from tests.kv.played_device import PlayedDevice
 
 LAYOUT = KVLayout(num_layers=2, num_kv_heads=2, head_dim=8, block_size=4, dtype="float32")
 SOURCE_BLOCKS = 32
@@ -52,6 +54,7 @@ def make_pool(epoch: Epoch = EPOCH, *, num_blocks: int = SOURCE_BLOCKS, seed: in
     numbers = np.random.default_rng(seed).integers(-127, 128, (num_blocks, *LAYOUT.block_shape)).astype(np.float32)
     numbers[..., 0] = 127
     memory.blocks[:] = numbers.reshape(num_blocks, -1).view(np.uint8)
+    memory.device = PlayedDevice(memory)
     return memory
 
 
@@ -70,7 +73,7 @@ def publish(transport: KVTransport, memory: PoolMemory, blocks: Sequence[int]) -
         num_tokens=len(blocks) * LAYOUT.block_size,
         blocks=list(blocks),
         generations=[int(memory.generations[block]) for block in blocks],
-        digests=[block_digest(memory.blocks[block]) for block in blocks],
+        digests=transport.digests(memory, blocks),
         locator=published.locator,
         opaque=published.opaque,
     )
@@ -159,9 +162,11 @@ TRANSPORTS: dict[str, Callable[[], CheckedTransport]] = {
     "tcp int8": lambda: tcp(codec="int8", rounding="int8"),
     "auto": lambda: AutoTransport(ShmTransport(), tcp(), None, ()),
     "auto elsewhere": lambda: Elsewhere(ShmTransport(), tcp(), None, ()),
+    "cuda_ipc": CudaIpcTransport,
     "nixl": nixl,
     "nixl over tcp": lambda: nixl(UCX_TLS="tcp"),
     "faulty": lambda: FaultyTransport(ShmTransport(), {}),
+    "faulty cuda_ipc": lambda: FaultyTransport(CudaIpcTransport(), {}),
 }
 
 
@@ -570,6 +575,7 @@ def test_faults_come_in_the_given_shares_and_the_same_order() -> None:
         ("auto", AutoTransport),
         ("shm", ShmTransport),
         ("inline", InlineTransport),
+        ("cuda_ipc", CudaIpcTransport),
         ("tcp", TcpTransport),
         ("nixl", NixlTransport),
     ],

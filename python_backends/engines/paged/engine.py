@@ -54,7 +54,7 @@ from python_backends.kv.store import create_stores
 from python_backends.kv.store.pace import Pace
 from python_backends.kv.store.stores import Loaded, Stores
 from python_backends.kv.transfer import create_transport
-from python_backends.kv.transfer.base import Fetched, block_digest
+from python_backends.kv.transfer.base import Fetched
 from python_backends.kv.transfer.conversion import fetch_converted
 
 log = logging.getLogger(__name__)
@@ -145,7 +145,8 @@ class PagedEngine:
         self._stores = create_stores(self._store, layout, self._runner.fingerprint, memory, self._key, self._compute_pace)
         if self._stores is not None:
             early = self._store.fill == "publish"
-            self._feed = StoreFeed(self._stores, self._pool, memory, self._runner.export_blocks, early=early)
+            digest_of = (lambda block: None) if self._transport.on_device else self._pool.digest_of
+            self._feed = StoreFeed(self._stores, self._pool, memory, self._runner.export_blocks, digest_of, early=early)
         max_context = min(self._max_context or self._runner.max_positions, self._runner.max_positions)
         self.info = EngineInfo(
             layout=layout,
@@ -539,8 +540,8 @@ class PagedEngine:
         """The ticket for blocks that hold so many tokens; a new lease takes over one reference of each."""
         memory = self._require_memory()
         size = self.info.layout.block_size
-        # A block with a digest is in the pool memory already.
-        self._runner.export_blocks([block for block in blocks if self._pool.digest_of(block) is None])
+        if not self._transport.on_device:  # a block with a digest is in the pool memory already
+            self._runner.export_blocks([block for block in blocks if self._pool.digest_of(block) is None])
         lease_id = self._leases.grant(request_id, blocks, self._transfer.lease_s)
         published = self._transport.publish(memory, blocks, lease_id)
         return KVHandoff(
@@ -555,33 +556,35 @@ class PagedEngine:
             num_tokens=num_tokens,
             blocks=blocks,
             generations=[int(memory.generations[block]) for block in blocks],
-            digests=[self._digest(block, full=(i + 1) * size <= num_tokens) for i, block in enumerate(blocks)],
+            digests=self._digests(blocks, num_full=num_tokens // size),
             locator=published.locator,
             opaque=published.opaque,
             content=content,
         )
 
-    def _digest(self, block: int, *, full: bool) -> bytes:
-        """Digests of full blocks are kept: a prefix that is handed over often is digested once."""
-        known = self._pool.digest_of(block) if full else None
-        if known is not None:
-            return known
-        digest = block_digest(self._require_memory().blocks[block])
-        if full:
-            self._pool.set_digest(block, digest)
-        return digest
+    def _digests(self, blocks: list[int], num_full: int) -> list[bytes]:
+        """Those of full blocks, the first ones, are kept: a prefix that is handed over often is digested once."""
+        known = {block: digest for block in blocks[:num_full] if (digest := self._pool.digest_of(block)) is not None}
+        unknown = [block for block in blocks if block not in known]
+        made = dict(zip(unknown, self._transport.digests(self._require_memory(), unknown), strict=True))
+        for block in blocks[:num_full]:
+            if block in made:
+                self._pool.set_digest(block, made[block])
+        return [known[block] if block in known else made[block] for block in blocks]
 
     def _digest_ahead(self, digester: ThreadPoolExecutor, hashes: Many[BlockHash]) -> None:
         found = [(hash_, self._pool.find(hash_)) for hash_ in hashes]
         blocks = [(hash_, block) for hash_, block in found if block is not None and self._pool.digest_of(block) is None]
-        self._runner.export_blocks([block for _, block in blocks])
+        if not self._transport.on_device:
+            self._runner.export_blocks([block for _, block in blocks])
         generations = self._require_memory().generations
         digester.submit(self._make_digests, [(hash_, block, int(generations[block])) for hash_, block in blocks])
 
     def _make_digests(self, blocks: list[tuple[BlockHash, int, int]]) -> None:
         """On the digesting thread."""
         memory = self._require_memory()
-        made = [(*block, block_digest(memory.blocks[block[1]])) for block in blocks]
+        digests = self._transport.digests(memory, [block for _, block, _ in blocks])
+        made = [(*block, digest) for block, digest in zip(blocks, digests, strict=True)]
         self._inbox.put(partial(self._take_digests, made))
 
     def _take_digests(self, made: list[tuple[BlockHash, int, int, bytes]]) -> None:
@@ -621,7 +624,7 @@ class PagedEngine:
 
     def _accept_loan(self, sequence: Sequence, loan: KVHandoff, num_blocks: int, taken_ms: float) -> None:
         first = len(loan.blocks) - num_blocks
-        self._runner.import_blocks(sequence.blocks[first : len(loan.blocks)])
+        self._import_fetched(sequence.blocks[first : len(loan.blocks)])
         if sequence.is_fresh:
             tokens = max(loan.num_tokens - sequence.num_computed, 0)
             num_bytes = num_blocks * self.info.layout.block_bytes
@@ -744,7 +747,7 @@ class PagedEngine:
     def _accept(self, sequence: Sequence, handoff: KVHandoff, num_blocks: int, taken_ms: float) -> None:
         last = self.info.layout.blocks_for(handoff.num_tokens)
         first = last - num_blocks
-        self._runner.import_blocks(sequence.blocks[first:last])
+        self._import_fetched(sequence.blocks[first:last])
         sequence.received_tokens = handoff.num_tokens - sequence.num_computed
         sequence.received_bytes = num_blocks * self.info.layout.block_bytes
         sequence.transfer_ms = taken_ms
@@ -755,6 +758,10 @@ class PagedEngine:
         if handoff.layout == self.info.layout:
             for index in range(first, handoff.num_tokens // sequence.block_size):
                 self._pool.set_digest(sequence.blocks[index], handoff.digests[index])
+
+    def _import_fetched(self, blocks: list[int]) -> None:
+        if not self._transport.on_device:
+            self._runner.import_blocks(blocks)
 
     def _refused(self, sequence: Sequence, refused: HandoffRefused) -> None:
         log.warning("request %s: handoff refused, recomputing: %s", sequence.id, refused)

@@ -22,13 +22,24 @@ class StoreFeed:
     """Belongs to the engine's thread."""
 
     def __init__(
-        self, stores: Stores, pool: BlockPool, memory: PoolMemory, export: Callable[[Sequence[int]], None], *, early: bool
+        self,
+        stores: Stores,
+        pool: BlockPool,
+        memory: PoolMemory,
+        export: Callable[[Sequence[int]], None],
+        digest_of: Callable[[int], bytes | None],
+        *,
+        early: bool,
     ) -> None:
-        """`export` makes the pool memory hold the blocks' KV. `early`: store at publishing, else near eviction."""
+        """`export` makes the pool memory hold the blocks' KV. digest_of: xxh3_128 of a block where it is known.
+
+        `early`: store at publishing, else near eviction.
+        """
         self._stores = stores
         self._pool = pool
         self._memory = memory
         self._export = export
+        self._digest_of = digest_of
         self._early = early
         self._offered: set[BlockHash] = set()  # near eviction
 
@@ -58,5 +69,5 @@ class StoreFeed:
             self._export([block for _, block in blocks])
             generations = self._memory.generations
             self._stores.offer(
-                [Offer(hash_, block, int(generations[block]), self._pool.digest_of(block)) for hash_, block in blocks]
+                [Offer(hash_, block, int(generations[block]), self._digest_of(block)) for hash_, block in blocks]
             )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+import msgspec
 
 from python_backends.core.config import Deployment, WorkerConfig, parse_cpus
 from python_backends.core.errors import ConfigError
@@ -18,18 +20,34 @@ def create(deployment: Deployment, worker: WorkerConfig, epoch: Epoch, key: byte
     threads = _claim_cores(worker, _sharing(worker, deployment.workers))
     import torch  # only now: OpenMP reads its environment when torch is loaded
 
+    from python_backends.engines.torch.device import reach_each_other
     from python_backends.engines.torch.runner import TorchRunner
 
     torch.set_num_threads(threads)
     if worker.device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"workers: {worker.name}: device {worker.device!r}, but torch sees no GPU here; use device: cpu")
+    deployment = between_gpus(deployment, reach_each_other)
     engine, model_path = deployment.engine, resolve_model(deployment.model.path)
     lenders = [other.name for other in _sharing(worker, deployment.workers) if _may_lend(other)]
     board = None
     if engine.elastic_cores and worker.name in lenders:
         board = shared_cores(lenders, worker.name, threads, key)
-    runner = TorchRunner(deployment.model, worker, engine.block_size, model_path, engine.kernels, board)
+    runner = TorchRunner(deployment.model, worker, engine.block_size, model_path, engine.kernels, board, engine.max_batch)
     return PagedEngine(deployment, worker, runner, epoch, key)
+
+
+def between_gpus(deployment: Deployment, reach_each_other: Callable[[set[str]], bool]) -> Deployment:
+    """The deployment whose transport `auto` is cuda_ipc, if all its workers are on GPUs of this host that reach each other.
+
+    All workers read the same file, hence decide alike: KV that may stay on GPUs is not copied to the host for nobody.
+    """
+    devices = {worker.device for worker in deployment.workers}
+    here = not (deployment.cluster.listen or deployment.cluster.pools or deployment.cluster.registry)
+    ours = all(worker.engine == "torch" and worker.device != "cpu" for worker in deployment.workers)
+    if deployment.transfer.transport != "auto" or not (here and ours) or not reach_each_other(devices):
+        return deployment
+    transfer = msgspec.structs.replace(deployment.transfer, transport="cuda_ipc")
+    return msgspec.structs.replace(deployment, transfer=transfer)
 
 
 def _sharing(worker: WorkerConfig, workers: Sequence[WorkerConfig]) -> list[WorkerConfig]:

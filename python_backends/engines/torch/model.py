@@ -7,14 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 
 from python_backends.engines.torch.architecture import Architecture
-from python_backends.engines.torch.attention import attend, clear_new_blocks
-from python_backends.engines.torch.batch import Batch
 from python_backends.engines.torch.rope import cos_sin, inverse_frequencies, rotate
+
+
+class Attention(Protocol):
+    """Where the keys and values of one step's tokens are stored, and what each token sees."""
+
+    def attend(
+        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, layer: int, window: int | None
+    ) -> torch.Tensor:
+        """Store keys and values [tokens, kv_heads, head_dim], and return the attention of the queries
+        [tokens, heads, head_dim] to all that each may see, as [tokens, heads * head_dim]."""
 
 
 class Model:
@@ -27,17 +36,19 @@ class Model:
         self._output = self._embedding if architecture.tied_embeddings else tensors["lm_head.weight"]
         self._frequencies = inverse_frequencies(architecture.rope, architecture.head_dim).to(self._embedding.device)
 
-    def forward(self, batch: Batch, pool: torch.Tensor) -> torch.Tensor:
-        """Compute the batch's tokens and write their KV to the pool [num_blocks, *KVLayout.block_shape].
+    def forward(
+        self, token_ids: torch.Tensor, positions: torch.Tensor, attention: Attention, drawing: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Compute tokens, both int64 [tokens], and have `attention` write their KV.
 
-        Returns logits of the slices that draw, float32 [draws, vocab], in execution order.
+        Returns logits of the tokens at the indices `drawing` (None: of all), float32 [draws, vocab].
         """
-        clear_new_blocks(pool, batch)
-        cos, sin = cos_sin(batch.positions, self._frequencies, self._embedding.dtype)
-        hidden = F.embedding(batch.token_ids, self._embedding)
+        cos, sin = cos_sin(positions, self._frequencies, self._embedding.dtype)
+        hidden = F.embedding(token_ids, self._embedding)
         for layer in self._layers:
-            hidden = layer.forward(hidden, cos, sin, batch, pool)
-        return F.linear(self._norm(hidden[batch.last_tokens]), self._output).to(torch.float32)
+            hidden = layer.forward(hidden, cos, sin, attention)
+        hidden = hidden if drawing is None else hidden[drawing]
+        return F.linear(self._norm(hidden), self._output).to(torch.float32)
 
 
 class _Layer:
@@ -63,16 +74,12 @@ class _Layer:
         self._ffn_norm = norm("post_attention_layernorm")
         self._gate, self._up, self._down = (linear(f"mlp.{name}_proj") for name in ("gate", "up", "down"))
 
-    def forward(
-        self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, batch: Batch, pool: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attention: Attention) -> torch.Tensor:
         """[tokens, hidden] -> [tokens, hidden]"""
-        hidden = hidden + self._attention(self._attention_norm(hidden), cos, sin, batch, pool)
+        hidden = hidden + self._attention(self._attention_norm(hidden), cos, sin, attention)
         return hidden + self._feed_forward(self._ffn_norm(hidden))
 
-    def _attention(
-        self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, batch: Batch, pool: torch.Tensor
-    ) -> torch.Tensor:
+    def _attention(self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attention: Attention) -> torch.Tensor:
         heads = (len(hidden), -1, self._head_dim)
         queries = self._query(hidden).view(*heads)  # [tokens, heads, head_dim]
         keys = self._key(hidden).view(*heads)  # [tokens, kv_heads, head_dim]
@@ -80,7 +87,7 @@ class _Layer:
         if self._query_norm is not None and self._key_norm is not None:
             queries, keys = self._query_norm(queries), self._key_norm(keys)
         queries, keys = rotate(queries, cos, sin), rotate(keys, cos, sin)
-        return self._attention_output(attend(queries, keys, values, pool, self._index, self._window, batch))
+        return self._attention_output(attention.attend(queries, keys, values, self._index, self._window))
 
     def _feed_forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return self._down(F.silu(self._gate(hidden)) * self._up(hidden))

@@ -1,6 +1,7 @@
 """A ModelRunner in PyTorch: Hugging Face checkpoints on CPU or one CUDA device.
 
-On a CPU the forward pass is compiled (kernels/); on CUDA, or where kernels can't run, it is PyTorch's own (plain.py).
+On a CPU the forward pass is compiled (kernels/), or PyTorch's own where kernels can't run (plain.py); on CUDA, steps of
+streams are replayed as graphs (device_executor.py).
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Protocol
 
@@ -19,9 +20,11 @@ from python_backends.core.config import ModelConfig, WorkerConfig
 from python_backends.core.errors import ConfigError
 from python_backends.core.layout import KVLayout, fingerprint
 from python_backends.core.paths import cache_dir
+from python_backends.core.types import Role
 from python_backends.engines.paged.runner import Sampled, Slice, accepted, draws_of
 from python_backends.engines.torch.architecture import Architecture, load_architecture
 from python_backends.engines.torch.cores import CoreBoard, own_cores
+from python_backends.engines.torch.device import CudaDevice, Device
 from python_backends.engines.torch.plain import PlainExecutor
 from python_backends.engines.torch.sampler import Sampler
 from python_backends.engines.torch.weights import Checkpoint, exclusive, load_tensors, open_checkpoint
@@ -64,10 +67,13 @@ class TorchRunner:
         model_path: Path,
         kernels: str = "auto",
         board: CoreBoard | None = None,
+        max_batch: int = 64,
+        device: Device | None = None,
     ) -> None:
         """`model_path` is the model directory; `model.path` is not looked at. kernels: as in `engine.kernels`.
 
-        board: the cores to compute with, the runner's from now on; None: torch's number of threads.
+        board: the cores to compute with, the runner's from now on; None: torch's number of threads. max_batch: streams
+        that a GPU's steps are prepared for. device: what has its own memory; None: what `worker.device` says.
         """
         self._config = model
         self._worker = worker
@@ -76,6 +82,8 @@ class TorchRunner:
         self._model_path = model_path
         self._kernels = kernels
         self._board = board or own_cores(torch.get_num_threads())
+        self._max_batch = max_batch
+        self._own_memory = device  # what computes, if it has a memory of its own
         self._executor: Executor | None = None
         self._sampler: Sampler | None = None
         self._compile_lock: Path | None = None
@@ -107,7 +115,7 @@ class TorchRunner:
         if self._kernels == "torch":
             return "engine.kernels is torch"
         reason = None
-        if self._device.type != "cpu":
+        if self._own_memory is not None or self._device.type != "cpu":
             reason = f"device is {self._worker.device}"
         elif self._config.dtype != "float32":
             reason = f"model.dtype is {self._config.dtype}"
@@ -147,7 +155,17 @@ class TorchRunner:
         self.layout = self._layout_of(architecture, self._config.dtype, keys="rows")
         tensors = load_tensors(checkpoint, getattr(torch, self._config.dtype), self._device, cache_dir())
         self._sampler = Sampler(architecture.vocab_size)
-        self._executor = PlainExecutor(architecture, tensors, self.layout, self._device)
+        if self._device.type != "cpu" and self._own_memory is None:
+            self._own_memory = CudaDevice(self._device, urgent=self._worker.role is not Role.PREFILL)
+        if self._own_memory is None:
+            self._executor = PlainExecutor(architecture, tensors, self.layout)
+        else:
+            from python_backends.engines.torch.device_executor import DeviceExecutor
+
+            longest = min(self._config.max_context or architecture.max_positions, architecture.max_positions)
+            # What a prefill worker computes is prompts: hardly a step of single tokens is worth preparing.
+            rows = 0 if self._worker.role is Role.PREFILL else self._max_batch
+            self._executor = DeviceExecutor(architecture, tensors, self.layout, self._own_memory, rows, longest)
         return checkpoint.digest
 
     def _layout_of(self, architecture: Architecture, dtype: str, keys: str) -> KVLayout:
@@ -177,10 +195,14 @@ class TorchRunner:
         if self._sampler is None or not self._attached:
             raise RuntimeError("step before start and attach, or after close")
         self._board.work()
-        logits = self._started().forward(batch)
         draws = [draw for piece in batch for draw in draws_of(piece)]
-        sampled = iter(self._sampler.sample(logits, draws) if draws else [])
+        with self._computing():
+            logits = self._started().forward(batch)
+            sampled = iter(self._sampler.sample(logits, draws) if draws else [])
         return [accepted(piece, [next(sampled) for _ in range(piece.drafts + 1)]) if piece.draw else None for piece in batch]
+
+    def _computing(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._own_memory is None else self._own_memory.computing()
 
     def rest(self) -> None:
         """See ModelRunner."""

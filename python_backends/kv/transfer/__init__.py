@@ -8,6 +8,7 @@ from python_backends.core.layout import ROUNDINGS
 from python_backends.core.place import WILDCARDS, own_address
 from python_backends.kv.transfer.auto import AutoTransport
 from python_backends.kv.transfer.base import CheckedTransport, KVTransport
+from python_backends.kv.transfer.cuda_ipc import CudaIpcTransport
 from python_backends.kv.transfer.faulty import FaultyTransport
 from python_backends.kv.transfer.inline import InlineTransport
 from python_backends.kv.transfer.nixl import NixlTransport, is_installed, rdma_devices
@@ -39,6 +40,8 @@ def _create(config: TransferConfig, key: bytes, cluster: ClusterConfig) -> Check
         return InlineTransport()
     if config.transport == "shm":
         return ShmTransport()
+    if config.transport == "cuda_ipc":
+        return CudaIpcTransport()
     listens = bool(config.listen or cluster.listen)
     if config.transport == "auto" and not (listens or cluster.pools or cluster.registry):
         return AutoTransport(ShmTransport(), None, None, ())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import msgspec
@@ -40,6 +40,9 @@ class Fetched(msgspec.Struct, frozen=True):
     rounded: str = ""  # the dtype that numbers were rounded to on the way; empty: they are what was published, bit for bit
 
 
+_CHECKED_AT_ONCE = 16  # blocks digested between two looks at the clock
+
+
 class Arrived(Protocol):
     """Told by `copy` of indices into `wanted` whose bytes are complete: they are digested at once, while the processor has
     them in its cache. Whatever was not told is digested at the end.
@@ -52,9 +55,13 @@ class Arrived(Protocol):
 
 
 class KVTransport(Protocol):
-    """Moves blocks from a source's pool into this worker's pool. `name` is what the ticket calls it."""
+    """Moves blocks from a source's pool into this worker's pool. `name` is what the ticket calls it.
+
+    on_device: between the memories of GPUs. Then what pool memories hold does not matter, neither before nor after.
+    """
 
     name: str
+    on_device: bool
 
     def attach(self, memory: PoolMemory, role: Role) -> None:
         """This worker's pool and what the worker does with it; once, before anything else, so that the first handoff does
@@ -70,6 +77,9 @@ class KVTransport(Protocol):
 
     def release(self, lease_id: str) -> None:
         """The lease has ended: nothing of it is handed out any more. A copy on its way may get other bytes from now on."""
+
+    def digests(self, memory: PoolMemory, blocks: Sequence[int]) -> list[bytes]:
+        """What the ticket says of these blocks of this worker's pool, so that the other end knows them again."""
 
     def fetch(
         self,
@@ -98,10 +108,15 @@ class CheckedTransport(ABC):
     """A KVTransport whose `fetch` is its own `copy` and the shared digest check."""
 
     name: str
+    on_device = False
 
     def attach(self, memory: PoolMemory, role: Role) -> None:
         """See KVTransport.attach."""
         return
+
+    def digests(self, memory: PoolMemory, blocks: Sequence[int]) -> list[bytes]:
+        """See KVTransport.digests."""
+        return [block_digest(memory.blocks[block]) for block in blocks]
 
     @abstractmethod
     def publish(self, memory: PoolMemory, blocks: Sequence[int], lease_id: str) -> Published: ...
@@ -144,7 +159,7 @@ class CheckedTransport(ABC):
             raise failed(f"the ticket is for transport {handoff.transport!r}, this worker has {self.name!r}")
         if handoff.layout.block_bytes != into.block_bytes:
             raise failed(f"blocks of {handoff.layout.block_bytes} bytes do not fit a pool of {into.block_bytes}")
-        check = _DigestCheck(handoff, wanted, into, blocks, exact=exact)
+        check = _DigestCheck(handoff, wanted, blocks, lambda some: self.digests(into, some), exact=exact)
         how = self.copy(handoff, wanted, into, blocks, deadline, check.arrived, exact=exact)
         check.finish(deadline)
         return how or Fetched(self.name, wire_bytes=len(wanted) * into.block_bytes)
@@ -170,27 +185,37 @@ class _DigestCheck:
     """The digests of one fetch. A mismatch is reported at the end: that the source has reused the block says more."""
 
     def __init__(
-        self, handoff: KVHandoff, wanted: Sequence[int], into: PoolMemory, blocks: Sequence[int], *, exact: bool
+        self,
+        handoff: KVHandoff,
+        wanted: Sequence[int],
+        blocks: Sequence[int],
+        digests: Callable[[Sequence[int]], list[bytes]],
+        *,
+        exact: bool,
     ) -> None:
+        """`digests` of blocks as they arrived. exact: what is said to be rounded must be what was published, too."""
         self._exact = exact
         self._handoff = handoff
         self._wanted = wanted
-        self._into = into
         self._blocks = blocks
+        self._digests = digests
         self._unchecked = set(range(len(wanted)))
         self._damaged: list[int] = []  # positions in the handoff
 
     def arrived(self, indices: Sequence[int], *, rounded: bool = False) -> None:
         """See Arrived. May be called from several threads, for different indices."""
-        for index in () if rounded and not self._exact else indices:
-            if block_digest(self._into.blocks[self._blocks[index]]) != self._handoff.digests[self._wanted[index]]:
+        compared = [] if rounded and not self._exact else indices
+        digests = self._digests([self._blocks[index] for index in compared])
+        for index, digest in zip(compared, digests, strict=True):
+            if digest != self._handoff.digests[self._wanted[index]]:
                 self._damaged.append(self._wanted[index])
         self._unchecked.difference_update(indices)
 
     def finish(self, deadline: float) -> None:
-        for index in sorted(self._unchecked):
+        left = sorted(self._unchecked)
+        for start in range(0, len(left), _CHECKED_AT_ONCE):
             check_time(deadline)
-            self.arrived([index])
+            self.arrived(left[start : start + _CHECKED_AT_ONCE])
         if self._damaged:
             detail = f"block {self._damaged[0]} of {self._handoff.source} arrived damaged"
             raise HandoffRefused(RefusalReason.DIGEST_MISMATCH, detail)

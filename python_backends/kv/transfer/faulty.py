@@ -13,6 +13,9 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
+
 from python_backends.core.handoff import KVHandoff
 from python_backends.core.types import Role
 from python_backends.kv.memory import PoolMemory
@@ -28,6 +31,7 @@ class FaultyTransport(CheckedTransport):
     def __init__(self, inner: CheckedTransport, shares: Mapping[Fault, float], seed: int = 0) -> None:
         """`shares`: fault -> share of transfers, together at most 1. The same seed draws the same sequence of faults."""
         self.name = inner.name
+        self.on_device = inner.on_device
         self._inner = inner
         self._shares = dict(shares)
         self._random = random.Random(seed)
@@ -39,6 +43,9 @@ class FaultyTransport(CheckedTransport):
 
     def publish(self, memory: PoolMemory, blocks: Sequence[int], lease_id: str) -> Published:
         return self._inner.publish(memory, blocks, lease_id)
+
+    def digests(self, memory: PoolMemory, blocks: Sequence[int]) -> list[bytes]:
+        return self._inner.digests(memory, blocks)
 
     def release(self, lease_id: str) -> None:
         self._inner.release(lease_id)
@@ -65,18 +72,30 @@ class FaultyTransport(CheckedTransport):
             self._wait(deadline - time.monotonic(), deadline)
         if fault == "delay":
             self._wait(amount * _MAX_DELAY_S, deadline)
-        before = into.blocks[blocks[-1]].copy() if fault == "truncate" and blocks else None
+        before = self._bytes_of(into, blocks[-1]).copy() if fault == "truncate" and blocks else None
         how = self._inner.copy(handoff, wanted, into, blocks, deadline, _unheard, exact=True)
         if before is not None:
-            into.blocks[blocks[-1], len(before) // 2 :] = before[len(before) // 2 :]
+            self._bytes_of(into, blocks[-1])[len(before) // 2 :] = before[len(before) // 2 :]
+            self._put_back(into, blocks[-1])
         if fault == "corrupt" and blocks:
-            block, bit = divmod(int(amount * len(blocks) * into.block_bytes * 8), into.block_bytes * 8)
-            into.blocks[blocks[block], bit // 8] ^= 1 << bit % 8
+            index, bit = divmod(int(amount * len(blocks) * into.block_bytes * 8), into.block_bytes * 8)
+            self._bytes_of(into, blocks[index])[bit // 8] ^= 1 << bit % 8
+            self._put_back(into, blocks[index])
         return how
 
     def close(self) -> None:
         self._closed.set()
         self._inner.close()
+
+    def _bytes_of(self, into: PoolMemory, block: int) -> npt.NDArray[np.uint8]:
+        if self.on_device and into.device is not None:
+            into.device.to_host([block])
+        data: npt.NDArray[np.uint8] = into.blocks[block]
+        return data
+
+    def _put_back(self, into: PoolMemory, block: int) -> None:
+        if self.on_device and into.device is not None:
+            into.device.to_device([block])
 
     def _draw(self) -> tuple[Fault | None, float]:
         """(the fault of this transfer, a number in [0, 1) that says how long or where)."""

@@ -48,7 +48,7 @@ class ShmTransport(CheckedTransport):
         """See CheckedTransport.copy. numpy gives up the GIL while it copies."""
         check_time(deadline)
         view = self._attach(handoff)
-        source = _claimed(handoff, wanted, view)
+        source = claimed(handoff, wanted, view)
 
         def copy_some(first: int, last: int) -> None:
             done = first
@@ -67,7 +67,7 @@ class ShmTransport(CheckedTransport):
                 wait([helper])  # nobody may write into the pool after us
         if helper is not None:
             helper.result()
-        _check_fresh(handoff, wanted, view)
+        check_fresh(handoff, wanted, view)
 
     def close(self) -> None:
         self._helpers.shutdown(wait=True)
@@ -78,7 +78,7 @@ class ShmTransport(CheckedTransport):
         key = (handoff.locator, handoff.epoch)
         with self._lock:
             self._drop_abandoned()
-            view = self._views.get(key) or _open(handoff)
+            view = self._views.get(key) or open_view(handoff)
             self._views[key] = view
             self._views.move_to_end(key)
             if len(self._views) > _MAX_VIEWS:
@@ -91,7 +91,8 @@ class ShmTransport(CheckedTransport):
             del self._views[key]
 
 
-def _open(handoff: KVHandoff) -> PoolView:
+def open_view(handoff: KVHandoff) -> PoolView:
+    """The source's pool memory. Raises HandoffRefused when it is gone, or another than the ticket says."""
     try:
         view = PoolView(handoff.locator)
     except OSError as error:
@@ -105,7 +106,7 @@ def _open(handoff: KVHandoff) -> PoolView:
     return view
 
 
-def _claimed(handoff: KVHandoff, wanted: Sequence[int], view: PoolView) -> list[int]:
+def claimed(handoff: KVHandoff, wanted: Sequence[int], view: PoolView) -> list[int]:
     """Block numbers in the source's pool."""
     source = [handoff.blocks[position] for position in wanted]
     if any(not 0 <= block < view.num_blocks for block in source):
@@ -123,7 +124,7 @@ def _runs(source: Sequence[int], target: Sequence[int], longest: int) -> Iterato
             start = i
 
 
-def _check_fresh(handoff: KVHandoff, wanted: Sequence[int], view: PoolView) -> None:
+def check_fresh(handoff: KVHandoff, wanted: Sequence[int], view: PoolView) -> None:
     """The owner bumps a generation before it writes, so one that is unchanged after the copy says that nobody wrote."""
     for position in wanted:
         if view.generations[handoff.blocks[position]] != handoff.generations[position]:
