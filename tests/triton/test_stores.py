@@ -89,9 +89,8 @@ def test_all_workers_killed_find_their_kv_in_the_node_store(tmp_path: Path, smol
         while {p.pid for p in workers(server).values()} & {p.pid for p in before.values()} or len(workers(server)) < 2:
             assert time.monotonic() < end
             time.sleep(0.05)
-        ids, proof = ask(asking)
+        ids, proof = ask(asking, "local")  # left free, the way depends on who is back first and what it has told by then
         assert ids == expected
-        # "local": the decode worker was back first, and asked the store before the router had
         assert proof["route"] in ("cached", "local")
         assert proof["kv_tokens_node"] == full_blocks * 16
         assert proof["kv_tokens_computed"] < 16
