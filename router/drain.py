@@ -16,6 +16,7 @@ from python_backends.core.messages import Drain, Resume, ToWorker
 from python_backends.core.types import Role, WorkerId
 from router.fleet import WorkerView
 from router.house import House
+from router.seams import Destination
 from router.supervisor import ModelControl, Supervisor
 
 log = logging.getLogger(__name__)
@@ -23,7 +24,7 @@ log = logging.getLogger(__name__)
 _LOOK_EVERY_S = 0.05
 _PATIENCE_S = 10.0  # beyond the grace period
 _BACK_S = 60.0  # from loaded to used
-_SETTLED_S = 2.0  # after which a new router has heard of every worker that is up
+_SETTLED_S = 2.0  # after which a new router has mostly heard of every worker that is up
 
 
 class Drains:
@@ -88,11 +89,27 @@ class Drains:
         for destination in interrupted:
             log.warning("worker %s was being restarted when the last router died", destination.worker)
             self._supervisor.bring_back(destination, patience_s=_SETTLED_S)
-        await asyncio.sleep(_SETTLED_S)
-        for destination in interrupted:
-            view = self._house.fleet.get(destination.worker)
-            if view is not None and view.up and view.heartbeat.draining:  # it was not unloaded yet
-                self.resume(destination.worker)
+        await asyncio.gather(*map(self._use_again, interrupted))
+
+    async def _use_again(self, interrupted: Destination) -> None:
+        """However late it is heard of: a worker that was not unloaded yet is still drained. Its mark goes when it is used."""
+        assert self._control is not None, "who was interrupted is told by it"
+        worker = interrupted.worker
+
+        def is_up() -> bool:
+            view = self._house.fleet.get(worker)
+            return view is not None and view.up
+
+        with self._control.marked(interrupted):
+            try:
+                await self._until(
+                    is_up, _BACK_S, f"worker {worker} was being restarted when the last router died and is not up"
+                )
+            except Unavailable as error:  # its restart goes on being tried
+                log.error("%s", error)
+                return
+            if self._up(worker).heartbeat.draining:
+                self.resume(worker)
 
     async def _reload(self, worker: WorkerId, grace_s: float, role: Role | None) -> None:
         """Drained, loaded - in `role`, if one is given - and used again."""

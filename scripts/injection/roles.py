@@ -63,19 +63,28 @@ def _kill_changed(scene: Scene) -> Hit:
 
 
 def _kill_router_amid(scene: Scene) -> Hit:
-    """The worker is unloaded, and the router dies that would have loaded it again."""
+    """The worker is drained or unloaded by then, and the router dies that would have loaded it again.
+
+    Which of the two it was decides whether it comes back in a new life or in the one it had.
+    """
     worker, _ = victim(scene, Role.DECODE, State.DECODING)
     asking = threading.Thread(target=_ask, args=(scene, worker, Role.PREFILL))
     asking.start()
     wait_for(scene.door, lambda news: not worker_in(news, worker).up or None, VICTIM_S, f"{worker.id} is unloaded")
     hit = kill_router(scene)
     asking.join()
-    served = back(scene, worker, new_life=True)
+    wait_for(scene.door, lambda news: _is_used(news, worker) or None, BACK_S, f"{worker.id} is back")
+    served = monotonic()
     now = worker_in(news_of(scene), worker)
     if now.role is not worker.role:
         scene.door.manage("restart", worker.id, GRACE_S, BACK_S, worker.role)
         back(scene, now, new_life=True)
     return Hit(hit.at, hit.clients, served)
+
+
+def _is_used(news: News, worker: WorkerNews) -> bool:
+    """Whether the router, which may be new, has heard of it and gives it work."""
+    return any(now.id == worker.id and now.up and not now.resting for now in news.workers)
 
 
 def _ask(scene: Scene, worker: WorkerNews, role: Role) -> None:

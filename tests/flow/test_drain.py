@@ -97,7 +97,20 @@ def test_the_router_dies_in_the_middle_of_a_restart() -> None:
         assert eventually(lambda: available() == {"prefill_0", "decode_0", "decode_1"}, TIMEOUT_S)
         assert house.epoch("decode_0") == drained.epoch
         assert house.epoch("decode_1") != unloaded.epoch
+        assert eventually(lambda: not house._marks, 5), "or the next router would take them for interrupted, too"
         assert house.ask(prompt(50, 0), SAMPLING).ids == reference(prompt(50, 0), SAMPLING)
+
+
+def test_a_drained_worker_is_used_again_however_late_the_next_router_hears_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("router.drain._SETTLED_S", 0.02)
+    with FlowHouse(deployment(1, 2, router=ROUTER), processes=True, restart=True) as house:
+        drained = house.service.house.destination(WorkerId("decode_0"))
+        assert drained is not None
+        house._marks.add(drained)
+        _drain(house, "decode_0", 0.0)
+        house.replace_router()
+        assert eventually(lambda: len(house.service.house.fleet.available()) == 3, TIMEOUT_S)
+        assert eventually(lambda: not house._marks, 5)
 
 
 def test_what_is_not_finished_in_time_goes_on_elsewhere() -> None:
