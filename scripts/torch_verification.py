@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from python_backends.core.config import Deployment
-from python_backends.core.errors import BatonError, ConfigError
+from python_backends.core.errors import ConfigError
 from python_backends.core.handoff import TICKET_VERSION, KVHandoff
 from python_backends.core.layout import KVLayout
 from python_backends.core.paths import cache_dir, resolve_model
@@ -37,7 +37,7 @@ from python_backends.engines.torch.device_pool import DevicePool
 from python_backends.engines.torch.weights import load_tensors, open_checkpoint
 from python_backends.kv.memory import PoolMemory
 from python_backends.kv.transfer.cuda_ipc import CudaIpcTransport
-from scripts.verification import Failed, Result
+from scripts.verification import Failed, Result, run_checks
 
 _STEPS = 32  # of each stream whose tokens are compared
 _TIMED_STEPS = 20
@@ -299,16 +299,5 @@ def verify_torch(
     told: Callable[[Result], None],
     sizes: Sizes = Sizes(),
 ) -> list[Result]:
-    """Run all checks; one that fails does not keep the next from running."""
-    results = []
-    for name, check in TorchVerification(deployment, make_device, sizes).checks():
-        began = time.monotonic()
-        try:
-            ok, detail = True, check()
-        except (Failed, BatonError) as error:
-            ok, detail = False, str(error)
-        except Exception as error:  # time on a machine with GPUs is dear: the other checks still run
-            ok, detail = False, f"{type(error).__name__}: {error}"
-        results.append(Result(name, ok, detail, time.monotonic() - began))
-        told(results[-1])
-    return results
+    """Run all checks, as run_checks says."""
+    return run_checks(TorchVerification(deployment, make_device, sizes).checks(), told)

@@ -111,7 +111,7 @@ class _Tensors:
 
 def decode_request(request: Any, default_max_tokens: int) -> tuple[ClientRequest, Wanted]:
     """request: pb_utils.InferenceRequest. Raises InvalidRequest."""
-    tensors = _Tensors(request)
+    tensors, parameters = _Tensors(request), _parameters(request)
     _check_unsupported(tensors)
     text, messages, input_ids = _prompt(tensors)
     client = ClientRequest(
@@ -126,14 +126,18 @@ def decode_request(request: Any, default_max_tokens: int) -> tuple[ClientRequest
         slo_itl_ms=_target(tensors, "slo_itl_ms"),
         timeout_s=request.timeout() / 1e6 if request.timeout() else None,
         client_id=request.request_id(),
-        trace=continue_trace(*_trace_headers(request)),
+        trace=continue_trace(*_trace_headers(request, parameters)),
     )
-    return client, _wanted(tensors, text, wants_error_codes(request))
+    return client, _wanted(tensors, text, _asks_for_codes(parameters))
 
 
 def wants_error_codes(request: Any) -> bool:
     """Whether errors are to name their code in the message: in a gRPC stream Triton gives the message alone."""
-    return _parameters(request).get("error_codes") is True
+    return _asks_for_codes(_parameters(request))
+
+
+def _asks_for_codes(parameters: dict[str, Any]) -> bool:
+    return parameters.get("error_codes") is True
 
 
 def _parameters(request: Any) -> dict[str, Any]:
@@ -141,9 +145,8 @@ def _parameters(request: Any) -> dict[str, Any]:
     return json.loads(parameters) if parameters else {}
 
 
-def _trace_headers(request: Any) -> tuple[str | None, str | None]:
+def _trace_headers(request: Any, given: dict[str, Any]) -> tuple[str | None, str | None]:
     """traceparent and tracestate: the request's parameters, or else the server's own trace, if it makes one of it."""
-    given = _parameters(request)
     if "traceparent" not in given:
         context = request.trace().get_context()
         given = json.loads(context) if context else {}
