@@ -1,4 +1,4 @@
-"""Pieces gathered into what is worth sending: text as soon as there is some, or everything at the end."""
+"""Pieces gathered into what is worth sending: every token, text as soon as there is some, or everything at the end."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from collections.abc import Sequence
 import msgspec
 
 from python_backends.core.types import TokenLogprob
-from router.types import Piece
+from router.types import Piece, Sending
 
 
 class Gathered:
-    """Of one answer. Tokens without text yet (half a character, what may become a stop string) wait for the next text."""
+    """Of one answer. Tokens without text yet (half a character, what may become a stop string) wait for the next text,
+    unless every token is to be sent."""
 
-    def __init__(self, *, stream: bool, prompt_text: str = "") -> None:
+    def __init__(self, sending: Sending, prompt_text: str = "") -> None:
         """`prompt_text` goes before the completion."""
-        self._stream = stream
+        self._sending = sending
         self._text = [prompt_text] if prompt_text else []
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprob] = []
@@ -25,11 +26,16 @@ class Gathered:
         self._text.append(piece.text)
         self._token_ids += piece.token_ids
         self._logprobs += piece.logprobs
-        if piece.finish_reason is None and not (self._stream and piece.text):
+        if piece.finish_reason is None and not self._is_worth_sending(piece):
             return None
         whole = msgspec.structs.replace(piece, text="".join(self._text), token_ids=self._token_ids, logprobs=self._logprobs)
         self._text, self._token_ids, self._logprobs = [], [], []
         return whole
+
+    def _is_worth_sending(self, piece: Piece) -> bool:
+        if self._sending is Sending.TEXT:
+            return bool(piece.text)
+        return self._sending is Sending.TOKENS and bool(self._token_ids)
 
 
 def merged(pieces: Sequence[Piece]) -> Piece | None:

@@ -87,6 +87,14 @@ class RouteDecision(msgspec.Struct, frozen=True):
     lender: WorkerId | None = None  # has more of the prompt cached than `prefill`, and lends it
 
 
+class Sending(str, Enum):
+    """What is worth a response of its own, besides the end."""
+
+    WHOLE = "whole"  # nothing
+    TEXT = "text"  # text
+    TOKENS = "tokens"  # tokens, whose text may still be to come
+
+
 class Piece(msgspec.Struct, frozen=True):
     """What one response carries."""
 

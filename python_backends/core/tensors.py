@@ -73,11 +73,13 @@ ROUTER_INPUTS: tuple[TensorSpec, ...] = (
     # what to return besides text_output
     _one("return_finish_reason", "BOOL", "finish_reason."),
     _one("return_num_input_tokens", "BOOL", "num_input_tokens."),
-    _one("return_num_output_tokens", "BOOL", "num_output_tokens."),
+    _one(
+        "return_num_output_tokens", "BOOL", "num_output_tokens; a stream then tells every token at once, even before its text."
+    ),
     _one("return_log_probs", "BOOL", "output_log_probs and cum_log_probs."),
     _one("return_logprobs", "BOOL", "logprobs."),
     _one("return_cumulative_logprob", "BOOL", "cum_log_probs."),
-    _one("return_output_ids", "BOOL", "output_ids."),
+    _one("return_output_ids", "BOOL", "output_ids; a stream then tells every token at once, even before its text."),
     _one("return_proof", "BOOL", "proof."),
     _one("return_perf_metrics", "BOOL", "proof, and the four times in nanoseconds."),
     # of TensorRT-LLM clients: accepted with the one value that means nothing is wanted

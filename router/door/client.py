@@ -37,7 +37,7 @@ from router.door.messages import (
     from_router_decoder,
 )
 from router.journal import Record
-from router.types import ClientRequest, Piece
+from router.types import ClientRequest, Piece, Sending
 
 log = logging.getLogger(__name__)
 
@@ -150,9 +150,9 @@ class DoorClient:
         """Seconds without a router; 0 with one."""
         return 0.0 if self._router is not None else time.monotonic() - self._alone_since
 
-    def ask(self, request: ClientRequest, *, stream: bool) -> Answer:
+    def ask(self, request: ClientRequest, sending: Sending) -> Answer:
         """The request must have a seed, so that another router can go on with it."""
-        answer = Answer(self, Ask(next(self._ids), request, stream))
+        answer = Answer(self, Ask(next(self._ids), request, sending))
         self._asks[answer.ask.ask_id] = answer
         if self._router is not None:
             self._send(answer.ask)

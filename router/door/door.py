@@ -190,7 +190,7 @@ class _DoorReply:
         self._door = door
         self._front_end = front_end
         self._ask_id = ask.ask_id
-        self._gathered = Gathered(stream=ask.stream)
+        self._gathered = Gathered(ask.sending)
 
     def send(self, piece: Piece) -> None:
         whole = self._gathered.add(piece)

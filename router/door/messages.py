@@ -8,7 +8,7 @@ import msgspec
 
 from python_backends.core.types import Role, WorkerId, WorkerLoad
 from router.journal import Record
-from router.types import ClientRequest, Piece
+from router.types import ClientRequest, Piece, Sending
 
 AskId = int
 """Numbered by the front end, per life of it."""
@@ -23,11 +23,11 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
 
 
 class Ask(msgspec.Struct, frozen=True, tag=True):
-    """Serve this. stream: a piece as soon as there is text; otherwise one piece with everything."""
+    """Serve this."""
 
     ask_id: AskId
     request: ClientRequest
-    stream: bool
+    sending: Sending
 
 
 class Drop(msgspec.Struct, frozen=True, tag=True):

@@ -34,7 +34,7 @@ from router.http.requests import (
 from router.http.stream import ClientGone, EventStream, unless_gone
 from router.http.tools import CallFinder, Toolbox, spelled_out, with_parsed_arguments
 from router.tokenizer import Tokenizer
-from router.types import ClientRequest, Piece
+from router.types import ClientRequest, Piece, Sending
 
 log = logging.getLogger(__name__)
 
@@ -115,6 +115,7 @@ class Api:
             with_proof=body.baton.proof,
             with_logprobs=bool(body.logprobs),
             finders=[CallFinder() for _ in range(body.choices)] if toolbox.in_use else None,
+            with_blanks=body.sending is Sending.TOKENS,
         )
         return await self._answer(request, body, [prompt_ids], sampling, form, key)
 
@@ -231,15 +232,14 @@ class Api:
         origin = origin_of(request)
         asks = [origin.mark(ask, form.id, number) for number, ask in enumerate(asks)]
         with ExitStack() as held:
-            answers = [held.enter_context(self._door.ask(ask, stream=bool(body.stream))) for ask in asks]
+            answers = [held.enter_context(self._door.ask(ask, body.sending)) for ask in asks]
             if not body.stream:
                 pieces = await unless_gone(_all(answers), request.receive)
                 return _json(form.whole(pieces))
             progress = _merged(answers) if len(answers) > 1 else _single(answers[0])
             first = await unless_gone(_next(progress), request.receive)
-            with_usage = body.stream_options is not None and body.stream_options.include_usage
             tallies = [Tally() for _ in answers]
-            return EventStream(_events(first, progress, tallies, form, held.pop_all(), with_usage=with_usage))
+            return EventStream(_events(first, progress, tallies, form, held.pop_all(), body))
 
 
 async def _all(answers: Sequence[Answer]) -> list[Piece]:
@@ -289,10 +289,10 @@ async def _events(
     tallies: Sequence[Tally],
     form: Form,
     held: ExitStack,
-    *,
-    with_usage: bool,
+    body: Generation,
 ) -> AsyncGenerator[bytes, None]:
     """Everything a stream consists of. `held` closes the answers, however this ends. `tallies`: one per answer."""
+    every_token = body.sending is Sending.TOKENS
     with held:
         try:
             openings = [form.opening(index) for index in range(len(tallies))]
@@ -301,12 +301,14 @@ async def _events(
                 async for index, pieces in progress:
                     for piece in pieces:
                         tallies[index].add(piece)
-                    chunks = [form.chunk(index, piece) for piece in pieces]
-                    yield b"".join(_event(chunk) for chunk in chunks if chunk is not None)
+                    chunks = [chunk for piece in pieces if (chunk := form.chunk(index, piece)) is not None]
+                    if every_token:
+                        chunks = [form.counted(chunk, tallies) for chunk in chunks]
+                    yield b"".join(_event(chunk) for chunk in chunks)
         except BatonError as error:
             yield b"data: " + api_error(error).body + b"\n\n"
             return
-        if with_usage:
+        if body.with_usage:
             yield _event(form.usage_chunk(tallies))
         yield _DONE
 

@@ -66,6 +66,10 @@ class Form(ABC):
         """What a stream ends with when usage was asked for."""
         return {**self._chunk_head(), "choices": [], "usage": self._usage(tallies)}
 
+    def counted(self, chunk: Json, tallies: Sequence[Tally]) -> Json:
+        """The chunk with the usage so far."""
+        return {**chunk, "usage": self._usage(tallies)}
+
     @abstractmethod
     def _chunk_head(self) -> Json: ...
 
@@ -99,11 +103,13 @@ class ChatForm(Form):
         with_proof: bool,
         with_logprobs: bool,
         finders: Sequence[CallFinder] | None = None,
+        with_blanks: bool = False,
     ) -> None:
-        """finders: per choice, when there are tools to call."""
+        """finders: per choice, when there are tools to call. with_blanks: also chunks of tokens that say nothing yet."""
         super().__init__("chatcmpl", model, token_text, choices=choices, with_proof=with_proof)
         self._with_logprobs = with_logprobs
         self._finders = finders
+        self._with_blanks = with_blanks
 
     def opening(self, index: int) -> Json | None:
         return self._choice_chunk(index, {"role": "assistant", "content": ""}, None, None)
@@ -113,7 +119,7 @@ class ChatForm(Form):
         content, calls = self._content(index, piece)
         finish = self._finish(index, piece)
         logprobs = self._logprobs(piece.logprobs)
-        if not (content or calls or finish or logprobs):
+        if not (content or calls or finish or logprobs or self._with_blanks):
             return None
         delta: Json = {"content": content} if content or not (finish or calls) else {}
         if calls:

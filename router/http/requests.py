@@ -19,13 +19,16 @@ from python_backends.core.types import SamplingParams
 from router import grammar
 from router.http.errors import ApiError
 from router.http.tools import Choice, ToolSpec
-from router.types import Wish
+from router.types import Sending, Wish
 
 MAX_CHOICES = 16
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
     include_usage: bool = False
+    continuous_usage_stats: bool = (
+        False  # vLLM's: each token is told at once, with the usage so far, even if its text is still to come
+    )
     include_obfuscation: bool = False  # padding against traffic analysis; nothing is padded here
 
 
@@ -76,6 +79,18 @@ class Generation(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     @property
     def choices(self) -> int:
         return 1 if self.n is None else self.n
+
+    @property
+    def with_usage(self) -> bool:
+        """Whether a stream ends with it."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def sending(self) -> Sending:
+        if not self.stream:
+            return Sending.WHOLE
+        every = self.stream_options is not None and self.stream_options.continuous_usage_stats
+        return Sending.TOKENS if every else Sending.TEXT
 
 
 class Message(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):

@@ -21,7 +21,7 @@ from python_backends.core.errors import UNREADABLE, InvalidRequest
 from python_backends.core.types import SamplingParams
 from router import grammar
 from router.trace_context import continue_trace
-from router.types import MAX_INPUT_IDS, ClientRequest, Piece, Wish
+from router.types import MAX_INPUT_IDS, ClientRequest, Piece, Sending, Wish
 
 TokenText = Callable[[int], str]
 
@@ -55,7 +55,7 @@ _MUST_BE = {  # tensors of TensorRT-LLM clients that are accepted with the one v
 class Wanted:
     """What the client wants back, and how."""
 
-    stream: bool
+    sending: Sending
     prompt_text: str  # put before the completion; empty by default
     finish_reason: bool
     num_input_tokens: bool
@@ -283,7 +283,7 @@ def _check_unsupported(tensors: _Tensors) -> None:
 def _wanted(tensors: _Tensors, text: str | None, error_codes: bool) -> Wanted:
     keep_input = tensors.scalar("exclude_input_in_output") is False
     return Wanted(
-        stream=tensors.flag("stream") or tensors.flag("streaming"),
+        sending=_sending(tensors),
         prompt_text=(text or "") if keep_input else "",
         finish_reason=tensors.flag("return_finish_reason"),
         num_input_tokens=tensors.flag("return_num_input_tokens"),
@@ -296,6 +296,13 @@ def _wanted(tensors: _Tensors, text: str | None, error_codes: bool) -> Wanted:
         times=tensors.flag("return_perf_metrics"),
         error_codes=error_codes,
     )
+
+
+def _sending(tensors: _Tensors) -> Sending:
+    if not (tensors.flag("stream") or tensors.flag("streaming")):
+        return Sending.WHOLE
+    told = tensors.flag("return_num_output_tokens") or tensors.flag("return_output_ids")
+    return Sending.TOKENS if told else Sending.TEXT  # who is told of tokens is told at once, and of their text when it is whole
 
 
 def encode_piece(piece: Piece, wanted: Wanted, token_text: TokenText) -> Any:

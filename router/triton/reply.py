@@ -32,7 +32,7 @@ class TritonReply:
         self.wanted = wanted
         self.sent = 0.0  # the last response, monotonic s; 0 before the first. Belongs to the writer
         self._writer = writer
-        self._gathered = Gathered(stream=wanted.stream, prompt_text=wanted.prompt_text)
+        self._gathered = Gathered(wanted.sending, wanted.prompt_text)
         self._lock = threading.Lock()
         self._pieces: list[Piece] = []
         self._error: BatonError | None = None

@@ -19,7 +19,7 @@ from python_backends.core.errors import InvalidRequest, QueueFull, Unavailable
 from python_backends.core.types import FinishReason, SamplingParams
 from router.door.client import Answer, DoorClient
 from router.door.door import Door
-from router.types import ClientRequest, Wish
+from router.types import ClientRequest, Sending, Wish
 from tests.flow.house import TIMEOUT_S, FlowHouse, deployment, eventually, fake_engine, prompt, reference
 
 SAMPLING = SamplingParams(seed=4, max_tokens=30)
@@ -58,8 +58,8 @@ def test_many_asks_are_answered_streamed_and_whole(tmp_path: Path) -> None:
 
         async def test() -> None:
             async with _client(address) as client:
-                streamed = [client.ask(_request(i), stream=True) for i in range(8)]
-                whole = [client.ask(_request(i), stream=False) for i in range(8)]
+                streamed = [client.ask(_request(i), Sending.TEXT) for i in range(8)]
+                whole = [client.ask(_request(i), Sending.WHOLE) for i in range(8)]
                 for i, answer in enumerate(streamed):
                     assert await _tokens(answer) == reference(prompt(60, i), SAMPLING)
                 for i, answer in enumerate(whole):
@@ -81,11 +81,11 @@ def test_errors_come_as_what_they_are(tmp_path: Path) -> None:
         async def test() -> None:
             async with _client(address) as client:
                 with pytest.raises(InvalidRequest, match="input_ids"):
-                    await client.ask(ClientRequest(SAMPLING, input_ids=[-1]), stream=True).pieces()
-                with client.ask(_request(0, ENDLESS), stream=True) as running:
+                    await client.ask(ClientRequest(SAMPLING, input_ids=[-1]), Sending.TEXT).pieces()
+                with client.ask(_request(0, ENDLESS), Sending.TEXT) as running:
                     await running.pieces()
                     with pytest.raises(QueueFull, match="max_requests"):
-                        await client.ask(_request(1), stream=False).whole()
+                        await client.ask(_request(1), Sending.WHOLE).whole()
 
         _run(test)
         house.assert_nothing_held()
@@ -97,7 +97,7 @@ def test_what_is_closed_is_cancelled(tmp_path: Path) -> None:
 
         async def test() -> None:
             async with _client(address) as client:
-                answers = [client.ask(_request(i, ENDLESS), stream=True) for i in range(4)]
+                answers = [client.ask(_request(i, ENDLESS), Sending.TEXT) for i in range(4)]
                 for answer in answers:
                     await answer.pieces()
                 for answer in answers:
@@ -113,7 +113,7 @@ def _front_end(address: str, line: Connection) -> None:
 
     async def ask() -> None:
         async with _client(address) as client:
-            answers = [client.ask(_request(i, ENDLESS), stream=True) for i in range(4)]
+            answers = [client.ask(_request(i, ENDLESS), Sending.TEXT) for i in range(4)]
             for answer in answers:
                 await answer.pieces()
             line.send_bytes(b"streaming")
@@ -161,8 +161,8 @@ def test_another_router_goes_on_where_one_died(tmp_path: Path) -> None:
         first = await asyncio.to_thread(start)
         sampling = msgspec.structs.replace(SAMPLING, max_tokens=60)
         async with _client(address, router_wait_s=TIMEOUT_S) as client:
-            answers = [client.ask(_request(i, sampling), stream=True) for i in range(4)]
-            unheard = client.ask(_request(9, sampling), stream=False)
+            answers = [client.ask(_request(i, sampling), Sending.TEXT) for i in range(4)]
+            unheard = client.ask(_request(9, sampling), Sending.WHOLE)
             while any(len(answer.token_ids) < 10 for answer in answers):
                 await asyncio.wait([asyncio.ensure_future(answer.pieces()) for answer in answers])
             first.kill()
@@ -181,7 +181,7 @@ def test_without_a_router_there_is_one_clear_error(tmp_path: Path) -> None:
         async with _client(f"ipc://{tmp_path}/door", router_wait_s=0.3) as client:
             began = time.monotonic()
             with pytest.raises(Unavailable, match="the router is not up"):
-                await client.ask(_request(0), stream=True).pieces()
+                await client.ask(_request(0), Sending.TEXT).pieces()
             assert time.monotonic() - began < 2
             assert client.router is None
 
@@ -194,7 +194,7 @@ def test_a_router_that_shuts_down_says_so(tmp_path: Path) -> None:
 
         async def test() -> None:
             async with _client(address) as client:
-                answer = client.ask(_request(0, ENDLESS), stream=True)
+                answer = client.ask(_request(0, ENDLESS), Sending.TEXT)
                 await answer.pieces()
                 await asyncio.to_thread(house.service.close)
                 with pytest.raises(Unavailable, match="shutting down"):
@@ -209,10 +209,10 @@ def test_nonsense_at_the_door_is_not_heeded(tmp_path: Path) -> None:
 
         async def test() -> None:
             async with _client(address) as client:
-                await client.ask(_request(1), stream=True).pieces()
+                await client.ask(_request(1), Sending.TEXT).pieces()
                 assert client._socket is not None
                 await client._socket.send(b"nonsense")
-                assert await _tokens(client.ask(_request(0), stream=True)) == reference(prompt(60, 0), SAMPLING)
+                assert await _tokens(client.ask(_request(0), Sending.TEXT)) == reference(prompt(60, 0), SAMPLING)
 
         _run(test)
         assert eventually(lambda: house.service.house.trouble == "")

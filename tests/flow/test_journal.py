@@ -15,7 +15,7 @@ from router.door.door import Door
 from router.journal import Record
 from router.phases import phases
 from router.trace_context import continue_trace
-from router.types import ClientRequest, Outcome, Wish
+from router.types import ClientRequest, Outcome, Sending, Wish
 from tests.flow.house import GREEDY, TIMEOUT_S, FlowHouse, deployment, eventually, fake_engine, prompt
 
 LONG = SamplingParams(seed=1, max_tokens=2000)
@@ -165,7 +165,7 @@ def test_requests_are_found_through_the_door(tmp_path: Path) -> None:
             async with DoorClient(address, 5.0) as client:
                 await _up(client)
                 request = ClientRequest(GREEDY, input_ids=prompt(20), client_id="mine", answer_id="cmpl-1", trace=trace)
-                await client.ask(request, stream=False).whole()
+                await client.ask(request, Sending.WHOLE).whole()
                 found = await asyncio.gather(*(client.find(what) for what in ("mine", "cmpl-1", trace.trace_id, "latest")))
                 assert [[record.client_id for record in records] for records in found] == [["mine"]] * 4
                 assert await client.find("nobody") == []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from python_backends.core.types import FinishReason, TokenLogprob
 from router.reply import Gathered, merged
-from router.types import Piece
+from router.types import Piece, Sending
 
 
 def _piece(text: str, token: int, finish: FinishReason | None = None) -> Piece:
@@ -12,7 +12,7 @@ def _piece(text: str, token: int, finish: FinishReason | None = None) -> Piece:
 
 
 def test_streaming_waits_for_text() -> None:
-    gathered = Gathered(stream=True, prompt_text="> ")
+    gathered = Gathered(Sending.TEXT, "> ")
     assert gathered.add(_piece("", 1)) is None
     whole = gathered.add(_piece("ab", 2))
     assert whole is not None
@@ -22,8 +22,17 @@ def test_streaming_waits_for_text() -> None:
     assert (last.text, last.token_ids, last.finish_reason) == ("", [3], FinishReason.STOP)
 
 
+def test_who_counts_tokens_has_each_at_once() -> None:
+    gathered = Gathered(Sending.TOKENS)
+    for token, text in enumerate(["", "ab", ""]):
+        sent = gathered.add(_piece(text, token))
+        assert sent is not None
+        assert (sent.text, sent.token_ids) == (text, [token])
+    assert gathered.add(Piece("", [], [], 0.0, 10)) is None
+
+
 def test_whole_answers_wait_for_the_end() -> None:
-    gathered = Gathered(stream=False)
+    gathered = Gathered(Sending.WHOLE)
     assert gathered.add(_piece("a", 1)) is None
     whole = gathered.add(_piece("b", 2, FinishReason.LENGTH))
     assert whole is not None

@@ -18,7 +18,7 @@ from router.http.api import Api
 from router.http.origin import Origin
 from router.http.stream import EventStream
 from router.tokenizer import Tokenizer
-from router.types import ClientRequest, Piece
+from router.types import ClientRequest, Piece, Sending
 
 DEPLOYMENT = Deployment(workers=(WorkerConfig(Role.AGGREGATED, "aggregated", "fake"),))
 
@@ -36,8 +36,8 @@ class _Door:
     def __init__(self) -> None:
         self.dropped: list[AskId] = []
 
-    def ask(self, request: ClientRequest, stream: bool) -> Answer:
-        answer = Answer(cast(DoorClient, self), Ask(AskId(1), request, stream))
+    def ask(self, request: ClientRequest, sending: Sending) -> Answer:
+        answer = Answer(cast(DoorClient, self), Ask(AskId(1), request, sending))
         answer.add(Piece("one", [5], [], 0.0, 3))
         answer.add(Piece(" two", [6], [], 0.0, 3, FinishReason.LENGTH))
         return answer
@@ -53,9 +53,9 @@ class _Listener(_Door):
         super().__init__()
         self.asked: list[ClientRequest] = []
 
-    def ask(self, request: ClientRequest, stream: bool) -> Answer:
+    def ask(self, request: ClientRequest, sending: Sending) -> Answer:
         self.asked.append(request)
-        return super().ask(request, stream)
+        return super().ask(request, sending)
 
 
 async def _salt(tenant: Literal["none", "user", "api_key"], key: str = "", **fields: Any) -> str:
@@ -117,6 +117,14 @@ def test_choices_that_come_at_the_same_moment_are_all_whole() -> None:
         )
         assert _texts(events, choices) == ["one two"] * choices
         assert events[-1]["usage"]["completion_tokens"] == 2 * choices
+
+
+def test_every_token_has_its_chunk_with_the_usage_so_far_for_who_counts() -> None:
+    body = {"prompt": [1, 2, 3], "stream_options": {"continuous_usage_stats": True}}
+    events = asyncio.run(asyncio.wait_for(_stream(body), 10))
+    assert _texts(events, 1) == ["one two"]
+    assert all(event["usage"]["prompt_tokens"] == 3 for event in events)
+    assert events[-1]["usage"]["completion_tokens"] == 2
 
 
 def test_tenants_are_kept_apart_whatever_they_write() -> None:

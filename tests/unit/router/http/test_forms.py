@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from python_backends.core.types import FinishReason, TokenLogprob
-from router.http.forms import ChatForm, CompletionForm, Tally
+from router.http.forms import ChatForm, CompletionForm, Tally, tally
 from router.http.tools import CallFinder
 from router.types import Piece
 
@@ -51,6 +51,18 @@ def test_a_chat_answer_in_chunks() -> None:
         "total_tokens": 12,
         "prompt_tokens_details": {"cached_tokens": 4},
     }
+
+
+def test_who_counts_tokens_has_chunks_of_those_that_say_nothing_yet() -> None:
+    silent = Piece("", [7], [], 0.0, 3)
+    quiet = ChatForm("m", _word, choices=1, with_proof=False, with_logprobs=False)
+    assert quiet.chunk(0, silent) is None
+    counting = ChatForm("m", _word, choices=1, with_proof=False, with_logprobs=False, with_blanks=True)
+    chunk = counting.chunk(0, silent)
+    assert chunk is not None
+    assert chunk["choices"][0]["delta"] == {"content": ""}
+    counted = counting.counted(chunk, [tally(silent)])
+    assert (counted["usage"]["prompt_tokens"], counted["usage"]["completion_tokens"]) == (3, 1)
 
 
 def test_completions_echo_and_count_offsets() -> None:
