@@ -44,7 +44,7 @@ class WorkerView:
         self.family = heartbeat.family
         self.max_context = heartbeat.max_context
         self.step_tokens = heartbeat.step_tokens
-        self.step_ms = heartbeat.step_ms
+        self.step_ms = heartbeat.load.step_ms
         self.max_batch = heartbeat.max_batch
         self.block_size = heartbeat.layout.block_size
         self.token_bytes = heartbeat.layout.token_bytes
@@ -102,6 +102,7 @@ class WorkerView:
         """What is there and not from here, other routers have sent; or it came back from another worker."""
         self.heartbeat, self.heard = heartbeat, now
         load = heartbeat.load
+        self.step_ms = load.step_ms
         self.foreign_tokens = max(load.queued_tokens - self.prefill_tokens, 0)
         self.foreign_requests = max(load.queued_requests + load.running_requests - self.requests, 0)
 

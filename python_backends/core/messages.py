@@ -165,7 +165,6 @@ class Heartbeat(msgspec.Struct, frozen=True, tag=True):
     node_place: str = ""  # where users of the node store meet (core/shared_memory.py); empty: it uses none
     warm_up: bool = False  # its first handoff with each other worker is slow: make one before clients do
     draining: bool = False  # it takes no new work
-    step_ms: float = 0.0  # that steps with running streams are kept to, by smaller chunks of prompts; 0: no such limit
     family: str = ""  # equal in workers whose layouts differ and whose KV is converted; empty: it is not
 
 

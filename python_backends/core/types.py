@@ -208,5 +208,6 @@ class WorkerLoad(msgspec.Struct, frozen=True):
     total_blocks: int = 0
     active_leases: int = 0
     busy_s: float = 0.0  # seconds in which it has computed, in this life
+    step_ms: float = 0.0  # that steps with running streams are kept to now, by smaller chunks of prompts; 0: no such limit
     tells_blocks: bool = True  # False: what its prefix cache holds is not told, so the router routes to it blindly
     fault: str = ""  # why the engine can't go on: a sentence; the worker is to be taken out and restarted

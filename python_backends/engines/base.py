@@ -58,7 +58,6 @@ class EngineInfo(msgspec.Struct, frozen=True):
     max_context: int  # tokens
     step_tokens: int  # computed in one step, at most
     max_batch: int  # requests in one step
-    step_ms: float = 0.0  # that steps with running streams are kept to, as far as can be; 0: no such limit
     warm_up: bool = False  # the first handoff of each pair of workers is slow
     family: str = ""  # as in Heartbeat
 

@@ -186,7 +186,6 @@ class Worker:
             node_place=self._reader.node_place if self._reader else "",
             warm_up=info.warm_up,
             draining=self._drain.draining,
-            step_ms=info.step_ms,
             family=info.family,
         )
 

@@ -96,7 +96,7 @@ class SimulatedWorker:
     ) -> None:
         """block_size: of the workload's hashes. itl: milliseconds between tokens, of all workers together.
 
-        step_ms: engines.base.EngineInfo's.
+        step_ms: WorkerLoad's.
         """
         self.id = WorkerId(name)
         self.role = role
@@ -158,6 +158,7 @@ class SimulatedWorker:
             total_blocks=pool.total_blocks,
             active_leases=len(self._leases),
             busy_s=self.busy_s,
+            step_ms=self._step_ms,
         )
 
     def heartbeat(self) -> Heartbeat:
@@ -176,7 +177,6 @@ class SimulatedWorker:
             max_context=pool.total_blocks * self._size,
             step_tokens=self._engine.step_tokens,
             max_batch=self._engine.max_batch,
-            step_ms=self._step_ms,
             events_sequence=self._events,
             calibration=self._calibration,
         )

@@ -23,7 +23,6 @@ from python_backends.core.config import Deployment, WorkerConfig
 from python_backends.core.errors import BatonError, ConfigError, EngineFailure, HandoffRefused, RefusalReason, TritonCode
 from python_backends.core.handoff import TICKET_VERSION, KVHandoff, seal, unseal
 from python_backends.core.messages import KVReady, Lent, Output, PrefillDone, RequestFailed, StepSample, TokenChunk
-from python_backends.core.step_model import longest_step_ms
 from python_backends.core.types import (
     BlockHash,
     Epoch,
@@ -95,7 +94,7 @@ class PagedEngine:
         self._closing = False
         self._load = WorkerLoad()
         self._calibration: list[StepSample] = []
-        self._step_ms = 0.0 if self._role is Role.PREFILL else longest_step_ms(deployment.router.slo.itl_ms)
+        self._itl_ms = 0.0 if self._role is Role.PREFILL else deployment.router.slo.itl_ms
         self._limit: StepLimit | None = None
         self._steps: deque[StepSample] = deque(maxlen=_UNTOLD_STEPS)
         self._busy_s = 0.0
@@ -126,8 +125,8 @@ class PagedEngine:
             )
         self._furnish(PoolMemory(num_blocks, layout.block_bytes, self._epoch), on_outputs)
         self._calibration = calibrate(self._runner, num_blocks, self._config, self.info.max_context)
-        if self._step_ms:
-            self._limit = StepLimit(self._step_ms, self._config.step_tokens, self._calibration)
+        if self._itl_ms:
+            self._limit = StepLimit(self._itl_ms, self._config.step_tokens, self._calibration)
             self._scheduler.limit_steps(self._limit.prompt_tokens)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -154,7 +153,6 @@ class PagedEngine:
             max_context=min(max_context, memory.num_blocks * layout.block_size),
             step_tokens=self._config.step_tokens,
             max_batch=self._config.max_batch,
-            step_ms=self._step_ms,
             family=self._runner.fingerprint_of(layout.relatives(self._transfer.rounding)),
         )
         self._guides = Guides(self._runner.tokenizer_path, self._runner.vocab_size, self._runner.eos_token_ids)
@@ -399,6 +397,7 @@ class PagedEngine:
             total_blocks=pool.total_blocks,
             active_leases=self._leases.active,
             busy_s=self._busy_s,
+            step_ms=self._limit.step_ms if self._limit is not None else 0.0,
         )
 
     # --- arrivals and endings ------------------------------------------------------------------------------------------

@@ -17,8 +17,10 @@ from python_backends.core.types import RequestId
 from python_backends.engines.paged.sequence import Sequence
 from python_backends.kv.block_pool import BlockPool
 
-PromptTokens = Callable[[int, int, int], int]
+PromptTokens = Callable[[int, int, float], int]
 """step_limit.StepLimit.prompt_tokens."""
+Chunks = list[tuple[Sequence, int]]
+"""Sequences, each with how many of its tokens a step computes."""
 
 
 class Scheduler:
@@ -97,10 +99,21 @@ class Scheduler:
         batch = [(sequence, 1) for sequence in self._with_room(streams)]
         budget = self._step_tokens - len(batch)
         prompts = sorted((s for s in self.running if s.num_uncomputed > 1), key=lambda s: s.order)
-        if batch and prompts and self._beside_streams is not None:
-            context = sum(sequence.num_computed for sequence, _ in batch)
-            budget = min(budget, self._beside_streams(len(batch), context, prompts[0].num_computed))
-        return batch + _chunks(prompts, budget)
+        chunks = _chunks(prompts, budget)
+        if batch and chunks and self._beside_streams is not None:
+            chunks = self._cut(chunks, prompts, len(batch), sum(sequence.num_computed for sequence, _ in batch))
+        return batch + chunks
+
+    def _cut(self, chunks: Chunks, prompts: list[Sequence], streams: int, context: int) -> Chunks:
+        """Fewer prompt tokens, as the step limit has it: what they cost depends on whose they are, and that on how many."""
+        assert self._beside_streams is not None
+        while True:
+            tokens = sum(count for _, count in chunks)
+            depth = sum(count * (sequence.num_computed + count / 2) for sequence, count in chunks) / tokens - tokens / 2
+            fitting = self._beside_streams(streams, context, depth)
+            if fitting >= tokens:
+                return chunks
+            chunks = _chunks(prompts, fitting)
 
     def room_ahead(self, sequence: Sequence, most: int) -> int:
         """Tokens beyond the next one, at most so many, whose KV has room in the sequence's blocks. Takes blocks that nobody
@@ -168,7 +181,7 @@ class Scheduler:
         self.add(sequence)
 
 
-def _chunks(prompts: list[Sequence], budget: int) -> list[tuple[Sequence, int]]:
+def _chunks(prompts: list[Sequence], budget: int) -> Chunks:
     """Share `budget` tokens: the oldest prompt is sure of half of it, the shortest are served from the rest first."""
     if not prompts or budget <= 0:
         return []

@@ -4,29 +4,50 @@ A chunk of a prompt makes everybody in the step wait. Where a time between token
 as many prompt tokens as fit into that time, by what steps like it have taken, instead of a fixed number: more where
 streams are few and short, fewer where they are many (Agrawal et al., "Taming Throughput-Latency Tradeoff in LLM Inference
 with Sarathi-Serve", OSDI 2024, choose a fixed number for a target by profiling beforehand).
+
+Steps take longer or shorter than predicted; by how much depends on what else the machine does. So what steps are kept to
+is a share of the target that is learned: of the steps that were to take about so long, each that takes longer than the
+target lowers it, and every other raises it a little, so that about one in fifty is too long (Robbins and Monro, "A
+Stochastic Approximation Method", 1951).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 from python_backends.core.messages import StepSample
-from python_backends.core.step_model import StepModel, tokens_within
+from python_backends.core.step_model import StepModel, longest_step_ms, tokens_within
+
+_LATE = 0.02  # of the steps that are expected to take ...
+_FULL = 0.8  # ... at least so much of what they may
+_RATE = 0.05
+_LEAST, _MOST = 0.4, 0.95  # of the target
 
 
 class StepLimit:
-    """Belongs to the engine's thread. step_ms: what steps with streams are kept to."""
+    """Belongs to the engine's thread. step_ms: what steps with streams are kept to now."""
 
-    def __init__(self, step_ms: float, step_tokens: int, calibration: Iterable[StepSample]) -> None:
-        self._step_ms = step_ms
+    def __init__(self, itl_ms: float, step_tokens: int, calibration: Iterable[StepSample]) -> None:
+        """itl_ms: the target between tokens, more than 0."""
+        self.step_ms = longest_step_ms(itl_ms)
+        self._itl_ms = itl_ms
         self._step_tokens = step_tokens
         self._model = StepModel(calibration)
 
-    def prompt_tokens(self, streams: int, context: int, depth: int) -> int:
-        """Beside so many streams of `context` tokens together, of a prompt of which `depth` tokens are computed."""
+    def prompt_tokens(self, streams: int, context: int, depth: float) -> int:
+        """Beside so many streams of `context` tokens together, of prompts of which `depth` tokens are computed on average."""
         most = max(self._step_tokens - streams, 1)
-        return tokens_within(self._model, self._step_ms, streams, context, depth, most)
+        return tokens_within(self._model, self.step_ms, streams, context, depth, most)
 
     def learn(self, step: StepSample) -> None:
         """A step has been computed, with streams or without."""
+        if step.prefill_tokens and step.decode_streams:
+            expected = self._model.step_ms(step.prefill_tokens, step.prefill_context, step.decode_streams, step.decode_context)
+            if _FULL * self.step_ms <= expected <= self.step_ms:
+                self._adapt(is_late=step.ms > self._itl_ms)
         self._model.learn(step)
+
+    def _adapt(self, *, is_late: bool) -> None:
+        share = self.step_ms / self._itl_ms * math.exp(_RATE * (_LATE - is_late))
+        self.step_ms = min(max(share, _LEAST), _MOST) * self._itl_ms

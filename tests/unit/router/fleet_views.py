@@ -37,7 +37,7 @@ def heartbeat(
         epoch=Epoch(epoch),
         pid=1,
         host="here",
-        load=load or WorkerLoad(total_blocks=total_blocks),
+        load=load or WorkerLoad(total_blocks=total_blocks, step_ms=step_ms),
         layout=LAYOUT,
         fingerprint=fingerprint,
         max_context=max_context,
@@ -46,7 +46,6 @@ def heartbeat(
         events_sequence=sequence,
         stores={tier: StoreCounts() for tier in stores},
         lends=lends,
-        step_ms=step_ms,
         family=family,
     )
 
