@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from python_backends.core.messages import PrefillDone
+from python_backends.core.messages import Followed, PrefillDone
 from python_backends.core.types import KVReport
 from router.clock import Clock
 from router.types import Proof, RouteDecision
@@ -28,6 +28,7 @@ class Account:
         self._prefill: PrefillDone | None = None
         self._prefill_ms: float | None = None  # of the attempt that made the first token, once known
         self._report = KVReport()
+        self._ahead: list[Followed] = []
 
     def routed(self, decision: RouteDecision, attempt: int) -> None:
         """A new attempt: what an earlier one moved does not count."""
@@ -37,6 +38,11 @@ class Account:
             self._predicted_ttft_ms = (self._clock.now() - self._arrival) * 1e3 + decision.ttft_ms
         self._prefill = None
         self._report = KVReport()
+        self._ahead = []
+
+    def followed(self, followed: Followed) -> None:
+        """KV was moved before the prompt was computed."""
+        self._ahead.append(followed)
 
     def prefilled(self, done: PrefillDone) -> None:
         self._prefill = done
@@ -67,14 +73,17 @@ class Account:
         prefill_ms = min(report.compute_ms if self._prefill_ms is None else self._prefill_ms, ttft_ms)
         handed_over = prefill is not None and self._kv_ready > 0
         ready = max(self._kv_ready, self._first_token)
+        # The decode worker found what came ahead in its cache, unless it was evicted meanwhile.
+        ahead = min(sum(followed.tokens for followed in self._ahead), report.reused_tokens) if handed_over else 0
         return Proof(
             route=decision.way.value,
             why=decision.why,
             prefill_worker=decision.prefill or decision.decode,
             decode_worker=decision.decode,
             attempts=self._attempts,
-            kv_tokens_reused=report.reused_tokens,
-            kv_tokens_received=report.received_tokens,
+            kv_tokens_reused=report.reused_tokens - ahead,
+            kv_tokens_received=report.received_tokens + ahead,
+            kv_tokens_ahead=ahead,
             kv_tokens_recomputed=report.recomputed_tokens,
             kv_tokens_computed=report.computed_tokens,
             kv_tokens_node=report.prefix.node_tokens,
@@ -84,12 +93,12 @@ class Account:
             prefill_tokens_remote=prefill_prefix.remote_tokens,
             prefill_tokens_peer=prefill_prefix.peer_tokens,
             prefill_tokens_computed=prefill.computed_tokens if prefill else report.computed_tokens,
-            kv_bytes=report.received_bytes,
-            transfer_ms=report.transfer_ms,
+            kv_bytes=report.received_bytes + sum(followed.bytes for followed in self._ahead),
+            transfer_ms=report.transfer_ms + sum(followed.ms for followed in self._ahead),
             transport=report.transport,
             transport_why=report.transport_why,
             kv_codec=report.codec,
-            kv_wire_bytes=report.wire_bytes,
+            kv_wire_bytes=report.wire_bytes + sum(followed.wire_bytes for followed in self._ahead),
             kv_rounded=report.rounded,
             store_bytes=sum(prefix.bytes for prefix in both),
             store_ms=sum(prefix.ms for prefix in both),

@@ -12,11 +12,24 @@ from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from random import Random
 
+import msgspec
+
 from python_backends.core.block_hash import block_hashes
 from python_backends.core.config import Deployment
 from python_backends.core.errors import InvalidRequest
-from python_backends.core.messages import BlockEvents, Heartbeat, Lent, Located, Output, Outputs, PrefillDone, RequestFailed
-from python_backends.core.types import LeaseEnd, RequestId, Role, WorkerId
+from python_backends.core.messages import (
+    BlockEvents,
+    Followed,
+    FollowWork,
+    Heartbeat,
+    Lent,
+    Located,
+    Output,
+    Outputs,
+    PrefillDone,
+    RequestFailed,
+)
+from python_backends.core.types import GenerateRequest, LeaseEnd, RequestId, Role, WorkerId
 from router.admission import SHUTTING_DOWN, Admission
 from router.clock import Clock
 from router.detokenizer import Detokenizer
@@ -217,17 +230,29 @@ class House:
         sharing = [other for other in self.fleet.up() if _has_stores_of(view.heartbeat, other.heartbeat)]
         return {other.id: stored for other in sharing if match.get(other.id) >= pooled}
 
-    async def borrow(self, lender: WorkerId, prompt: Prompt) -> Lent | None:
+    async def borrow(self, lender: WorkerId, prompt: Prompt, within_s: float = _LEND_S) -> Lent | None:
         """A ticket for the leading tokens that the worker has cached. None when it does not say in time."""
         view = self.fleet.get(lender)
         if view is None:
             return None
         hashes = prompt.hashes(view.fingerprint, view.block_size)
-        answer = await self._ask(lender, lambda question: self.calls.lend(lender, question, hashes), _LEND_S)
+        answer = await self._ask(lender, lambda question: self.calls.lend(lender, question, hashes), within_s)
         return answer if isinstance(answer, Lent) and answer.ticket is not None else None
 
-    async def _ask(self, worker: WorkerId, ask: Callable[[RequestId], None], within_s: float) -> Output | None:
-        """One question to a worker, and its answer if that comes in time."""
+    async def follow(self, worker: WorkerId, request: GenerateRequest, loan: bytes) -> Followed | None:
+        """Have a worker fetch what another one lends, within the deadline. None when it does not."""
+        within_s = request.deadline - self.clock.now()
+
+        def ask(question: RequestId) -> None:
+            self.calls.submit(worker, FollowWork(msgspec.structs.replace(request, request_id=question), loan))
+
+        answer = await self._ask(worker, ask, within_s, abort=True)
+        return answer if isinstance(answer, Followed) and answer.tokens else None
+
+    async def _ask(
+        self, worker: WorkerId, ask: Callable[[RequestId], None], within_s: float, *, abort: bool = False
+    ) -> Output | None:
+        """One question to a worker, and its answer if that comes in time. `abort`: else the worker is to stop what it does."""
         self._questions += 1
         question = RequestId(f"{self.name}.q{self._questions}")
         with self.mailroom.box(question, worker) as box:
@@ -238,6 +263,8 @@ class House:
                 await asyncio.wait({answering}, timeout=within_s)
                 return answering.result() if answering.done() else None
             finally:
+                if abort and not answering.done():
+                    self.calls.abort(worker, question)
                 answering.cancel()
 
     # --- the state of things ---

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import msgspec
 
@@ -33,12 +34,12 @@ from python_backends.core.messages import (
     PrefillWork,
     RequestFailed,
     TokenChunk,
-    Work,
 )
 from python_backends.core.types import FinishReason, GenerateRequest, KVReport, LeaseEnd, RequestId, SamplingParams, WorkerId
 from router.account import Account
 from router.admission import Forecast, Place
 from router.fleet import Charge
+from router.following import Following, is_worth_following
 from router.house import House
 from router.journal import Entry
 from router.lessons import Lessons
@@ -219,21 +220,39 @@ class Run:
     async def prefill(self, worker: WorkerId, loan: bytes | None = None) -> bytes | None:
         """Have the prompt computed, send the first token to the client. Returns the ticket for the KV."""
         request = self._generate_request("p")
-        with self._house.mailroom.box(request.request_id, worker) as box:
+        with self._following(worker) as following, self._house.mailroom.box(request.request_id, worker) as box:
             self._prefill_leg = (worker, request.request_id)
             self._submit(worker, PrefillWork(request, loan))
             self._move(Event.PREFILL)
             while not isinstance(done := await self._next(box), PrefillDone):
                 self._give_back(Held.LOAN)  # KVReady: the lender's blocks are fetched
-        self._lessons.prefilled(worker, done)
-        if self._prefill_charge is not None:
-            self._prefill_charge.undo()
-        self._lease = (worker, done.lease_id) if done.lease_id is not None else None
-        self._lease_end = LeaseEnd.UNWANTED
-        self._account.prefilled(done)
-        logprobs = [done.logprob] if done.logprob else None
-        self._take(TokenChunk(done.request_id, [done.token_id], len(self._output_ids), logprobs, done.finish_reason))
+            self._lessons.prefilled(worker, done)
+            if self._prefill_charge is not None:
+                self._prefill_charge.undo()
+            self._lease = (worker, done.lease_id) if done.lease_id is not None else None
+            self._lease_end = LeaseEnd.UNWANTED
+            self._account.prefilled(done)
+            logprobs = [done.logprob] if done.logprob else None
+            self._take(TokenChunk(done.request_id, [done.token_id], len(self._output_ids), logprobs, done.finish_reason))
+            if following is not None and not self.ended:
+                await following.settle()
         return done.ticket
+
+    @contextmanager
+    def _following(self, prefill: WorkerId) -> Iterator[Following | None]:
+        """While the prompt is computed, the decode worker fetches what there is of it."""
+        fleet, decision = self._house.fleet, self._decision
+        assert decision is not None
+        source, target = fleet.get(prefill), fleet.get(decision.decode)
+        if source is None or target is None or not is_worth_following(source, target, decision.prefill_tokens):
+            yield None
+            return
+        request = self._generate_request("f")
+        following = Following(self._house, self._prompt, request, source, target, self._account.followed)
+        try:
+            yield following
+        finally:
+            following.cancel()
 
     async def decode(self, worker: WorkerId, ticket: bytes | None) -> None:
         """Hand over, if there is a ticket, and relay tokens to the client until the last one."""
@@ -341,7 +360,7 @@ class Run:
 
     # --- workers ---
 
-    def _submit(self, worker: WorkerId, work: Work) -> None:
+    def _submit(self, worker: WorkerId, work: PrefillWork | DecodeWork) -> None:
         assert self._decision is not None
         computes = isinstance(work, PrefillWork) or work.ticket is None
         self._lessons.submitted(worker, self._decision.prefill_tokens if computes else 0)

@@ -151,6 +151,7 @@ class Proof(msgspec.Struct, frozen=True):
         ""  # raw | lossless | float16 | int8: how kv_bytes travelled; empty: nothing did, or the engine doesn't tell
     )
     kv_wire_bytes: int = 0  # that travelled for them
+    kv_tokens_ahead: int = 0  # of those received: moved while the prefill worker was still computing others
     kv_rounded: str = ""  # the dtype that received KV was rounded to (transfer.rounding); empty: it arrived bit for bit
     request_id: str = ""  # the router's; scripts/trace finds the request by it ...
     trace_id: str = ""  # ... and by this one

@@ -44,7 +44,18 @@ class DecodeWork(msgspec.Struct, frozen=True, tag=True):
     ticket: bytes | None = None
 
 
-Work = PrefillWork | DecodeWork
+class FollowWork(msgspec.Struct, frozen=True, tag=True):
+    """Fetch the KV of the request's first blocks, which a prefill worker lends while it computes the rest, and cache it.
+
+    The handoff has less to move then. The answer is Followed. The request is never computed; its prompt has one token
+    more than the loan covers.
+    """
+
+    request: GenerateRequest
+    loan: bytes
+
+
+Work = PrefillWork | DecodeWork | FollowWork
 
 
 # --- worker -> router, on the channel ---------------------------------------------------------------------------------
@@ -107,7 +118,17 @@ class Lent(msgspec.Struct, frozen=True, tag=True):
     lease_id: str | None = None
 
 
-Output = PrefillDone | KVReady | TokenChunk | RequestFailed | Located | Lent
+class Followed(msgspec.Struct, frozen=True, tag=True):
+    """The answer to FollowWork: so many tokens were fetched and are cached. The loan can be released."""
+
+    request_id: RequestId
+    tokens: int = 0  # 0: there was no room, or the loan was of no use
+    bytes: int = 0
+    wire_bytes: int = 0  # that travelled for them
+    ms: float = 0.0
+
+
+Output = PrefillDone | KVReady | TokenChunk | RequestFailed | Located | Lent | Followed
 
 
 class StepSample(msgspec.Struct, frozen=True, array_like=True):
@@ -162,6 +183,7 @@ class Heartbeat(msgspec.Struct, frozen=True, tag=True):
     calibration: list[StepSample] = []  # steps timed when the model was loaded
     stores: dict[str, StoreCounts] = {}  # by the tier's name; empty: this worker has no stores
     lends: bool = False  # whether it lends and borrows cached blocks
+    follows: bool = False  # whether it knows FollowWork
     node_place: str = ""  # where users of the node store meet (core/shared_memory.py); empty: it uses none
     warm_up: bool = False  # its first handoff with each other worker is slow: make one before clients do
     draining: bool = False  # it takes no new work

@@ -119,6 +119,12 @@ class Lender(Protocol):
         A loan that can't be used, or is slower to fetch than to compute, costs nothing but itself.
         """
 
+    def follow(self, request: GenerateRequest, loan: bytes) -> None:
+        """Fetch the loan's blocks into the prefix cache, where there is room for them at once: Followed.
+
+        request: as FollowWork has it.
+        """
+
 
 @runtime_checkable
 class StepReporter(Protocol):

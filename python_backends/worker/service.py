@@ -19,6 +19,8 @@ from python_backends.core.messages import (
     BlockEvents,
     DecodeWork,
     Drain,
+    Followed,
+    FollowWork,
     Heartbeat,
     Leaving,
     Lend,
@@ -118,13 +120,21 @@ class Worker:
                 raise InvalidRequest(f"{type(piece).__name__} was sent to the {role.value} worker {self._config.name}")
         self._enter(piece.request for piece in work)
         for piece in work:
-            if isinstance(piece, DecodeWork):
+            if isinstance(piece, FollowWork):
+                self._follow(piece)
+            elif isinstance(piece, DecodeWork):
                 self._engine.decode(piece.request, piece.ticket)
             elif piece.loan is not None and isinstance(self._engine, Lender):
                 self._engine.prefill_with(piece.request, piece.loan)
             else:
                 self._engine.prefill(piece.request)
         return len(work)
+
+    def _follow(self, work: FollowWork) -> None:
+        if isinstance(self._engine, Lender):
+            self._engine.follow(work.request, work.loan)
+        else:
+            self._deliver([Followed(work.request.request_id)], None)
 
     def close(self) -> None:
         """Engine first, so that its last words still reach the router. Idempotent."""
@@ -183,6 +193,7 @@ class Worker:
             calibration=list(self._engine.calibration()) if isinstance(self._engine, StepReporter) else [],
             stores=self._reader.store_counts() if self._reader else {},
             lends=isinstance(self._engine, Lender),
+            follows=isinstance(self._engine, Lender),
             node_place=self._reader.node_place if self._reader else "",
             warm_up=info.warm_up,
             draining=self._drain.draining,
@@ -278,4 +289,4 @@ def router_of(request_id: RequestId) -> str:
 def _is_last(output: Output) -> bool:
     if isinstance(output, TokenChunk):
         return output.finish_reason is not None
-    return isinstance(output, PrefillDone | RequestFailed)
+    return isinstance(output, PrefillDone | RequestFailed | Followed)

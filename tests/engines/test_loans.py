@@ -13,7 +13,7 @@ import pytest
 from python_backends.core.block_hash import block_hashes, chain_root
 from python_backends.core.config import Deployment, EngineConfig, FakeConfig, ModelConfig, TransferConfig, WorkerConfig
 from python_backends.core.handoff import seal, unseal
-from python_backends.core.messages import KVReady, Lent, PrefillDone
+from python_backends.core.messages import Followed, KVReady, Lent, PrefillDone
 from python_backends.core.types import BlockHash, Epoch, RequestId, Role
 from python_backends.engines.base import Lender, create_engine
 from tests.engines.bench import KEY, EngineBench, make_request
@@ -202,3 +202,83 @@ def test_abort_while_a_loan_is_fetched_gives_everything_back(make: Make) -> None
     borrower.engine.abort(RequestId("b"))
     borrower.assert_nothing_held()
     assert borrower.last("b") is None
+
+
+# --- a decode worker follows a prefill ---
+
+
+def follow(bench: EngineBench, request_id: str, tokens: list[int], lent: Lent) -> Followed:
+    """As the router asks for it."""
+    assert isinstance(bench.engine, Lender)
+    bench.engine.follow(make_request(request_id, tokens[: lent.tokens + 1]), lent.ticket or b"")
+    bench.wait(lambda: request_id in bench.outputs)
+    (followed,) = bench.outputs[request_id]
+    assert isinstance(followed, Followed), followed
+    return followed
+
+
+def test_what_came_ahead_is_not_moved_again(make: Make) -> None:
+    prefill, decode = make(Role.PREFILL), make(Role.DECODE)
+    prefill.prefill(make_request("begun", PROMPT[:40], max_tokens=1))
+    size = decode.engine.info.layout.block_bytes
+    first = follow(decode, "f1", PROMPT, lend(prefill, hashes_of(prefill, PROMPT)))
+    assert (first.tokens, first.bytes) == (32, 2 * size)
+    decode.assert_nothing_held()
+    done = prefill.prefill(make_request("whole", PROMPT, max_tokens=12))
+    second = follow(decode, "f2", PROMPT, lend(prefill, hashes_of(prefill, PROMPT)))
+    assert (second.tokens, second.bytes) == (32, 2 * size), "only what is new"
+    tokens, report = decode.decode(make_request("d", PROMPT, [done.token_id], max_tokens=12), done.ticket)
+    assert (report.reused_tokens, report.received_tokens, report.recomputed_tokens) == (64, 11, 0)
+    assert report.received_bytes == size
+    expected, _ = make(Role.AGGREGATED).decode(make_request("ref", PROMPT, max_tokens=12))
+    assert [done.token_id, *tokens] == expected
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda ticket: b"nonsense",
+        lambda ticket: _resealed(ticket, content=b"\0" * 16),
+        lambda ticket: _resealed(ticket, digests=[b"\0" * 16] * 4),
+        lambda ticket: _resealed(ticket, epoch=Epoch(4711)),
+    ],
+)
+def test_what_can_not_be_fetched_ahead_leaves_nothing_behind(make: Make, spoil: Callable[[bytes], bytes]) -> None:
+    prefill, decode = make(Role.PREFILL), make(Role.DECODE)
+    done = prefill.prefill(make_request("a", PROMPT, max_tokens=12))
+    lent = lend(prefill, hashes_of(prefill, PROMPT))
+    assert lent.ticket is not None
+    spoilt = msgspec.structs.replace(lent, ticket=spoil(lent.ticket))
+    assert follow(decode, "f", PROMPT, spoilt) == Followed(RequestId("f"))
+    decode.assert_nothing_held()
+    assert decode.engine.load().cached_blocks == 0, "bad KV can be found"
+    _, report = decode.decode(make_request("d", PROMPT, [done.token_id], max_tokens=12), done.ticket)
+    assert (report.reused_tokens, report.received_tokens) == (0, 75)
+
+
+def test_where_there_is_no_room_nothing_is_fetched_ahead(make: Make) -> None:
+    prefill, decode = make(Role.PREFILL), make(Role.DECODE)
+    prefill.prefill(make_request("a", PROMPT, max_tokens=1))
+    lent = lend(prefill, hashes_of(prefill, PROMPT))
+    load, longest = decode.engine.load(), decode.engine.info.max_context - 40
+    names = [f"long{i}" for i in range(load.total_blocks * BLOCK // longest + 1)]  # the last one has to wait
+    for seed, name in enumerate(names):
+        decode.engine.decode(make_request(name, tokens_of(50 + seed, longest), max_tokens=30, ignore_eos=True), None)
+    decode.wait_load(lambda: decode.engine.load().queued_requests > 0)
+    assert follow(decode, "f", PROMPT, lent) == Followed(RequestId("f"))
+    for name in names:
+        decode.engine.abort(RequestId(name))
+    decode.assert_nothing_held()
+
+
+def test_abort_while_it_follows_gives_everything_back(make: Make) -> None:
+    prefill, decode = make(Role.PREFILL), make(Role.DECODE, faults={"hang": 1.0}, timeout_s=0.5)
+    prefill.prefill(make_request("a", PROMPT, max_tokens=1))
+    lent = lend(prefill, hashes_of(prefill, PROMPT))
+    assert isinstance(decode.engine, Lender)
+    assert lent.ticket is not None
+    decode.engine.follow(make_request("f", PROMPT[:65]), lent.ticket)
+    decode.wait_load(lambda: decode.engine.load().held_blocks > 0)
+    decode.engine.abort(RequestId("f"))
+    decode.assert_nothing_held()
+    assert "f" not in decode.outputs

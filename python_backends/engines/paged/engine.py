@@ -22,7 +22,7 @@ from python_backends.core.block_hash import block_hashes, chain_root, content_ha
 from python_backends.core.config import Deployment, WorkerConfig
 from python_backends.core.errors import BatonError, ConfigError, EngineFailure, HandoffRefused, RefusalReason, TritonCode
 from python_backends.core.handoff import TICKET_VERSION, KVHandoff, seal, unseal
-from python_backends.core.messages import KVReady, Lent, Output, PrefillDone, RequestFailed, StepSample, TokenChunk
+from python_backends.core.messages import Followed, KVReady, Lent, Output, PrefillDone, RequestFailed, StepSample, TokenChunk
 from python_backends.core.types import (
     BlockHash,
     Epoch,
@@ -183,6 +183,9 @@ class PagedEngine:
 
     def prefill_with(self, request: GenerateRequest, loan: bytes) -> None:
         self._take_in(request, loan, prefill_only=True)
+
+    def follow(self, request: GenerateRequest, loan: bytes) -> None:
+        self._inbox.put(partial(self._follow, request, loan))
 
     # --- the StoreReader contract --------------------------------------------------------------------------------------
 
@@ -607,6 +610,11 @@ class PagedEngine:
 
     def _read_loan(self, sequence: Sequence, ticket: bytes) -> None:
         """Check a ticket for the first blocks. Without it they are computed, as if nobody had offered them."""
+        if not self._takes_loan(sequence, ticket):
+            self._outputs.append(KVReady(sequence.id, sequence.lease_id, self._report(sequence)))
+
+    def _takes_loan(self, sequence: Sequence, ticket: bytes) -> bool:
+        """Whether the ticket is good for the sequence's first blocks, which are then to be fetched."""
         try:
             loan = unseal(ticket, self._key, time.time())
             sequence.lease_id = loan.lease_id
@@ -616,10 +624,10 @@ class PagedEngine:
                 raise HandoffRefused(RefusalReason.FOREIGN_CONTENT, "KV of other tokens")
         except HandoffRefused as refused:
             log.warning("request %s: the loan is of no use: %s", sequence.id, refused)
-            self._outputs.append(KVReady(sequence.id, sequence.lease_id, self._report(sequence)))
-        else:
-            self._used_leases[loan.lease_id] = loan.expires_at
-            sequence.handoff = loan
+            return False
+        self._used_leases[loan.lease_id] = loan.expires_at
+        sequence.handoff = loan
+        return True
 
     def _accept_loan(self, sequence: Sequence, loan: KVHandoff, num_blocks: int, taken_ms: float) -> None:
         first = len(loan.blocks) - num_blocks
@@ -630,6 +638,37 @@ class PagedEngine:
             sequence.prefix = PrefixReport(peer_tokens=tokens, bytes=num_bytes, ms=taken_ms)
         sequence.num_computed = max(loan.num_tokens, sequence.num_computed)
         self._scheduler.publish_full_blocks(sequence)
+
+    # --- decode: follow a prefill --------------------------------------------------------------------------------------
+
+    def _follow(self, request: GenerateRequest, loan: bytes) -> None:
+        """Fetch what a prefill worker has so far, if there is room for it. Nothing is held for it beyond the transfer."""
+        if request.request_id in self._aborted:
+            del self._aborted[request.request_id]
+            return
+        self._arrivals += 1
+        root = chain_root(self.info.fingerprint, request.salt)
+        sequence = Sequence(request, True, self._arrivals, self.info.layout.block_size, root, follows=True)
+        if self._takes_loan(sequence, loan) and self._scheduler.admit_to_fetch(sequence):
+            self._begin_fetch(sequence)
+        else:
+            self._outputs.append(Followed(sequence.id))
+
+    def _end_follow(
+        self, sequence: Sequence, loan: KVHandoff, num_blocks: int, taken_ms: float, outcome: Fetched | HandoffRefused
+    ) -> None:
+        followed = Followed(sequence.id)
+        if isinstance(outcome, HandoffRefused):
+            log.info("request %s: not fetched ahead: %s", sequence.id, outcome)
+        elif num_blocks:
+            first = len(loan.blocks) - num_blocks
+            self._import_fetched(sequence.blocks[first : len(loan.blocks)])
+            tokens, num_bytes = num_blocks * sequence.block_size, num_blocks * self.info.layout.block_bytes
+            followed = Followed(sequence.id, tokens, num_bytes, outcome.wire_bytes, taken_ms)
+            sequence.num_computed = loan.num_tokens
+            self._scheduler.publish_full_blocks(sequence)
+        self._scheduler.drop_fetching(sequence)
+        self._outputs.append(followed)
 
     # --- decode: fetch -------------------------------------------------------------------------------------------------
 
@@ -678,7 +717,7 @@ class PagedEngine:
             self._begin_load(sequence)
             return
         wanted = range(sequence.num_published, self.info.layout.blocks_for(handoff.num_tokens))
-        if not sequence.was_handed and not self._loan_pays(len(wanted)):
+        if not (sequence.was_handed or sequence.follows or self._loan_pays(len(wanted))):
             refused = HandoffRefused(RefusalReason.TRANSFER_FAILED, "computing is faster")
             self._inbox.put(partial(self._end_fetch, sequence, 0, 0.0, refused))
             return
@@ -714,6 +753,9 @@ class PagedEngine:
         sequence.handoff = None
         if sequence.doomed:
             self._scheduler.drop_fetching(sequence)
+            return
+        if sequence.follows:
+            self._end_follow(sequence, handoff, num_blocks, taken_ms, outcome)
             return
         if not sequence.was_handed:
             self._end_loan(sequence, handoff, num_blocks, taken_ms, outcome)

@@ -62,6 +62,13 @@ class Scheduler:
                 self.running.append(sequence)
         return to_fetch
 
+    def admit_to_fetch(self, sequence: Sequence) -> bool:
+        """Give blocks to a sequence whose KV is to be fetched now or never. Whoever waits goes first: then it is never."""
+        if self.waiting or len(self.running) + len(self.fetching) >= self._max_batch or not self._take_blocks(sequence):
+            return False
+        self.fetching[sequence.id] = sequence
+        return True
+
     def fetched(self, sequence: Sequence) -> None:
         """The transfer into the sequence's blocks has ended, well or badly."""
         del self.fetching[sequence.id]

@@ -29,6 +29,7 @@ class Sequence:
     root: BlockHash
     handoff: KVHandoff | None = None  # a verified ticket, of a handoff or a loan, whose KV is yet to be fetched
     lease_id: str | None = None  # of that ticket; reported in KVReady
+    follows: bool = False  # only fetched, into the prefix cache, and never computed
     was_handed: bool = False  # a ticket came with the request, good or bad: what is computed here is a recompute
     refusal: str = "none"  # KVReport.digest
     seeks_store: bool = False  # there are stores that may have what is not cached here
