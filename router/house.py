@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from random import Random
 
@@ -257,15 +257,25 @@ class House:
         question = RequestId(f"{self.name}.q{self._questions}")
         with self.mailroom.box(question, worker) as box:
             ask(question)
-            answering = asyncio.ensure_future(box.get())
+            answering, answer = asyncio.ensure_future(box.get()), None
             try:
                 # Not wait_for: before Python 3.12 it loses a cancellation that comes together with the answer.
                 await asyncio.wait({answering}, timeout=within_s)
-                return answering.result() if answering.done() else None
+                answer = answering.result() if answering.done() else None
+                return answer
             finally:
-                if abort and not answering.done():
-                    self.calls.abort(worker, question)
-                answering.cancel()
+                if answer is None:  # it did not come in time, or came together with a cancellation
+                    if abort:
+                        self.calls.abort(worker, question)
+                    self._return(worker, [answering.result()] if answering.done() else [])
+                    answering.cancel()
+                    self._return(worker, box.rest())
+
+    def _return(self, worker: WorkerId, outputs: Iterable[Output]) -> None:
+        """Nobody waits for these any more: give back what they offer."""
+        for output in outputs:
+            if isinstance(output, PrefillDone | Lent) and output.lease_id is not None:
+                self.calls.release(worker, output.lease_id, LeaseEnd.UNWANTED)
 
     # --- the state of things ---
 
@@ -326,9 +336,7 @@ class House:
         if not all(isinstance(output, RequestFailed) for output in outputs.outputs):
             self.fleet.spoke(outputs.worker, self.clock.now())
         self.fleet.stepped(outputs.worker, outputs.steps)
-        for output in self.mailroom.deliver(outputs.outputs):
-            if isinstance(output, PrefillDone | Lent) and output.lease_id is not None:
-                self.calls.release(outputs.worker, output.lease_id, LeaseEnd.UNWANTED)  # its request is gone
+        self._return(outputs.worker, self.mailroom.deliver(outputs.outputs))
 
     def hear_events(self, events: BlockEvents) -> bool:
         """Returns whether the worker's blocks must be asked for again."""

@@ -27,6 +27,10 @@ class Box:
     async def get(self) -> Output:
         return await self._outputs.get()
 
+    def rest(self) -> list[Output]:
+        """Those that have come and nobody has got."""
+        return [self._outputs.get_nowait() for _ in range(self._outputs.qsize())]
+
     def put(self, output: Output) -> None:
         self._outputs.put_nowait(output)
 

@@ -33,6 +33,7 @@ from python_backends.core.messages import (
     Abort,
     BlockEvents,
     DecodeWork,
+    FollowWork,
     Outputs,
     PrefillDone,
     PrefillWork,
@@ -201,6 +202,7 @@ def _valid_orders() -> list[bytes]:
         [PrefillWork(_REQUEST)],
         [DecodeWork(_REQUEST, _TICKETS[0])],
         [DecodeWork(_REQUEST), PrefillWork(_REQUEST)],
+        [FollowWork(_REQUEST, _TICKETS[0])],
     ]
     return [book.seal(_WORKER, _EPOCH, work) for work in works]
 

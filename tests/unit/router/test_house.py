@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from python_backends.core.config import Deployment, WorkerConfig
-from python_backends.core.messages import Heartbeat, Located, Outputs, Work
+from python_backends.core.messages import Heartbeat, Lent, Located, Outputs, Work
 from python_backends.core.types import BlockHash, LeaseEnd, RequestId, Role, StoreCounts, WorkerId
 from router.house import House, _has_stores_of
 from router.tokenizer import Tokenizer
@@ -92,6 +92,46 @@ def test_what_the_stores_have_is_not_computed(blocks: int | None) -> None:
     if blocks == FULL_BLOCKS:
         assert (decision.way, decision.decode, decision.prefill_tokens) == (Way.CACHED, "decode", 4)
         assert "96 of 100 tokens in the stores" in decision.why
+
+
+class _Lender(Calls):
+    """Lends when the test says so, and keeps what is given back."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+        self.questions: list[RequestId] = []
+        self.released: list[str] = []
+
+    def lend(self, worker: WorkerId, request_id: RequestId, hashes: Sequence[BlockHash]) -> None:
+        self.questions.append(request_id)
+
+    def release(self, worker: WorkerId, lease_id: str, end: LeaseEnd) -> None:
+        self.released.append(lease_id)
+
+
+@pytest.mark.parametrize("turns", [0, 1, 2])
+def test_a_loan_that_comes_together_with_the_cancellation_is_given_back(turns: int) -> None:
+    """turns: of the event loop that lie between the two."""
+    calls = _Lender()
+
+    async def borrow() -> None:
+        house = House(Deployment(workers=(WorkerConfig(Role.DECODE),)), cast(Tokenizer, NumberTokenizer()), calls, Counts())
+        house.hear_heartbeat(PREFILL, 0.0)
+        task = asyncio.create_task(house.borrow(WorkerId("prefill"), house.prompt(PROMPT, "")))
+        while not calls.questions:
+            await asyncio.sleep(0)
+        house.hear_outputs(Outputs(PREFILL.worker, PREFILL.epoch, [Lent(calls.questions[0], 32, b"ticket", "lease")]))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        task.cancel()
+        (outcome,) = await asyncio.gather(task, return_exceptions=True)
+        house.close()
+        if isinstance(outcome, asyncio.CancelledError):
+            assert calls.released == ["lease"]
+        else:
+            assert isinstance(outcome, Lent)
+
+    asyncio.run(asyncio.wait_for(borrow(), 10))
 
 
 @pytest.mark.parametrize(("place", "host", "shares"), [("/a", "here", True), ("/a", "there", False), ("/b", "here", False)])
