@@ -43,7 +43,7 @@ _SLEEPING = "engine: {fake: {step_us: 5000, prefill_us_per_token: 100}, kv_pool_
 _ONE_OF_EACH = "workers: [{role: prefill}, {role: decode}]\n"
 _AGGREGATED = "workers: [{role: aggregated}]\n"
 _STREAM_TOKENS = (32, 100)  # in, out
-_HANDOFF_LENGTHS = (1_000, 2_000, 4_000)
+_HANDOFF_LENGTHS = (1_000, 2_000, 4_000, 8_000)
 _PREFIX_TOKENS = 2_000
 _SCALE_STREAMS = 16  # per decode worker
 
@@ -166,6 +166,7 @@ def _handoff(answer: Answer) -> Iterator[tuple[str, str, float]]:
     proof = answer.proof
     if proof.kv_tokens_received == 0:
         raise BatonError(f"nothing was handed over: {proof.why}")
+    yield "moved while the prompt was computed", "%", proof.kv_tokens_ahead / proof.kv_tokens_received * 100
     yield "transfer", "ms", proof.transfer_ms
     yield "handoff, end of prefill to decode", "ms", proof.handoff_ms
     yield "rate", "GiB/s", proof.kv_bytes / proof.transfer_ms * 1e3 / (1 << 30)
