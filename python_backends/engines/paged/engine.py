@@ -285,7 +285,8 @@ class PagedEngine:
         shape = _shape(batch)
         streams = sum(1 for sequence, count in batch if sequence.num_uncomputed == count == 1)
         marginal = self._step_cost.marginal(streams) if streams else 1.0
-        slices = [self._slice(sequence, count, marginal) for sequence, count in batch]
+        most_drafts = self._most_drafts(shape)
+        slices = [self._slice(sequence, count, marginal, most_drafts) for sequence, count in batch]
         try:
             results = self._runner.step(slices)
         except BatonError as error:
@@ -309,13 +310,21 @@ class PagedEngine:
             sample = StepSample(*shape, ms=(self._busy_since - began) * 1e3, decode_tokens=got)
             self._steps.append(sample)
             if self._limit is not None:
-                self._limit.learn(sample)
+                self._limit.learn(sample, sum(piece.drafts for piece in slices))
         return True
 
-    def _slice(self, sequence: Sequence, count: int, marginal: float) -> Slice:
+    def _most_drafts(self, shape: tuple[int, float, int, int]) -> int:
+        """For each stream."""
+        prompt_tokens, _, streams, context = shape
+        most = self._config.draft_tokens
+        if self._limit is not None and streams and most:
+            most = min(most, self._limit.draft_tokens(streams, context, prompt_tokens) // streams)
+        return most
+
+    def _slice(self, sequence: Sequence, count: int, marginal: float, most_drafts: int) -> Slice:
         start = sequence.num_computed
         draw = self._draw(sequence) if count == sequence.num_uncomputed else None
-        drafts = self._drafts(sequence, marginal) if draw is not None and count == 1 and _may_guess(draw) else []
+        drafts = self._drafts(sequence, marginal, most_drafts) if draw is not None and count == 1 and _may_guess(draw) else []
         return Slice(
             token_ids=sequence.token_ids[start : start + count] + drafts,
             start=start,
@@ -324,10 +333,10 @@ class PagedEngine:
             drafts=len(drafts),
         )
 
-    def _drafts(self, sequence: Sequence, marginal: float) -> list[int]:
+    def _drafts(self, sequence: Sequence, marginal: float, most: int) -> list[int]:
         """Guesses of the stream's next tokens but one: none that could go beyond its end, or where they don't pay."""
         left = min(sequence.request.sampling.max_tokens - sequence.num_output, self.info.max_context - len(sequence.token_ids))
-        most = min(self._config.draft_tokens, left - 1)
+        most = min(most, left - 1)
         if most <= 0 or sequence.prefill_only:
             return []
         drafts = sequence.drafts.propose(sequence.token_ids, most, marginal)

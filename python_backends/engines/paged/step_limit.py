@@ -1,9 +1,11 @@
-"""How much of a prompt is computed beside running streams: as much as keeps the time between their tokens.
+"""How much is computed beside running streams: as much as keeps the time between their tokens.
 
 A chunk of a prompt makes everybody in the step wait. Where a time between tokens is aimed at, a step with streams takes
 as many prompt tokens as fit into that time, by what steps like it have taken, instead of a fixed number: more where
 streams are few and short, fewer where they are many (Agrawal et al., "Taming Throughput-Latency Tradeoff in LLM Inference
 with Sarathi-Serve", OSDI 2024, choose a fixed number for a target by profiling beforehand).
+
+Guesses of streams' next tokens (speculation.py) are computed as prompt tokens are, and get what those leave.
 
 Steps take longer or shorter than predicted; by how much depends on what else the machine does. So what steps are kept to
 is a share of the target that is learned: of the steps that were to take about so long, each that takes longer than the
@@ -15,6 +17,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+
+import msgspec
 
 from python_backends.core.messages import StepSample
 from python_backends.core.step_model import StepModel, longest_step_ms, tokens_within
@@ -40,10 +44,22 @@ class StepLimit:
         most = max(self._step_tokens - streams, 1)
         return tokens_within(self._model, self.step_ms, streams, context, depth, most)
 
-    def learn(self, step: StepSample) -> None:
-        """A step has been computed, with streams or without."""
+    def draft_tokens(self, streams: int, context: int, prompt_tokens: int) -> int:
+        """Guesses of all streams together, beside so many prompt tokens in the step. streams: at least one."""
+        depth = context / streams
+        room = self.prompt_tokens(streams, context, depth)
+        fits = self._model.step_ms(room, room * (depth + room / 2), streams, context) <= self.step_ms
+        return max(room - prompt_tokens, 0) if fits else 0
+
+    def learn(self, step: StepSample, drafts: int = 0) -> None:
+        """A step has been computed, with streams or without. drafts: guesses in it."""
+        if drafts:
+            depth = step.decode_context / step.decode_streams
+            tokens, pairs = step.prefill_tokens + drafts, step.prefill_context + drafts * depth
+            step = msgspec.structs.replace(step, prefill_tokens=tokens, prefill_context=pairs)
         if step.prefill_tokens and step.decode_streams:
-            expected = self._model.step_ms(step.prefill_tokens, step.prefill_context, step.decode_streams, step.decode_context)
+            shape = step.prefill_tokens, step.prefill_context, step.decode_streams, step.decode_context
+            expected = self._model.step_ms(*shape)
             if _FULL * self.step_ms <= expected <= self.step_ms:
                 self._adapt(is_late=step.ms > self._itl_ms)
         self._model.learn(step)

@@ -62,3 +62,20 @@ def test_short_steps_and_those_of_streams_alone_teach_nothing(limit: StepLimit) 
 
 def test_the_deeper_the_prompt_the_fewer_of_its_tokens(limit: StepLimit) -> None:
     assert limit.prompt_tokens(8, 800, 4000) < limit.prompt_tokens(8, 800, 0) < 256
+
+
+def test_guesses_get_what_prompts_leave(limit: StepLimit) -> None:
+    alone = limit.draft_tokens(8, 800, 0)
+    assert 8 < alone <= 256
+    assert limit.draft_tokens(8, 800, 20) == alone - 20
+    assert limit.draft_tokens(8, 800, 256) == 0
+    assert limit.draft_tokens(100, 10_000, 0) == 0, "the streams alone take longer than the target"
+
+
+def test_steps_are_learned_with_their_guesses(limit: StepLimit) -> None:
+    """A step with guesses takes longer, and streams must not be taken to be slow for it."""
+    before = limit.draft_tokens(8, 800, 0)
+    for _ in range(200):
+        ms = _law(32, 32 * 100, 8, 800)
+        limit.learn(StepSample(0, 0, 8, 800, ms, 40), drafts=32)
+    assert abs(limit.draft_tokens(8, 800, 0) - before) <= 0.2 * before
