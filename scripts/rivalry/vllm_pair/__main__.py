@@ -1,0 +1,107 @@
+"""Starts two vLLM instances, each on half of the cores, and the proxy before them. All are of one process group.
+
+    python -m scripts.rivalry.vllm_pair --port PORT --cores 0,1 -- vllm serve MODEL ...
+
+The command is that of both instances, without a port. Ends when one of them does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import socket
+import sys
+from dataclasses import dataclass
+
+import aiohttp
+from aiohttp import web
+
+from scripts.rivalry.vllm_pair.cores import bind
+from scripts.rivalry.vllm_pair.proxy import Proxy
+
+_HOST = "127.0.0.1"
+_POLL_S = 0.5
+_HEALTH_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Instance:
+    """One vLLM server of the two."""
+
+    name: str
+    port: int
+    cores: frozenset[int]
+    process: asyncio.subprocess.Process
+
+    @property
+    def address(self) -> str:
+        return f"http://{_HOST}:{self.port}"
+
+
+async def start(name: str, command: list[str], cores: list[int]) -> Instance:
+    """It takes a while until it answers."""
+    port, handshakes = _free_ports(2)
+    variables = {
+        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
+        "VLLM_NIXL_SIDE_CHANNEL_HOST": _HOST,
+        "VLLM_NIXL_SIDE_CHANNEL_PORT": str(handshakes),
+    }
+    whole = [*command, "--host", _HOST, "--port", str(port)]
+    print(name, *(f"{variable}={value}" for variable, value in variables.items()), *whole, flush=True)
+    process = await asyncio.create_subprocess_exec(*whole, env={**os.environ, **variables})
+    return Instance(name, port, frozenset(cores), process)
+
+
+async def run(port: int, cores: list[int], command: list[str]) -> str:
+    """Serve until an instance ends. Returns which it was."""
+    half = len(cores) // 2
+    instances = [await start("prefill", command, cores[:half]), await start("decode", command, cores[half:])]
+    ends = [asyncio.create_task(instance.process.wait(), name=instance.name) for instance in instances]
+    serving = asyncio.create_task(_serve(port, instances), name="proxy")
+    done, _ = await asyncio.wait([*ends, serving], return_when=asyncio.FIRST_COMPLETED)
+    first = done.pop()
+    return f"{first.get_name()} ended: {first.exception() or first.result()}"
+
+
+async def _serve(port: int, instances: list[Instance]) -> None:
+    """Answer as soon as both instances do."""
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=_HEALTH_TIMEOUT_S)
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
+        proxy = Proxy(session, *(instance.address for instance in instances))
+        while not await proxy.healthy():
+            await asyncio.sleep(_POLL_S)
+        for instance in instances:
+            moved = bind(instance.process.pid, instance.cores)
+            print(f"{instance.name}: {moved} threads moved to cores {sorted(instance.cores)}", flush=True)
+        # A client that goes away ends its request at the instance, too.
+        runner = web.AppRunner(proxy.application(), handler_cancellation=True, access_log=None)
+        await runner.setup()
+        await web.TCPSite(runner, _HOST, port).start()
+        await asyncio.Event().wait()
+
+
+def _free_ports(count: int) -> list[int]:
+    """Different from each other."""
+    probes = [socket.create_server((_HOST, 0)) for _ in range(count)]
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.rivalry.vllm_pair", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--cores", required=True, help="numbers of two or more; the first half is for prefill")
+    parser.add_argument("command", nargs="+")
+    parsed = parser.parse_args(arguments)
+    cores = [int(core) for core in parsed.cores.split(",")]
+    print(asyncio.run(run(parsed.port, cores, parsed.command)), file=sys.stderr, flush=True)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
