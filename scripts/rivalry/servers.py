@@ -96,7 +96,7 @@ def _vllm_instance_variables(kv_gib: int) -> dict[str, str]:
 
 
 _PAIR_KV_GIB = 2  # of each instance
-_NIXL = {"kv_connector": "NixlConnector", "kv_role": "kv_both", "kv_buffer_device": "cpu"}
+_NIXL = {"kv_connector": "NixlConnector", "kv_buffer_device": "cpu"}
 
 
 def _vllm_pair(served: Served) -> list[str]:
@@ -104,8 +104,8 @@ def _vllm_pair(served: Served) -> list[str]:
     if len(served.cores) < 2:
         raise ConfigError("vllm-disaggregated: its two instances need a core each, and only one may be used here")
     program = [str(ENVIRONMENTS["vllm"].program("python")), "-m", "scripts.rivalry.vllm_pair"]
-    program += ["--port", str(served.port), "--cores", ",".join(map(str, served.cores)), "--"]
-    return [*program, *_vllm_instance(served), "--kv-transfer-config", json.dumps(_NIXL)]
+    program += ["--port", str(served.port), "--cores", ",".join(map(str, served.cores)), "--transfer", json.dumps(_NIXL)]
+    return [*program, "--", *_vllm_instance(served)]
 
 
 def _vllm_pair_variables(served: Served) -> dict[str, str]:

@@ -1,15 +1,17 @@
 """Starts two vLLM instances, each on half of the cores, and the proxy before them. All are of one process group.
 
-    python -m scripts.rivalry.vllm_pair --port PORT --cores 0,1 -- vllm serve MODEL ...
+    python -m scripts.rivalry.vllm_pair --port PORT --cores 0,1 --transfer JSON -- vllm serve MODEL ...
 
-The command is that of both instances, without a port. Ends when one of them does.
+The command is that of both instances; ports, cores and their --kv-transfer-config are added to it. Ends when one of them does.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import os
+import shlex
 import socket
 import sys
 from dataclasses import dataclass
@@ -39,7 +41,7 @@ class Instance:
         return f"http://{_HOST}:{self.port}"
 
 
-async def start(name: str, command: list[str], cores: list[int]) -> Instance:
+async def start(name: str, command: list[str], cores: list[int], transfer: dict[str, str]) -> Instance:
     """It takes a while until it answers."""
     port, handshakes = _free_ports(2)
     variables = {
@@ -47,16 +49,19 @@ async def start(name: str, command: list[str], cores: list[int]) -> Instance:
         "VLLM_NIXL_SIDE_CHANNEL_HOST": _HOST,
         "VLLM_NIXL_SIDE_CHANNEL_PORT": str(handshakes),
     }
-    whole = [*command, "--host", _HOST, "--port", str(port)]
-    print(name, *(f"{variable}={value}" for variable, value in variables.items()), *whole, flush=True)
+    whole = [*command, "--host", _HOST, "--port", str(port), "--kv-transfer-config", json.dumps(transfer)]
+    print(f"{name}:", shlex.join([*(f"{variable}={value}" for variable, value in variables.items()), *whole]), flush=True)
     process = await asyncio.create_subprocess_exec(*whole, env={**os.environ, **variables})
     return Instance(name, port, frozenset(cores), process)
 
 
-async def run(port: int, cores: list[int], command: list[str]) -> str:
+async def run(port: int, cores: list[int], transfer: dict[str, str], command: list[str]) -> str:
     """Serve until an instance ends. Returns which it was."""
     half = len(cores) // 2
-    instances = [await start("prefill", command, cores[:half]), await start("decode", command, cores[half:])]
+    instances = [
+        await start("prefill", command, cores[:half], {**transfer, "kv_role": "kv_producer"}),
+        await start("decode", command, cores[half:], {**transfer, "kv_role": "kv_consumer"}),
+    ]
     ends = [asyncio.create_task(instance.process.wait(), name=instance.name) for instance in instances]
     serving = asyncio.create_task(_serve(port, instances), name="proxy")
     done, _ = await asyncio.wait([*ends, serving], return_when=asyncio.FIRST_COMPLETED)
@@ -96,10 +101,11 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--cores", required=True, help="numbers of two or more; the first half is for prefill")
+    parser.add_argument("--transfer", type=json.loads, required=True, help="their --kv-transfer-config, without roles")
     parser.add_argument("command", nargs="+")
     parsed = parser.parse_args(arguments)
     cores = [int(core) for core in parsed.cores.split(",")]
-    print(asyncio.run(run(parsed.port, cores, parsed.command)), file=sys.stderr, flush=True)
+    print(asyncio.run(run(parsed.port, cores, parsed.transfer, parsed.command)), file=sys.stderr, flush=True)
     return 1
 
 

@@ -27,6 +27,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 parser = argparse.ArgumentParser()
 parser.add_argument("--host")
 parser.add_argument("--port", type=int)
+parser.add_argument("--kv-transfer-config", type=json.loads)
 given = parser.parse_args()
 os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # the main thread; the others may run anywhere
 if os.environ.get("BREAK") == os.environ["VLLM_CPU_OMP_THREADS_BIND"]:
@@ -42,8 +43,9 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         main = sorted(os.sched_getaffinity(os.getpid()))
+        started = {"bind": os.environ["VLLM_CPU_OMP_THREADS_BIND"], "transfer": given.kv_transfer_config, "main": main}
         with open(os.environ["ASKED"], "a") as file:
-            print(json.dumps({"bind": os.environ["VLLM_CPU_OMP_THREADS_BIND"], "main": main, **asked}), file=file)
+            print(json.dumps({**started, **asked}), file=file)
         if asked["kv_transfer_params"].get("do_remote_decode"):
             if len(asked["prompt"]) > 1000:
                 self.answer({"error": {"message": "too long"}}, 400)
@@ -80,7 +82,7 @@ def _rival(**variables: str) -> Rival:
         "none",
         lambda served: [
             *(sys.executable, "-m", "scripts.rivalry.vllm_pair", "--port", str(served.port), "--cores", cores),
-            *("--", sys.executable, "-c", _INSTANCE),
+            *("--transfer", '{"kv_connector": "NixlConnector"}', "--", sys.executable, "-c", _INSTANCE),
         ],
         lambda served: {"PYTHONPATH": str(repository_root()), **variables},
     )
@@ -119,6 +121,8 @@ def test_prefill_has_the_prompt_first_and_decode_answers(server: RivalServer, as
     assert prefill["kv_transfer_params"]["remote_block_ids"] is None
     assert (decode["prompt"], decode["max_tokens"], decode["stream"]) == ([1, 2, 3], 4, True)
     assert decode["kv_transfer_params"] == {"remote_block_ids": [3]}
+    assert prefill["transfer"] == {"kv_connector": "NixlConnector", "kv_role": "kv_producer"}
+    assert decode["transfer"] == {"kv_connector": "NixlConnector", "kv_role": "kv_consumer"}
     assert refused["bind"] == prefill["bind"] != decode["bind"] or len(_CORES) == 1
 
 
