@@ -13,7 +13,7 @@ import shlex
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -83,7 +83,7 @@ def _vllm(chunk: int | None, served: Served) -> list[str]:
 
 
 def _vllm_variables(served: Served) -> dict[str, str]:
-    return {**_vllm_instance_variables(_KV_GIB), "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, served.cores))}
+    return {**_vllm_instance_variables(_KV_GIB), "VLLM_CPU_OMP_THREADS_BIND": _joined(served.cores)}
 
 
 def _vllm_instance_variables(kv_gib: int) -> dict[str, str]:
@@ -96,20 +96,31 @@ def _vllm_instance_variables(kv_gib: int) -> dict[str, str]:
 
 
 _PAIR_KV_GIB = 2  # of each instance
+_PAIR_PORTS = 5
 _NIXL = {"kv_connector": "NixlConnector", "kv_buffer_device": "cpu"}
 
 
 def _vllm_pair(served: Served) -> list[str]:
-    """Each instance has half of the cores."""
+    """Each instance has half of the cores.
+
+    All ports are chosen here: free_port knows which ones the kernel doesn't give away before they are used, a minute later.
+    """
     if len(served.cores) < 2:
         raise ConfigError("vllm-disaggregated: its two instances need a core each, and only one may be used here")
     program = [str(ENVIRONMENTS["vllm"].program("python")), "-m", "scripts.rivalry.vllm_pair"]
-    program += ["--port", str(served.port), "--cores", ",".join(map(str, served.cores)), "--transfer", json.dumps(_NIXL)]
+    ports = [served.port]
+    while len(ports) < _PAIR_PORTS:
+        ports.append(free_port("127.0.0.1", set(ports)))
+    program += ["--ports", _joined(ports), "--cores", _joined(served.cores), "--transfer", json.dumps(_NIXL)]
     return [*program, "--", *_vllm_instance(served)]
 
 
 def _vllm_pair_variables(served: Served) -> dict[str, str]:
     return {**_vllm_instance_variables(_PAIR_KV_GIB), "PYTHONPATH": str(repository_root()), "PYTHONSAFEPATH": "1"}
+
+
+def _joined(numbers: Sequence[int]) -> str:
+    return ",".join(map(str, numbers))
 
 
 _EVERY_TOKEN = {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}

@@ -1,6 +1,6 @@
 """Starts two vLLM instances, each on half of the cores, and the proxy before them. All are of one process group.
 
-    python -m scripts.rivalry.vllm_pair --port PORT --cores 0,1 --transfer JSON -- vllm serve MODEL ...
+    python -m scripts.rivalry.vllm_pair --ports 8100,8101,8102,8103,8104 --cores 0,1 --transfer JSON -- vllm serve MODEL ...
 
 The command is that of both instances; ports, cores and their --kv-transfer-config are added to it. Ends when one of them does.
 """
@@ -12,7 +12,6 @@ import asyncio
 import json
 import os
 import shlex
-import socket
 import sys
 from dataclasses import dataclass
 
@@ -41,9 +40,9 @@ class Instance:
         return f"http://{_HOST}:{self.port}"
 
 
-async def start(name: str, command: list[str], cores: list[int], transfer: dict[str, str]) -> Instance:
-    """It takes a while until it answers."""
-    port, handshakes = _free_ports(2)
+async def start(name: str, command: list[str], ports: list[int], cores: list[int], transfer: dict[str, str]) -> Instance:
+    """It takes a while until it answers. `ports`: of its API, and of NIXL's handshakes."""
+    port, handshakes = ports
     variables = {
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
         "VLLM_NIXL_SIDE_CHANNEL_HOST": _HOST,
@@ -55,15 +54,15 @@ async def start(name: str, command: list[str], cores: list[int], transfer: dict[
     return Instance(name, port, frozenset(cores), process)
 
 
-async def run(port: int, cores: list[int], transfer: dict[str, str], command: list[str]) -> str:
+async def run(ports: list[int], cores: list[int], transfer: dict[str, str], command: list[str]) -> str:
     """Serve until an instance ends. Returns which it was."""
     half = len(cores) // 2
     instances = [
-        await start("prefill", command, cores[:half], {**transfer, "kv_role": "kv_producer"}),
-        await start("decode", command, cores[half:], {**transfer, "kv_role": "kv_consumer"}),
+        await start("prefill", command, ports[1:3], cores[:half], {**transfer, "kv_role": "kv_producer"}),
+        await start("decode", command, ports[3:5], cores[half:], {**transfer, "kv_role": "kv_consumer"}),
     ]
     ends = [asyncio.create_task(instance.process.wait(), name=instance.name) for instance in instances]
-    serving = asyncio.create_task(_serve(port, instances), name="proxy")
+    serving = asyncio.create_task(_serve(ports[0], instances), name="proxy")
     done, _ = await asyncio.wait([*ends, serving], return_when=asyncio.FIRST_COMPLETED)
     first = done.pop()
     return f"{first.get_name()} ended: {first.exception() or first.result()}"
@@ -86,26 +85,20 @@ async def _serve(port: int, instances: list[Instance]) -> None:
         await asyncio.Event().wait()
 
 
-def _free_ports(count: int) -> list[int]:
-    """Different from each other."""
-    probes = [socket.create_server((_HOST, 0)) for _ in range(count)]
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m scripts.rivalry.vllm_pair", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--cores", required=True, help="numbers of two or more; the first half is for prefill")
+    parser.add_argument("--ports", type=_numbers, required=True, help="five: the proxy's, prefill's two and decode's two")
+    parser.add_argument("--cores", type=_numbers, required=True, help="two or more; the first half is for prefill")
     parser.add_argument("--transfer", type=json.loads, required=True, help="their --kv-transfer-config, without roles")
     parser.add_argument("command", nargs="+")
     parsed = parser.parse_args(arguments)
-    cores = [int(core) for core in parsed.cores.split(",")]
-    print(asyncio.run(run(parsed.port, cores, parsed.transfer, parsed.command)), file=sys.stderr, flush=True)
+    print(asyncio.run(run(parsed.ports, parsed.cores, parsed.transfer, parsed.command)), file=sys.stderr, flush=True)
     return 1
 
 

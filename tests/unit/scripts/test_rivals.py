@@ -145,8 +145,12 @@ def test_vllm_is_not_a_false_rival(model: Path, monkeypatch: pytest.MonkeyPatch,
 def test_vllms_disaggregated_mode_has_a_core_for_each_instance(model: Path) -> None:
     _pretend_installed("vllm")
     rival = RIVALS["vllm-disaggregated"]
-    command = " ".join(rival.command(Served(model, 8100, (0, 1))))
-    assert "bin/python -m scripts.rivalry.vllm_pair --port 8100 --cores 0,1 --transfer " in command
+    parts = rival.command(Served(model, 8100, (0, 1)))
+    ports = parts[parts.index("--ports") + 1].split(",")
+    assert (ports[0], len(set(ports))) == ("8100", 5)
+    command = " ".join(parts)
+    assert "bin/python -m scripts.rivalry.vllm_pair " in command
+    assert "--cores 0,1 --transfer " in command
     assert command.endswith(f"bin/vllm serve {model} --dtype float32 --max-model-len 4096")
     assert '"kv_connector": "NixlConnector"' in command
     with pytest.raises(ConfigError, match="need a core each"):

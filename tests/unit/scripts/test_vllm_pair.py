@@ -17,7 +17,8 @@ from loadtest.options import Options
 from loadtest.protocols import connect
 from python_backends.core.errors import BatonError, Unavailable
 from python_backends.core.paths import repository_root
-from scripts.rivalry.servers import Rival, RivalServer
+from scripts.rivalry.servers import Rival, RivalServer, Served
+from scripts.tritonserver import free_port
 
 _CORES = sorted(os.sched_getaffinity(0))
 _INSTANCE = """
@@ -76,16 +77,19 @@ ThreadingHTTPServer((given.host, given.port), Handler).serve_forever()
 
 def _rival(**variables: str) -> Rival:
     cores = ",".join(map(str, _CORES if len(_CORES) > 1 else _CORES * 2))
-    return Rival(
-        "pair",
-        "two little servers",
-        "none",
-        lambda served: [
-            *(sys.executable, "-m", "scripts.rivalry.vllm_pair", "--port", str(served.port), "--cores", cores),
+
+    def command(served: Served) -> list[str]:
+        ports = [served.port]
+        while len(ports) < 5:
+            ports.append(free_port("127.0.0.1", set(ports)))
+        return [
+            *(sys.executable, "-m", "scripts.rivalry.vllm_pair"),
+            *("--ports", ",".join(map(str, ports)), "--cores", cores),
             *("--transfer", '{"kv_connector": "NixlConnector"}', "--", sys.executable, "-c", _INSTANCE),
-        ],
-        lambda served: {"PYTHONPATH": str(repository_root()), **variables},
-    )
+        ]
+
+    variables["PYTHONPATH"] = str(repository_root())
+    return Rival("pair", "two little servers", "none", command, lambda served: variables)
 
 
 @pytest.fixture
