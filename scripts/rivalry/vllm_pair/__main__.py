@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import aiohttp
 from aiohttp import web
 
-from scripts.rivalry.vllm_pair.cores import bind
 from scripts.rivalry.vllm_pair.proxy import Proxy
+from scripts.rivalry.vllm_pair.threads import bind, calm
 
 _HOST = "127.0.0.1"
 _POLL_S = 0.5
@@ -77,7 +77,8 @@ async def _serve(port: int, instances: list[Instance]) -> None:
             await asyncio.sleep(_POLL_S)
         for instance in instances:
             moved = bind(instance.process.pid, instance.cores)
-            print(f"{instance.name}: {moved} threads moved to cores {sorted(instance.cores)}", flush=True)
+            calmed = calm(instance.process.pid)
+            print(f"{instance.name}: {moved} threads moved to its cores, {calmed} that spin calmed", flush=True)
         # A client that goes away ends its request at the instance, too.
         runner = web.AppRunner(proxy.application(), handler_cancellation=True, access_log=None)
         await runner.setup()

@@ -22,7 +22,7 @@ from scripts.tritonserver import free_port
 
 _CORES = sorted(os.sched_getaffinity(0))
 _INSTANCE = """
-import argparse, json, os, sys
+import argparse, json, os, sys, threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 parser = argparse.ArgumentParser()
@@ -33,6 +33,12 @@ given = parser.parse_args()
 os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # the main thread; the others may run anywhere
 if os.environ.get("BREAK") == os.environ["VLLM_CPU_OMP_THREADS_BIND"]:
     sys.exit("no such model")
+
+def spin():
+    while True:
+        pass
+
+threading.Thread(target=spin, daemon=True).start()
 
 class Handler(BaseHTTPRequestHandler):
     def log_message(self, *arguments):
@@ -134,6 +140,13 @@ def test_prefill_has_the_prompt_first_and_decode_answers(server: RivalServer, as
 def test_each_computes_on_its_own_cores(server: RivalServer, asked: Path) -> None:
     for request in _requests(asked):
         assert set(request["main"]) <= set(map(int, request["bind"].split(",")))
+
+
+def test_what_spins_lets_others_go_first(server: RivalServer) -> None:
+    assert server._process is not None
+    for instance in psutil.Process(server._process.pid).children():
+        niceness = [os.getpriority(os.PRIO_PROCESS, thread.id) for thread in instance.threads()]
+        assert (niceness[0], max(niceness)) == (os.getpriority(os.PRIO_PROCESS, 0), 19)
 
 
 def test_all_processes_stand_still_and_end_together(server: RivalServer) -> None:
