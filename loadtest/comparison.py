@@ -19,10 +19,19 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from loadtest.charts import MUTED, SERIES, Curve, LineStyle, cdf, draw, time_scale
-from loadtest.plots import Plot, finish_goodput, latency_curves, paint_goodput, paint_itl, paint_prefill, place_legend
+from loadtest.plots import (
+    GoodputSeries,
+    Plot,
+    goodput_chart,
+    latency_curves,
+    paint_itl,
+    paint_prefill,
+    place_legend,
+    slos_text,
+)
 from loadtest.record import Record, Run
 from loadtest.report import Page, duration, facts, warnings, write_page
-from loadtest.summary import ALL, Figures, figures, goodput_points
+from loadtest.summary import ALL, Figures, Point, figures, goodput_points
 from loadtest.tables import Row, markdown, milliseconds, rate
 
 _STYLES: tuple[LineStyle, ...] = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)))
@@ -54,6 +63,7 @@ class Measure:
     show: Callable[[float], str]
     less_is_better: bool
     of_one_kind: bool = False  # says nothing over kinds that differ
+    needs_second_slo: bool = False
 
 
 MEASURES = (
@@ -64,6 +74,7 @@ MEASURES = (
     Measure("tokens out per second", lambda f: f.output_rate, rate, False),
     Measure("tokens in and out per second", lambda f: f.total_rate, rate, False),
     Measure("goodput per second", lambda f: f.goodput, rate, False),
+    Measure("goodput per second, second SLO", lambda f: f.second_goodput, rate, False, needs_second_slo=True),
     Measure("failed", lambda f: f.failed, rate, True),
 )
 
@@ -85,11 +96,12 @@ class Compared:
 def compare(sides: Sequence[Side]) -> list[Compared]:
     """All measures of all kinds. The sides have the same number of rounds and were given the same load."""
     kinds = [found.kind for found in figures(*sides[0].runs[0])]
+    second = sides[0].runs[0][0].options.wanted_second_slo
     found = []
     for kind in kinds:
         rounds = [side.figures_of(kind) for side in sides]
         for measure in MEASURES:
-            if kind == ALL and measure.of_one_kind:
+            if (kind == ALL and measure.of_one_kind) or (measure.needs_second_slo and not second):
                 continue
             found.append(Compared(kind, measure, [[measure.value(one) for one in side] for side in rounds]))
     return found
@@ -165,7 +177,10 @@ def write_comparison(directory: Path, sides: Sequence[Side], command: str) -> Pa
 
 
 def _json(sides: Sequence[Side], compared: Sequence[Compared], command: str) -> bytes:
-    """Every value of every round, in order; null where there is none. Times in ms, rates per second."""
+    """Every value of every round, in order; null where there is none. Times in ms, rates per second.
+
+    `goodput`: the stretches of each round, for each side.
+    """
     run, _ = sides[0].runs[0]
     found = [
         {
@@ -177,7 +192,8 @@ def _json(sides: Sequence[Side], compared: Sequence[Compared], command: str) -> 
         for one in compared
     ]
     head = {"command": command, "began": run.began, "machine": run.machine, "options": run.options, "first": sides[0].name}
-    return msgspec.json.format(msgspec.json.encode({**head, "figures": found}), indent=1) + b"\n"
+    points = {side.name: _points(side) for side in sides}
+    return msgspec.json.format(msgspec.json.encode({**head, "figures": found, "goodput": points}), indent=1) + b"\n"
 
 
 def _names(sides: Sequence[Side]) -> str:
@@ -304,16 +320,16 @@ def _over_time(sides: Sequence[Side]) -> Plot:
 
 
 def _goodput(sides: Sequence[Side]) -> Plot:
-    found = [[point for run, records in side.runs for point in goodput_points(run, records)] for side in sides]
+    series = [
+        GoodputSeries(side.name, SERIES[number], _MARKERS[number], [point for one in _points(side) for point in one])
+        for number, side in enumerate(sides)
+    ]
+    run, _ = sides[0].runs[0]
+    n = f"{sum(len(one.points) for one in series)} stretches"
+    text = f"Each point is a stretch of a run. On the dotted line all requests are good. {slos_text(run)}"
+    return Plot("Goodput against rate", goodput_chart(run, series), n, text)
 
-    def paint(figure: Figure, narrow: bool) -> None:
-        axes = figure.subplots()
-        for number, (side, points) in enumerate(zip(sides, found, strict=True)):
-            marks = [(point.rate, point.goodput) for point in points]
-            paint_goodput(axes, marks, SERIES[number], _MARKERS[number], side.name)
-        finish_goodput(axes, max((point.rate for points in found for point in points), default=1.0))
-        place_legend(figure, axes, narrow)
 
-    n = f"{sum(len(points) for points in found)} stretches"
-    text = "Each point is a stretch of a run. On the line all requests meet the SLO."
-    return Plot("Goodput against rate", draw("goodput", paint, 3.4, 3.9), n, text)
+def _points(side: Side) -> list[list[Point]]:
+    """One list per round."""
+    return [goodput_points(run, records) for run, records in side.runs]

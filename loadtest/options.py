@@ -56,6 +56,9 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
             description="what a good request meets, such as ttft=2000,itl=100: ms to the first token, p99 of ms between tokens"
         ),
     ] = ""
+    second_slo: Annotated[
+        str, Meta(description="goodput is counted under this one, too; as --slo, for all kinds of requests")
+    ] = ""
     seed: Annotated[Count, Meta(description="of lengths and arrivals: same seed, same load")] = 0
     nonce: Annotated[
         Count, Meta(description="of the prompts' tokens; 0 draws one, so that no earlier run is in a prefix cache")
@@ -80,13 +83,12 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def wanted_slo(self) -> Slo | None:
         """None when the scenario's own are to be used."""
-        if not self.slo:
-            return None
-        parts = dict(part.split("=", 1) for part in self.slo.split(",") if "=" in part)
-        try:
-            return Slo(ttft_ms=float(parts.pop("ttft")), itl_ms=float(parts.pop("itl")))
-        except (KeyError, ValueError) as error:
-            raise ConfigError(f"--slo: {self.slo!r} is not like ttft=2000,itl=100 (milliseconds)") from error
+        return _slo("--slo", self.slo)
+
+    @property
+    def wanted_second_slo(self) -> Slo | None:
+        """None when there is one SLO only."""
+        return _slo("--second-slo", self.second_slo)
 
     @property
     def extra_fields(self) -> dict[str, Any]:
@@ -104,6 +106,16 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
         if low >= high:
             raise ConfigError(f"--token-ids: {self.token_ids} is empty; give LOW-HIGH")
         return low, high
+
+
+def _slo(flag: str, text: str) -> Slo | None:
+    if not text:
+        return None
+    parts = dict(part.split("=", 1) for part in text.split(",") if "=" in part)
+    try:
+        return Slo(ttft_ms=float(parts.pop("ttft")), itl_ms=float(parts.pop("itl")))
+    except (KeyError, ValueError) as error:
+        raise ConfigError(f"{flag}: {text!r} is not like ttft=2000,itl=100 (milliseconds)") from error
 
 
 def add_options(parser: argparse._ActionsContainer, **defaults: object) -> None:
@@ -135,6 +147,7 @@ def read_options(parsed: argparse.Namespace) -> Options:
         raise ConfigError(f"{_flag(name)}: {str(error).partition(' - at')[0]}") from error
     if options.warmup >= options.duration:
         raise ConfigError(f"--warmup: {options.warmup:g} s is all of --duration {options.duration:g}; nothing would count")
+    _ = options.wanted_slo, options.wanted_second_slo  # what is wrong with them is told before the run, not after it
     return options
 
 

@@ -12,7 +12,8 @@ from matplotlib.ticker import FuncFormatter
 
 from loadtest.charts import INK, MUTED, SERIES, Chart, Curve, LineStyle, cdf, draw, time_scale
 from loadtest.record import Floats, Record, Run
-from loadtest.summary import gaps_inside, goodput_points, waiting_tokens
+from loadtest.summary import Point, gaps_inside, goodput_points, waiting_tokens
+from loadtest.tables import slo_text
 
 _BINS = 90
 _MIN_BIN_S = 0.5
@@ -131,23 +132,64 @@ def paint_prefill(axes: Axes, run: Run, records: Sequence[Record], colour: str) 
 
 def _goodput(run: Run, records: Sequence[Record]) -> Plot:
     points = goodput_points(run, records)
+    text = f"Each point is a stretch of the run. On the dotted line all requests are good. {slos_text(run)}"
+    chart = goodput_chart(run, [GoodputSeries("measured", SERIES[0], "o", points)])
+    return Plot("Goodput against rate", chart, f"{len(points)} stretches", text)
+
+
+@dataclass(frozen=True, slots=True)
+class GoodputSeries:
+    """The stretches of one side, of all its runs."""
+
+    name: str
+    colour: str
+    marker: str
+    points: Sequence[Point]
+
+
+def goodput_chart(run: Run, series: Sequence[GoodputSeries]) -> Chart:
+    """Good requests against those that arrived, a panel per SLO; a line joins the medians of the load's levels."""
+    seconds = [False, True] if run.options.wanted_second_slo else [False]
 
     def paint(figure: Figure, narrow: bool) -> None:
-        axes = figure.subplots()
-        paint_goodput(axes, [(point.rate, point.goodput) for point in points], SERIES[0], "o", "measured")
-        finish_goodput(axes, max((point.rate for point in points), default=1.0))
+        across = (len(seconds), 1) if narrow else (1, len(seconds))
+        panels = figure.subplots(*across, squeeze=False).ravel()
+        for axes, second in zip(panels, seconds, strict=True):
+            for one in series:
+                _paint_goodput(axes, one, second)
+            _finish_goodput(axes, max((point.rate for one in series for point in one.points), default=1.0))
+            if len(seconds) > 1:
+                axes.set_title("Second SLO" if second else "First SLO")
+        if len(series) > 1:
+            place_legend(figure, panels[0], narrow)
 
-    slos = "; ".join(f"{kind}: TTFT {slo.ttft_ms:g} ms, ITL p99 {slo.itl_ms:g} ms" for kind, slo in run.slos.items())
-    text = f"Each point is a stretch of the run. Good requests met the SLO ({slos}); on the line all of them do."
-    return Plot("Goodput against rate", draw("goodput", paint, 3.2, 3.6), f"{len(points)} stretches", text)
+    return draw("goodput", paint, 3.4, 3.7 * len(seconds))
 
 
-def paint_goodput(axes: Axes, points: Sequence[tuple[float, float]], colour: str, marker: str, name: str) -> None:
-    rates, good = zip(*sorted(points), strict=True) if points else ((), ())
-    axes.plot(rates, good, marker, color=colour, alpha=0.85, markersize=6, label=name, linestyle="none")
+def slos_text(run: Run) -> str:
+    """What good requests meet."""
+    slos = [f"{kind}: {slo_text(slo)}" for kind, slo in run.slos.items()]
+    second = run.options.wanted_second_slo
+    more = [f"second SLO: {slo_text(second)}"] if second else []
+    return f"Good: longest TTFT, ITL p99 of each request: {'; '.join(slos + more)}."
 
 
-def finish_goodput(axes: Axes, highest: float) -> None:
+def _paint_goodput(axes: Axes, series: GoodputSeries, second: bool) -> None:
+    found: dict[float, list[tuple[float, float]]] = {}
+    for point in series.points:
+        found.setdefault(point.level, []).append((point.rate, (point.second_goodput or 0.0) if second else point.goodput))
+    every = [pair for pairs in found.values() for pair in pairs]
+    rates, good = zip(*every, strict=True) if every else ((), ())
+    colour, marker = series.colour, series.marker
+    if len(found) == 1:
+        axes.plot(rates, good, linestyle="none", alpha=0.85, markersize=6, label=series.name, color=colour, marker=marker)
+        return
+    axes.plot(rates, good, linestyle="none", alpha=0.4, markersize=4, color=colour, marker=marker)
+    middle = np.array([np.median(found[level], axis=0) for level in sorted(found)])
+    axes.plot(middle[:, 0], middle[:, 1], markersize=6, label=series.name, color=colour, marker=marker)
+
+
+def _finish_goodput(axes: Axes, highest: float) -> None:
     top = highest * 1.1 or 1.0
     axes.plot([0, top], [0, top], color=MUTED, linewidth=1.0, linestyle=":")
     axes.text(top, top, "all good ", color=INK, ha="right", va="top", fontsize=8.5)

@@ -56,6 +56,9 @@ class Figures:
     output_rate: float  # tokens that arrived
     cached_share: float  # of prompt tokens, found in a prefix cache; 0 where the server does not say
     routes: dict[str, int]
+    second_slo: Slo | None = None
+    second_good: int = 0
+    second_goodput: float = 0.0
 
     @property
     def total_rate(self) -> float:
@@ -75,6 +78,8 @@ def figures(run: Run, records: Sequence[Record]) -> list[Figures]:
 def _figures(kind: str, run: Run, records: Sequence[Record]) -> Figures:
     counted = [record for record in records if _inside(record.due_s, run)]
     good = sum(record.meets(run.slos[record.kind]) for record in counted)
+    second = run.options.wanted_second_slo
+    second_good = sum(record.meets(second) for record in counted) if second else 0
     seconds = run.window[1] - run.window[0]
     prefilled = [record for record in records if record.arrival_s and _inside(record.arrival_s[0], run)]
     inputs = sum(record.input_tokens for record in counted)
@@ -98,6 +103,9 @@ def _figures(kind: str, run: Run, records: Sequence[Record]) -> Figures:
         output_rate=sum(_tokens_inside(record, run) for record in records) / seconds,
         cached_share=sum(record.cached_tokens for record in counted) / inputs if inputs else 0.0,
         routes=routes,
+        second_slo=second,
+        second_good=second_good,
+        second_goodput=second_good / seconds,
     )
 
 
@@ -151,17 +159,23 @@ def prefill_end(record: Record) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A stretch of the run: requests per second that arrived, and that were good."""
+    """A stretch of the run: requests per second that arrived, and that were good. `level`: of the shape, meanwhile.
+
+    `second_goodput`: under the second SLO, if there is one.
+    """
 
     start_s: float
+    level: float
     rate: float
     goodput: float
+    second_goodput: float | None
 
 
 def goodput_points(run: Run, records: Sequence[Record]) -> list[Point]:
     """One per step of the shape; of a steady load, one per tenth of the window."""
     low, high = run.window
-    windows = [(max(a, low), b) for a, b in Shape(tuple(run.levels)).windows(high)]
+    shape, second = Shape(tuple(run.levels)), run.options.wanted_second_slo
+    windows = [(max(a, low), b) for a, b in shape.windows(high)]
     if len(windows) == 1:
         edges = np.linspace(low, high, min(_WINDOWS, max(1, int((high - low) / _MIN_WINDOW_S))) + 1)
         windows = list(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True))
@@ -170,6 +184,7 @@ def goodput_points(run: Run, records: Sequence[Record]) -> list[Point]:
         if end - start < _MIN_WINDOW_S / 2:
             continue
         due = [record for record in records if start <= record.due_s < end]
-        good = sum(record.meets(run.slos[record.kind]) for record in due)
-        points.append(Point(start, len(due) / (end - start), good / (end - start)))
+        good = sum(record.meets(run.slos[record.kind]) for record in due) / (end - start)
+        second_good = sum(record.meets(second) for record in due) / (end - start) if second else None
+        points.append(Point(start, shape.level(start), len(due) / (end - start), good, second_good))
     return points

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from loadtest.record import Run
 from loadtest.summary import Figures, Spread
+from loadtest.workload import Slo
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,11 @@ def rate(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
+def slo_text(slo: Slo) -> str:
+    """Longest time to the first token, and 99th percentile of times between tokens."""
+    return f"{milliseconds(slo.ttft_ms)}, {milliseconds(slo.itl_ms)}"
+
+
 def percentiles(values: Spread) -> str:
     return " / ".join(milliseconds(value) for value in (values.p50, values.p90, values.p99))
 
@@ -47,16 +53,18 @@ _ROWS: tuple[tuple[str, Callable[[Figures], str]], ...] = (
     ("requests per second", lambda f: rate(f.request_rate)),
     ("tokens out per second", lambda f: rate(f.output_rate)),
     ("tokens in and out per second", lambda f: rate(f.total_rate)),
-    (
-        "SLO: TTFT, ITL p99",
-        lambda f: f"{milliseconds(f.slo.ttft_ms)}, {milliseconds(f.slo.itl_ms)}" if f.slo else "each its own",
-    ),
+    ("SLO: TTFT, ITL p99", lambda f: slo_text(f.slo) if f.slo else "each its own"),
     ("goodput per second", lambda f: f"{rate(f.goodput)} ({f.good / max(f.requests, 1):.0%})"),
 )
 
 
 def rows(found: Sequence[Figures]) -> list[Row]:
     table = [Row(name, tuple(value(figures) for figures in found)) for name, value in _ROWS]
+    second = found[0].second_slo
+    if second:
+        name = f"goodput per second, second SLO ({slo_text(second)})"
+        values = (f"{rate(f.second_goodput)} ({f.second_good / max(f.requests, 1):.0%})" for f in found)
+        table.append(Row(name, tuple(values)))
     if any(figures.cached_share for figures in found):
         table.append(Row("prompt tokens from a prefix cache", tuple(f"{figures.cached_share:.0%}" for figures in found)))
     if any(figures.routes for figures in found):

@@ -24,12 +24,12 @@ def _show(console: Console) -> None:
     table = Table("rival", "what", "packages", "installed", box=None, padding=(0, 2), pad_edge=False)
     for environment in ENVIRONMENTS.values():
         installed = "yes" if environment.is_installed else "no"
-        table.add_row(environment.name, environment.about, ", ".join(environment.requirements), installed)
+        table.add_row(environment.name, environment.about, ", ".join(environment.packages), installed)
     console.print(table)
     console.print(f"\nEach is or would be in {rivals_dir()}/NAME.", highlight=False, soft_wrap=True)
     console.print("\nServers, as scripts/compare and scripts/bench mixed name them:", highlight=False)
     for rival in RIVALS.values():
-        console.print(f"  {rival.name:<16}{rival.about}", highlight=False)
+        console.print(f"  {rival.name:<20}{rival.about}", highlight=False)
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:

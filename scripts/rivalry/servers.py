@@ -9,10 +9,11 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import shlex
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,7 +24,8 @@ import msgspec
 
 from loadtest.options import Options
 from loadtest.protocols.openai import OpenAIConnection
-from python_backends.core.errors import BatonError, Unavailable
+from python_backends.core.errors import BatonError, ConfigError, Unavailable
+from python_backends.core.paths import repository_root
 from scripts.rivalry.environments import ENVIRONMENTS
 from scripts.rivalry.models import gguf_of
 from scripts.tritonserver import free_port
@@ -70,20 +72,55 @@ class Rival:
         return msgspec.structs.replace(options, api="completions", model="", fields=fields)
 
 
-def _vllm(chunk: int | None, served: Served) -> list[str]:
+def _vllm_instance(served: Served) -> list[str]:
     command = [str(ENVIRONMENTS["vllm"].program("vllm")), "serve", str(served.model), "--dtype", "float32"]
-    command += ["--host", "127.0.0.1", "--port", str(served.port), "--max-model-len", str(served.most_tokens)]
+    return [*command, "--max-model-len", str(served.most_tokens)]
+
+
+def _vllm(chunk: int | None, served: Served) -> list[str]:
+    command = [*_vllm_instance(served), "--host", "127.0.0.1", "--port", str(served.port)]
     return [*command, *(["--max-num-batched-tokens", str(chunk), "--max-num-seqs", "64"] if chunk else [])]
 
 
 def _vllm_variables(served: Served) -> dict[str, str]:
+    return {**_vllm_instance_variables(_KV_GIB), "VLLM_CPU_OMP_THREADS_BIND": _joined(served.cores)}
+
+
+def _vllm_instance_variables(kv_gib: int) -> dict[str, str]:
     return {
         "VLLM_TARGET_DEVICE": "cpu",
-        "VLLM_CPU_KVCACHE_SPACE": str(_KV_GIB),
-        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, served.cores)),
+        "VLLM_CPU_KVCACHE_SPACE": str(kv_gib),
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
+
+
+_PAIR_KV_GIB = 2  # of each instance
+_PAIR_PORTS = 5
+_NIXL = {"kv_connector": "NixlConnector", "kv_buffer_device": "cpu"}
+
+
+def _vllm_pair(served: Served) -> list[str]:
+    """Each instance has half of the cores.
+
+    All ports are chosen here: free_port knows which ones the kernel doesn't give away before they are used, a minute later.
+    """
+    if len(served.cores) < 2:
+        raise ConfigError("vllm-disaggregated: its two instances need a core each, and only one may be used here")
+    program = [str(ENVIRONMENTS["vllm"].program("python")), "-m", "scripts.rivalry.vllm_pair"]
+    ports = [served.port]
+    while len(ports) < _PAIR_PORTS:
+        ports.append(free_port("127.0.0.1", set(ports)))
+    program += ["--ports", _joined(ports), "--cores", _joined(served.cores), "--transfer", json.dumps(_NIXL)]
+    return [*program, "--", *_vllm_instance(served)]
+
+
+def _vllm_pair_variables(served: Served) -> dict[str, str]:
+    return {**_vllm_instance_variables(_PAIR_KV_GIB), "PYTHONPATH": str(repository_root()), "PYTHONSAFEPATH": "1"}
+
+
+def _joined(numbers: Sequence[int]) -> str:
+    return ",".join(map(str, numbers))
 
 
 _EVERY_TOKEN = {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
@@ -113,6 +150,14 @@ RIVALS = {
     for rival in (
         _vllm_with("vllm", f"vLLM with small chunks ({_VLLM_CHUNK} tokens): smoothest streams", _VLLM_CHUNK),
         _vllm_with("vllm-default", "vLLM with its own chunk size", None),
+        Rival(
+            "vllm-disaggregated",
+            "vLLM's own disaggregated prefill: two instances on half of the cores each, NIXL",
+            "vllm",
+            _vllm_pair,
+            _vllm_pair_variables,
+            _EVERY_TOKEN,
+        ),
         Rival("llama.cpp", "llama.cpp's server, a slot per request", "llama.cpp", _llamacpp, lambda served: {}),
     )
 }
@@ -144,7 +189,7 @@ class RivalServer:
     @property
     def description(self) -> str:
         """How it was started, as one would type it."""
-        return " ".join([*(f"{name}={value}" for name, value in self.variables.items()), *self.command])
+        return shlex.join([*(f"{name}={value}" for name, value in self.variables.items()), *self.command])
 
     def start(self) -> None:
         """Return when it has answered a request. Raises Unavailable with its last words when it does not."""

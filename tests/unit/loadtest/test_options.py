@@ -36,6 +36,8 @@ def test_flags_give_the_same_options_again() -> None:
         (["--streams=-1"], "--streams"),
         (["--token-ids=5"], "--token-ids"),
         (["--warmup=60"], "--warmup: 60 s is all of --duration 60"),
+        (["--slo=fast"], "--slo: 'fast' is not like"),
+        (["--second-slo=ttft=1"], "--second-slo: 'ttft=1' is not like ttft=2000,itl=100"),
     ],
 )
 def test_bounds_name_the_flag(arguments: list[str], said: str) -> None:

@@ -11,6 +11,7 @@ import msgspec
 import pytest
 
 from loadtest.comparison import Side, compare, write_comparison
+from loadtest.options import Options
 from loadtest.record import Client, Record, Run, write_run
 from loadtest.report import main, write_report
 from tests.unit.loadtest.made import failed, record, run
@@ -146,6 +147,24 @@ def test_every_other_side_is_compared_with_the_first(tmp_path: Path) -> None:
     assert len(re.findall("<figcaption>", page)) == 5, "ratios of each"
     ids = re.findall(r'id="([^"]+)"', page)
     assert len(ids) == len(set(ids))
+
+
+def test_two_slos_and_the_steps_of_a_ramp(tmp_path: Path) -> None:
+    options = Options(duration=10.0, warmup=2.0, second_slo="ttft=60,itl=30")
+    ramp = run(options, kinds=("stream", "long"), levels=((0.0, 0.5), (5.0, 1.0)))
+    write_run(tmp_path, ramp, _requests())
+    write_report(tmp_path)
+    row = next(line for line in (tmp_path / "report.md").read_text().splitlines() if "second SLO" in line)
+    assert row == "| goodput per second, second SLO (60 ms, 30 ms) | 2.5 (100%) | 0 (0%) | 2.5 (87%) |"
+    sides = (Side("fast", [(ramp, _requests())] * 2), Side("slow", [(ramp, _requests(2.0))] * 2))
+    page = write_comparison(tmp_path, sides, "scripts/compare fast=a slow=b").read_text()
+    assert "second SLO: 60 ms, 30 ms" in page
+    assert page.count("Second SLO") == 2, "a panel in both widths"
+    assert "| stream: goodput per second, second SLO | 2.5 (2.5 to 2.5) | 0 (0 to 0) |" in (tmp_path / "report.md").read_text()
+    made = json.loads((tmp_path / "comparison.json").read_text())
+    (first, second), _ = made["goodput"]["fast"]
+    assert (first["level"], second["level"]) == (0.5, 1.0)
+    assert first["rate"] > first["second_goodput"] > 0
 
 
 def test_a_comparison_leaves_every_value_for_other_programs(tmp_path: Path) -> None:

@@ -44,6 +44,14 @@ def test_failures_and_goodput() -> None:
     assert found.ttft.n == 3
 
 
+def test_goodput_under_a_second_slo() -> None:
+    records = [record(0, 3.0, 0.1, [0.01] * 9), record(1, 4.0, 0.6, [0.01] * 9), record(2, 5.0, 1.5, [0.01] * 9)]
+    (one,) = figures(run(), records)
+    assert one.second_slo is None
+    (both,) = figures(run(Options(duration=10.0, warmup=2.0, second_slo="ttft=500,itl=20")), records)
+    assert (both.good, both.second_good, both.second_goodput) == (2, 1, 1 / 8)
+
+
 def test_kinds_and_all_of_them() -> None:
     records = [record(0, 3.0, 0.1, [0.01]), record(1, 4.0, 2.0, [0.01], kind="long", input_tokens=3000)]
     stream, long, everything = figures(run(kinds=("stream", "long")), records)
@@ -85,6 +93,9 @@ def test_goodput_by_steps_of_the_load() -> None:
     records += [record(3 + n, 5.0 + n / 2, 0.1 if n % 2 else 3.0, []) for n in range(10)]
     points = goodput_points(run(levels=levels), records)
     assert [(point.rate, point.goodput) for point in points] == [(pytest.approx(1.0), pytest.approx(1.0)), (2.0, 1.0)]
+    assert [(point.level, point.second_goodput) for point in points] == [(0.5, None), (1.0, None)]
+    options = Options(duration=10.0, warmup=2.0, second_slo="ttft=50,itl=20")
+    assert [point.second_goodput for point in goodput_points(run(options, levels=levels), records)] == [0, 0]
 
 
 def test_goodput_of_a_steady_load_is_cut_into_pieces() -> None:

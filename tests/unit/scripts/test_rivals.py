@@ -128,7 +128,8 @@ def test_vllm_is_not_a_false_rival(model: Path, monkeypatch: pytest.MonkeyPatch,
     served = Served(model, 8100, (0, 1))
     small, default = (RIVALS[name].command(served) for name in ("vllm", "vllm-default"))
     assert small[:4] == [str(tmp_path / "cache/rivals/vllm/bin/vllm"), "serve", str(model), "--dtype"]
-    assert " ".join(small).endswith("--max-model-len 4096 --max-num-batched-tokens 256 --max-num-seqs 64")
+    assert " ".join(small).endswith("--max-num-batched-tokens 256 --max-num-seqs 64")
+    assert "--max-model-len 4096" in " ".join(small)
     assert "float32" in default
     assert "--max-num-batched-tokens" not in default
     other = find_rival("vllm:512")
@@ -141,10 +142,25 @@ def test_vllm_is_not_a_false_rival(model: Path, monkeypatch: pytest.MonkeyPatch,
     assert asked.extra_fields["stream_options"]["continuous_usage_stats"]
 
 
+def test_vllms_disaggregated_mode_has_a_core_for_each_instance(model: Path) -> None:
+    _pretend_installed("vllm")
+    rival = RIVALS["vllm-disaggregated"]
+    parts = rival.command(Served(model, 8100, (0, 1)))
+    ports = parts[parts.index("--ports") + 1].split(",")
+    assert (ports[0], len(set(ports))) == ("8100", 5)
+    command = " ".join(parts)
+    assert "bin/python -m scripts.rivalry.vllm_pair " in command
+    assert "--cores 0,1 --transfer " in command
+    assert command.endswith(f"bin/vllm serve {model} --dtype float32 --max-model-len 4096")
+    assert '"kv_connector": "NixlConnector"' in command
+    with pytest.raises(ConfigError, match="need a core each"):
+        rival.command(Served(model, 8100, (0,)))
+
+
 def _pretend_installed(name: str) -> None:
     environment = ENVIRONMENTS[name]
     environment.directory.mkdir(parents=True)
-    (environment.directory / "baton-installed").write_text("\n".join(environment.requirements))
+    (environment.directory / "baton-installed").write_text("\n".join(environment.packages))
 
 
 def test_what_is_not_installed_is_told_with_the_command(model: Path, tmp_path: Path) -> None:
@@ -163,7 +179,7 @@ def test_rivals_are_listed(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
 
 def test_versions_are_pinned() -> None:
     for environment in ENVIRONMENTS.values():
-        assert all("==" in requirement for requirement in environment.requirements)
+        assert all("==" in requirement for requirement in environment.packages)
 
 
 def test_all_deployments_of_the_mixed_load_get_the_model(model: Path, tmp_path: Path) -> None:
