@@ -108,8 +108,10 @@ class SimulatedWorker:
         self._calibration = rates.calibration()
         self._itl = itl
         self._random = random
+        self._layout = KVLayout(1, 1, max(rates.token_bytes // 8, 1), block_size, "float32")  # any of this size
         self._step_ms = step_ms
         num_blocks = max(rates.pool_tokens // block_size, 2)
+        self.total_blocks = num_blocks
         self._pool = BlockPool(num_blocks, np.zeros(num_blocks, np.uint64))
         self._epoch = Epoch(1)
         self._events = 0
@@ -146,6 +148,16 @@ class SimulatedWorker:
         house.hear_heartbeat(self.heartbeat(), self._loop.time())
         house.hear_events(BlockEvents(self.id, self._epoch, 0, [], [], reset=True))
 
+    @property
+    def requests(self) -> int:
+        """Waiting and running."""
+        return len(self._waiting) + self._fetching + len(self._prompts) + self._streams
+
+    @property
+    def held_blocks(self) -> int:
+        """Of `total_blocks`, with those that streams have grown into."""
+        return self._pool.held_blocks + max(self._grown, 0) // self._size
+
     def load(self) -> WorkerLoad:
         pool = self._pool
         return WorkerLoad(
@@ -154,7 +166,7 @@ class SimulatedWorker:
             running_requests=len(self._prompts) + self._streams,
             free_blocks=pool.free_blocks,
             cached_blocks=pool.cached_blocks,
-            held_blocks=pool.held_blocks + max(self._grown, 0) // self._size,
+            held_blocks=self.held_blocks,
             total_blocks=pool.total_blocks,
             active_leases=len(self._leases),
             busy_s=self.busy_s,
@@ -171,7 +183,7 @@ class SimulatedWorker:
             pid=0,
             host="simulated",
             load=self.load(),
-            layout=KVLayout(1, 1, max(self._rates.token_bytes // 8, 1), self._size, "float32"),  # any of this size
+            layout=self._layout,
             fingerprint=_FINGERPRINT,
             max_context=pool.total_blocks * self._size,
             step_tokens=self._engine.step_tokens,
