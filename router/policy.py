@@ -21,7 +21,7 @@ another worker computes it, and has it, too. Nor does a conversation: its last w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from enum import Enum
 from itertools import islice
 from operator import attrgetter
@@ -210,7 +210,6 @@ def _candidates(query: Query, fleet: Fleet, role: Role, random: Random, other: W
     ranked = fleet.ranked[role]
     if not ranked:
         return []
-
     num_tokens, avoid = query.num_tokens, query.avoid
 
     def able(worker: WorkerView) -> bool:
@@ -221,14 +220,13 @@ def _candidates(query: Query, fleet: Fleet, role: Role, random: Random, other: W
 
     for fits in (trusted, able) if avoid else (able,):
         found = ranked.few(_LOOKED_AT, fits, random)
-        found += [worker for worker in _hits(query, ranked.get) if worker not in found and fits(worker)]
+        for name in query.hits:
+            worker = ranked.get(name)
+            if worker is not None and worker not in found and fits(worker):
+                found.append(worker)
         if found:
             return found
     return []
-
-
-def _hits(query: Query, get: Callable[[WorkerId], WorkerView | None]) -> Iterable[WorkerView]:
-    return (worker for name in query.hits if (worker := get(name)) is not None)
 
 
 def _remote(query: Query, fleet: Fleet, decoders: Sequence[_Decoder], random: Random) -> list[_Option]:
@@ -261,8 +259,8 @@ def _remote(query: Query, fleet: Fleet, decoders: Sequence[_Decoder], random: Ra
 
 def _lender(query: Query, fleet: Fleet, decode: WorkerView) -> WorkerView | None:
     """Who has the most of the prompt in its pool, and lends it."""
-    hits = [worker for worker in _hits(query, fleet.get) if worker.available and worker.id not in query.avoid]
-    able = [worker for worker in hits if worker.heartbeat.lends and worker.exchanges_with(decode)]
+    hits = [worker for name in query.hits if (worker := fleet.get(name)) is not None and worker.heartbeat.lends]
+    able = [w for w in hits if w.available and w.id not in query.avoid and w.exchanges_with(decode)]
     return max(able, key=lambda worker: (query.cached.get(worker.id), -worker.requests), default=None)
 
 
