@@ -273,8 +273,10 @@ class SimulatedWorker:
             ms = self._slowness * self._rates.step_ms(*self._shape, self._streams, self._context)
         else:
             self._shape = 0, 0.0
-            first_end = self._last_steps[0][0] - self._steps
-            self._count = max(min(first_end, self._room() // self._streams, _MOST_STEPS_AT_ONCE), 1)
+            count = min(self._last_steps[0][0] - self._steps, _MOST_STEPS_AT_ONCE)
+            if self._streams > 1:  # one alone is not preempted, however long it gets
+                count = min(count, self._room() // self._streams)
+            self._count = max(count, 1)
             ms = self._streams_ms(self._count)
         self._timer = self._loop.call_at(self._since + ms / 1e3, self._end)
 
@@ -429,9 +431,10 @@ class SimulatedWorker:
         hashes = sequence.hashes[: (sequence.length - 1) // self._size]
         matched = self._pool.match(hashes)
         needed = -(-sequence.length // self._size) - matched
-        reused = self._pool.reuse(hashes[:matched])
         reserve = self._occupied() and max(self._grown, 0) // self._size + 1
-        if not self._pool.can_allocate(needed + reserve):
+        possible = self._pool.can_allocate(needed + reserve)
+        reused = self._pool.reuse(hashes[:matched]) if possible else []  # these can't be evicted then
+        if not possible or not self._pool.can_allocate(needed + reserve):
             self._expire()
             self._pool.release(reused)
             return False
