@@ -20,12 +20,13 @@ from router.cost_model import LinkModel
 _FIRST_HOP_MS = 2.0  # until it is known
 _HOP_RATE = 0.1
 _BURST_RATE = 0.05
+_WINDOW_STEPS = 2  # of prompts are given to a worker in advance, so that it never waits for more; the rest waits in the router
 _NEAR = 1.05  # loads that differ less are the same ...
 _NEAR_MS = 0.5  # ... and so are these
 
 
 def long_prompt(step_tokens: int) -> int:
-    """See WorkerView.long_prompt."""
+    """Tokens from which on a prompt is long: it shares a worker with short ones, but with no other long one."""
     return 4 * step_tokens
 
 
@@ -46,15 +47,19 @@ class WorkerView:
         self.step_tokens = heartbeat.step_tokens
         self.step_ms = heartbeat.load.step_ms
         self.max_batch = heartbeat.max_batch
+        self.prefill_window = _WINDOW_STEPS * heartbeat.step_tokens
+        self.long_prompt = long_prompt(heartbeat.step_tokens)
         self.block_size = heartbeat.layout.block_size
         self.token_bytes = heartbeat.layout.token_bytes
         self.pool_tokens = heartbeat.load.total_blocks * heartbeat.layout.block_size
         self.requests = 0  # routed here and not ended
         self.streams = 0  # those whose prompt is computed
         self.prompts: dict[Charge, int] = {}  # prompts to be computed here, oldest first, with the tokens left of each
+        self._crowd: tuple[int, bool] | None = None  # `crowd` and `has_long`, until the prompts change
         self.prefill_tokens = 0  # their sum
         self.context_tokens = 0  # prompts and outputs of the requests here
         self.kv_tokens = 0  # what they will need of the pool beyond what was cached
+        self.held_tokens = heartbeat.load.held_blocks * self.block_size  # of the pool, as the last heartbeat said
         self.foreign_tokens = 0  # prompt tokens that other routers wait for here, as the last heartbeat said
         self.foreign_requests = 0
         self.tells_steps = bool(heartbeat.calibration)  # or its rates are learned from the times of requests
@@ -76,23 +81,12 @@ class WorkerView:
         """Whether it is given new work."""
         return self.up and not self.resting and not self.heartbeat.draining
 
-    @property
-    def prefill_window(self) -> int:
-        """Prompt tokens given to the worker in advance: enough that it never waits for more; the rest waits in the router."""
-        return 2 * self.step_tokens
-
-    @property
-    def long_prompt(self) -> int:
-        """Tokens from which on a prompt is long: it shares the worker with short ones, but with no other long one."""
-        return long_prompt(self.step_tokens)
-
     def takes_prompt(self, tokens: int = 1) -> bool:
         """Whether the worker is to be given a prompt of so many uncached tokens now."""
         if not self.prompts:
             return True
-        if self.crowd() >= self.prefill_window:
-            return False
-        return tokens <= self.long_prompt or not self.has_long()
+        crowd, has_long = self.crowd()
+        return crowd < self.prefill_window and (tokens <= self.long_prompt or not has_long)
 
     def takes_stream(self, kv_tokens: int) -> bool:
         """kv_tokens: that the request will need of the pool."""
@@ -103,16 +97,20 @@ class WorkerView:
         self.heartbeat, self.heard = heartbeat, now
         load = heartbeat.load
         self.step_ms = load.step_ms
+        self.held_tokens = load.held_blocks * self.block_size
         self.foreign_tokens = max(load.queued_tokens - self.prefill_tokens, 0)
         self.foreign_requests = max(load.queued_requests + load.running_requests - self.requests, 0)
 
-    def crowd(self) -> int:
-        """Prompt tokens in the way of a new prompt. A long one leaves half of each step to others, so it counts as a step."""
-        short = [left for left in self.prompts.values() if left <= self.long_prompt]
-        return sum(short) + (self.step_tokens if len(short) < len(self.prompts) else 0)
+    def crowd(self) -> tuple[int, bool]:
+        """Prompt tokens in the way of a new prompt, and whether there is a long one.
 
-    def has_long(self) -> bool:
-        return any(left > self.long_prompt for left in self.prompts.values())
+        That leaves half of each step to others, so it counts as a step.
+        """
+        if self._crowd is None:
+            short = [left for left in self.prompts.values() if left <= self.long_prompt]
+            has_long = len(short) < len(self.prompts)
+            self._crowd = sum(short) + (self.step_tokens if has_long else 0), has_long
+        return self._crowd
 
     def tokens_before(self, tokens: int, contended: bool, may_overtake: bool = True) -> int:
         """Prompt tokens of others that are computed here before a new prompt of so many is done.
@@ -123,13 +121,25 @@ class WorkerView:
         return self.foreign_tokens + (self._own_before(tokens, contended, may_overtake) if self.prompts else 0)
 
     def _own_before(self, tokens: int, contended: bool, may_overtake: bool) -> int:
+        crowd, has_long = self.crowd()
         if contended and tokens > self.step_tokens // 2:
-            if tokens > self.long_prompt or not self.has_long():
+            if tokens > self.long_prompt or not has_long:
                 return self.prefill_tokens + tokens
-            return 2 * self.crowd() + tokens
+            return 2 * crowd + tokens
         shorter = sum([left for left in self.prompts.values() if left <= tokens])
         overtaking = min(self.prefill_tokens, 2 * shorter + tokens)
-        return overtaking if may_overtake else max(overtaking, self.crowd())
+        return overtaking if may_overtake else max(overtaking, crowd)
+
+    def queue(self, charge: Charge, tokens: int) -> None:
+        """A prompt of so many uncached tokens was sent here."""
+        self.prompts[charge] = tokens
+        self.prefill_tokens += tokens
+        self._crowd = None
+
+    def drop(self, charge: Charge) -> None:
+        """A prompt will not be computed to its end."""
+        self.prefill_tokens -= self.prompts.pop(charge)
+        self._crowd = None
 
     def computed(self, tokens: int) -> None:
         """So many prompt tokens were computed: count down the prompts, shared among them as above.
@@ -142,6 +152,7 @@ class WorkerView:
             tokens -= others
         if not self.prompts:
             return
+        self._crowd = None
         oldest = next(iter(self.prompts))
         shares = {oldest: min(self.prompts[oldest] - 1, -(-tokens // 2))}
         left = tokens - shares[oldest]
@@ -156,6 +167,7 @@ class WorkerView:
 
     def finished(self, charge: Charge) -> None:
         """A prompt is computed. What had been counted as done of others instead of it is not done."""
+        self._crowd = None
         missed = self.prompts.pop(charge) - 1
         self.streams += 1
         self.prefill_tokens -= 1
@@ -169,7 +181,7 @@ class WorkerView:
         """Whether so many more tokens fit into the pool, as far as its size is known. One request always does."""
         if not self.pool_tokens:
             return True
-        held = max(self.kv_tokens, self.heartbeat.load.held_blocks * self.block_size)
+        held = self.held_tokens if self.held_tokens > self.kv_tokens else self.kv_tokens
         return self.requests == 0 or held + tokens <= self.pool_tokens
 
     def chunk(self, depth: float) -> int:
@@ -229,8 +241,7 @@ class Charge:
             worker.context_tokens += context
             worker.kv_tokens += kv_tokens
             if prefill_tokens:
-                worker.prompts[self] = prefill_tokens
-                worker.prefill_tokens += prefill_tokens
+                worker.queue(self, prefill_tokens)
             else:
                 worker.streams += 1
             fleet.reorder(worker)
@@ -254,7 +265,7 @@ class Charge:
         if worker is not None:
             worker.requests -= 1
             if self in worker.prompts:
-                worker.prefill_tokens -= worker.prompts.pop(self)
+                worker.drop(self)
             else:
                 worker.streams -= 1
             worker.context_tokens -= self._context

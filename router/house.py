@@ -101,7 +101,7 @@ class House:
         self._questions = 0
         self._orphans: dict[WorkerId, set[RequestId]] = {}  # what lost workers may still compute, should they come back
         self._seen_version = -1  # of the fleet, for the four below
-        self._members: dict[Role, int] = {}
+        self._members: list[int] = []  # of each role that has any workers
         self._models: list[tuple[str, int]] = []  # fingerprint, block size
         self._longest = 0  # tokens that a worker takes that decodes, whether it is up or not; 0: none is known
         self._has_stores = False
@@ -193,7 +193,7 @@ class House:
                 f"the prompt has {len(prompt)} tokens; with at least one new token it must fit into {self._longest} "
                 "(the model's context, or engine.kv_pool_mib)"
             )
-        hits = [worker for members in self._members.values() for worker in match.deepest(members, _HITS)]
+        hits = [worker for members in self._members for worker in match.deepest(members, _HITS)]
         hits += [worker for worker in stored or () if worker not in hits][: _HITS * len(Role)]
         output = min(max_tokens, int(self.output_tokens))
         contended = self.admission.waiting > 0
@@ -295,7 +295,7 @@ class House:
     def _look_at_fleet(self) -> None:
         """Once whenever a worker comes or goes."""
         self._seen_version = self.fleet.version
-        self._members = {role: self.index.members([w.id for w in self.fleet.ranked[role]]) for role in Role}
+        self._members = [self.index.members([w.id for w in ranked]) for ranked in self.fleet.ranked.values() if ranked]
         self._models = sorted({(worker.fingerprint, worker.block_size) for worker in self.fleet.up()})
         self._longest = max((worker.max_context for worker in self.fleet if worker.role is not Role.PREFILL), default=0)
         decoding = (worker for role in (Role.DECODE, Role.AGGREGATED) for worker in self.fleet.ranked[role])

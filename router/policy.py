@@ -21,9 +21,10 @@ another worker computes it, and has it, too. Nor does a conversation: its last w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from enum import Enum
 from itertools import islice
+from operator import attrgetter
 from random import Random
 from typing import Protocol
 
@@ -87,10 +88,24 @@ class Choice(msgspec.Struct, frozen=True):
     alone_ms: float  # to the first token if the worker had nothing else to do
 
 
-class _Option:
-    """One way to serve the request. Times in ms. `excess`: how far it misses the targets."""
+class _Decoder:
+    """A worker that decodes, and what all ways over it need to know of it."""
 
-    __slots__ = ("cost", "excess", "itl", "lacks", "lender", "peak", "prefill", "ttft", "uncached", "way", "worker")
+    __slots__ = ("has_room", "itl", "missing", "worker")
+
+    def __init__(self, query: Query, worker: WorkerView) -> None:
+        self.worker = worker
+        self.missing = query.num_tokens - query.cached.get(worker.id)  # prompt tokens not in its pool
+        self.has_room = worker.takes_stream(self.missing + query.output_tokens)
+        streams = worker.requests + worker.foreign_requests + 1
+        step_ms = worker.model.step_ms(0, 0, streams, worker.context_tokens + query.num_tokens)
+        self.itl = step_ms / worker.tokens_per_step  # ms between tokens with this stream
+
+
+class _Option:
+    """One way to serve the request. Times in ms. `excess`: how far it misses the targets. `rank`: what is best is least."""
+
+    __slots__ = ("cost", "excess", "itl", "lacks", "lender", "peak", "prefill", "rank", "ttft", "uncached", "way", "worker")
 
     def __init__(
         self,
@@ -119,12 +134,17 @@ class _Option:
         self.cost = cost
         self.lacks = lacks
         self.lender = lender
-        self.excess = 0.0
+        excess = 0.0
         if slo.ttft_ms and ttft > slo.ttft_ms:
-            self.excess = ttft / slo.ttft_ms - 1
-        gap = max(itl, peak)
+            excess = ttft / slo.ttft_ms - 1
+        gap = peak if peak > itl else itl
         if slo.itl_ms and gap > slo.itl_ms:  # for each of those who see it
-            self.excess += max(worker.streams, 1) * (gap / slo.itl_ms - 1)
+            excess += max(worker.streams, 1) * (gap / slo.itl_ms - 1)
+        self.excess = excess
+        self.rank = (excess, cost)
+
+
+_RANK = attrgetter("rank")
 
 
 def choose(query: Query, fleet: Fleet, random: Random) -> Choice | None:
@@ -170,18 +190,18 @@ def _options(query: Query, fleet: Fleet, random: Random) -> list[_Option]:
     decodes = _candidates(query, fleet, Role.DECODE, random)
     aggregated = _candidates(query, fleet, Role.AGGREGATED, random)
     if aggregated and (query.wish is Wish.AGGREGATED or not decodes):
-        return [_alone(query, worker, Way.AGGREGATED, _itl(query, worker)) for worker in aggregated]
+        return [_alone(query, _Decoder(query, worker), Way.AGGREGATED) for worker in aggregated]
     if not decodes:
         return []
-    itls = [_itl(query, worker) for worker in decodes]
-    remote = _remote(query, fleet, decodes, itls, random) if query.wish is not Wish.LOCAL else []
-    if query.wish is Wish.REMOTE and remote:
-        return remote
-    local = [_alone(query, worker, Way.LOCAL, itl) for worker, itl in zip(decodes, itls, strict=True)]
-    if query.wish is Wish.LOCAL:
-        return local
-    others = [w for w in aggregated if w.id not in fleet.standby] if query.wish is Wish.AUTO else []
-    return [*remote, *local, *(_alone(query, worker, Way.AGGREGATED, _itl(query, worker)) for worker in others)]
+    decoders = [_Decoder(query, worker) for worker in decodes]
+    options = _remote(query, fleet, decoders, random) if query.wish is not Wish.LOCAL else []
+    if query.wish is Wish.REMOTE and options:
+        return options
+    options += [_alone(query, decoder, Way.LOCAL) for decoder in decoders]
+    if query.wish is Wish.AUTO:
+        others = [worker for worker in aggregated if worker.id not in fleet.standby]
+        options += [_alone(query, _Decoder(query, worker), Way.AGGREGATED) for worker in others]
+    return options
 
 
 def _candidates(query: Query, fleet: Fleet, role: Role, random: Random, other: WorkerView | None = None) -> list[WorkerView]:
@@ -190,28 +210,28 @@ def _candidates(query: Query, fleet: Fleet, role: Role, random: Random, other: W
     ranked = fleet.ranked[role]
     if not ranked:
         return []
+    num_tokens, avoid = query.num_tokens, query.avoid
 
     def able(worker: WorkerView) -> bool:
-        return query.num_tokens < worker.max_context and (other is None or worker.exchanges_with(other))
+        return num_tokens < worker.max_context and (other is None or worker.exchanges_with(other))
 
     def trusted(worker: WorkerView) -> bool:
-        return worker.id not in query.avoid and able(worker)
+        return worker.id not in avoid and able(worker)
 
-    for fits in (trusted, able) if query.avoid else (able,):
+    for fits in (trusted, able) if avoid else (able,):
         found = ranked.few(_LOOKED_AT, fits, random)
-        found += [worker for worker in _hits(query, ranked.get) if worker not in found and fits(worker)]
+        for name in query.hits:
+            worker = ranked.get(name)
+            if worker is not None and worker not in found and fits(worker):
+                found.append(worker)
         if found:
             return found
     return []
 
 
-def _hits(query: Query, get: Callable[[WorkerId], WorkerView | None]) -> Iterable[WorkerView]:
-    return (worker for name in query.hits if (worker := get(name)) is not None)
-
-
-def _remote(query: Query, fleet: Fleet, decodes: Sequence[WorkerView], itls: Sequence[float], random: Random) -> list[_Option]:
+def _remote(query: Query, fleet: Fleet, decoders: Sequence[_Decoder], random: Random) -> list[_Option]:
     """Each prefill worker with the decode worker that suits best."""
-    receivers = [_receiving(query, worker, itl) for worker, itl in zip(decodes, itls, strict=True)]
+    receivers = [_receiving(query, decoder) for decoder in decoders]
     decode = _pick([option for option in receivers if option.lacks is None] or receivers, random)
     lender = _lender(query, fleet, decode.worker)
     options = []
@@ -239,8 +259,8 @@ def _remote(query: Query, fleet: Fleet, decodes: Sequence[WorkerView], itls: Seq
 
 def _lender(query: Query, fleet: Fleet, decode: WorkerView) -> WorkerView | None:
     """Who has the most of the prompt in its pool, and lends it."""
-    hits = [worker for worker in _hits(query, fleet.get) if worker.available and worker.id not in query.avoid]
-    able = [worker for worker in hits if worker.heartbeat.lends and worker.exchanges_with(decode)]
+    hits = [worker for name in query.hits if (worker := fleet.get(name)) is not None and worker.heartbeat.lends]
+    able = [w for w in hits if w.available and w.id not in query.avoid and w.exchanges_with(decode)]
     return max(able, key=lambda worker: (query.cached.get(worker.id), -worker.requests), default=None)
 
 
@@ -258,17 +278,18 @@ def _has(query: Query, worker: WorkerView) -> int:
     return max(cached, query.stored.get(worker.id, 0)) if query.stored else cached
 
 
-def _receiving(query: Query, worker: WorkerView, itl: float) -> _Option:
+def _receiving(query: Query, decoder: _Decoder) -> _Option:
     """The decode worker's part of a remote way; the cost is that of this part."""
-    missing = query.num_tokens - query.cached.get(worker.id)
+    worker, itl, missing = decoder.worker, decoder.itl, decoder.missing
     peak = _peak(worker, 0, 0) if worker.prompts and query.slo.itl_ms else itl
     cost = _TOKENS_VALUED * itl + worker.link.transfer_ms(missing * worker.token_bytes)
-    lacks = None if worker.takes_stream(missing + query.output_tokens) else Room.STREAM
+    lacks = None if decoder.has_room else Room.STREAM
     return _Option(Way.REMOTE, worker, None, missing, 0.0, itl, peak, cost, lacks, query.slo)
 
 
-def _alone(query: Query, worker: WorkerView, way: Way, itl: float) -> _Option:
+def _alone(query: Query, decoder: _Decoder, way: Way) -> _Option:
     """The worker computes the uncached rest of the prompt itself, and goes on."""
+    worker, itl = decoder.worker, decoder.itl
     uncached, ttft, has_room = _first_token(query, worker)
     streams = worker.streams
     cost, peak = ttft + _TOKENS_VALUED * itl, 0.0
@@ -277,8 +298,7 @@ def _alone(query: Query, worker: WorkerView, way: Way, itl: float) -> _Option:
         delay = max(0.0, ttft - worker.hop_ms) * _share_lost(worker, peak)
         cost += _DELAY_VALUED * streams * delay / max(1 - _pressure(query, worker, itl), _LEAST_SLACK)
     lacks = None
-    missing = query.num_tokens - query.cached.get(worker.id)
-    if not has_room or not worker.takes_stream(missing + query.output_tokens):
+    if not has_room or not decoder.has_room:
         lacks = Room.AGGREGATED if way is Way.AGGREGATED else Room.BOTH
     if way is Way.LOCAL and _has_every_full_block(query, uncached, worker.block_size):
         way = Way.CACHED
@@ -326,11 +346,6 @@ def _share_lost(worker: WorkerView, peak: float) -> float:
     return max(0.0, 1 - worker.model.step_ms(0, 0, worker.streams, worker.context_tokens) / peak)
 
 
-def _itl(query: Query, worker: WorkerView) -> float:
-    streams = worker.requests + worker.foreign_requests + 1
-    return worker.model.step_ms(0, 0, streams, worker.context_tokens + query.num_tokens) / worker.tokens_per_step
-
-
 def _has_every_full_block(query: Query, uncached: int, block_size: int) -> bool:
     return query.num_tokens - uncached == (query.num_tokens - 1) // block_size * block_size > 0
 
@@ -340,16 +355,17 @@ def _pick(options: Sequence[_Option], random: Random) -> _Option:
 
     Of near equals those that compute least, and of these the less busy of two that are drawn.
     """
-    least = min(options, key=lambda option: (option.excess, option.cost))
     if len(options) == 1:
-        return least
-    most = least.cost * _NEAR + _NEAR_MS
-    near = [option for option in options if option.cost <= most and option.excess <= least.excess]
-    fewest = min([option.uncached for option in near])
-    near = [option for option in near if option.uncached == fewest]
+        return options[0]
+    least = min(options, key=_RANK)
+    excess, most = least.excess, least.cost * _NEAR + _NEAR_MS
+    near = [option for option in options if option.cost <= most and option.excess <= excess]
+    if len(near) > 1:
+        fewest = min([option.uncached for option in near])
+        near = [option for option in near if option.uncached == fewest]
     if len(near) == 1:
         return near[0]
-    first, second = near[random.randrange(len(near))], near[random.randrange(len(near))]
+    first, second = random.choice(near), random.choice(near)
     return first if _busy(first) <= _busy(second) else second
 
 
@@ -374,7 +390,7 @@ def _why(query: Query, best: _Option, options: Sequence[_Option]) -> str:
     others = [option for option in options if (option.prefill is None) is not (best.prefill is None)]
     if not others:
         return sentence
-    other = min(others, key=lambda option: (option.excess, option.cost))
+    other = min(others, key=_RANK)
     sentence += f"; {other.way.value} {other.ttft:.0f} ms"
     return (
         f"{sentence} and {other.peak:.0f} ms between tokens of {other.worker.streams} streams"

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from operator import mul
 from typing import Protocol
 
 from python_backends.core.messages import StepSample
@@ -36,7 +37,7 @@ _CALIBRATION_WEIGHT = 0.2  # of a calibration step against a new sample; it is n
 _SOLVE_EVERY = 16  # samples
 _FIRST_SOLVES = (1, 2, 4, 8)
 _SWEEPS = 30
-_FACTORS = 20  # sizes of step, by powers of two
+_FACTORS = 64  # sizes of step, by powers of two
 _FACTOR_RATE = 0.1
 _DRIFT_RATE = 0.02
 _ERROR_RATE = 0.05
@@ -66,11 +67,11 @@ def tokens_within(model: Steps, ms: float, streams: int, context: float, depth: 
     context: of the streams together. depth: prompt tokens before those to be computed. At most `most`, which is a full
     step's; and at least a sixteenth of that however long it takes, or a prompt would never be done where streams are many.
     """
-    least = max(most // _LEAST_SHARE, 1)
-    alone = model.step_ms(0, 0, streams, context)
+    step_ms, least = model.step_ms, max(most // _LEAST_SHARE, 1)
+    alone = step_ms(0, 0, streams, context)
     tokens = most
     while tokens > least:
-        taken = model.step_ms(tokens, tokens * (depth + tokens / 2), streams, context)
+        taken = step_ms(tokens, tokens * (depth + tokens / 2), streams, context)
         if taken <= ms:
             return tokens
         # The time grows faster than the tokens, so what lies on the line between the two is early enough.
@@ -91,7 +92,7 @@ class StepModel:
         self.samples = 0
         self.error = 0.0
         self._passed_over = 0
-        self._factors: list[float] = list(like._factors) if like else [1.0] * (2 * _FACTORS)
+        self._factors: list[float] = list(like._factors) if like else [1.0] * (2 * _FACTORS)  # as _size says
         self._with_prompts = _Memory(_MEMORY)
         self._without = _Memory(_MEMORY)
         self._calibration = _Memory(math.inf)
@@ -106,8 +107,8 @@ class StepModel:
         constant, token, pair, stream, depth = self.coefficients
         ms = constant + token * prefill_tokens + pair * prefill_context + stream * streams + depth * context
         if prefill_tokens >= 1:  # as _size says, without the call: this is asked dozens of times per decision
-            return ms * self._factors[_FACTORS + min(int(prefill_tokens).bit_length(), _FACTORS - 1)]
-        return ms * self._factors[min(int(streams).bit_length(), _FACTORS - 1)]
+            return ms * self._factors[int(prefill_tokens).bit_length() - _FACTORS]
+        return ms * self._factors[int(streams).bit_length()]
 
     def learn(self, sample: StepSample) -> None:
         """Take in a step that has happened."""
@@ -151,7 +152,7 @@ class StepModel:
             for i, row in enumerate(gram):
                 if row[i] <= 0.0:
                     continue  # no sample has this term
-                slope = sum(value * coefficient for value, coefficient in zip(row, solution, strict=True)) - moment[i]
+                slope = sum(map(mul, row, solution)) - moment[i]
                 new = max(0.0, solution[i] - slope / row[i])
                 change = max(change, abs(new - solution[i]) * math.sqrt(row[i]))
                 solution[i] = new
@@ -194,9 +195,7 @@ def _linear(coefficients: Sequence[float], shape: Sequence[float]) -> float:
 
 def _size(prefill_tokens: float, streams: float) -> int:
     """Which factor a step has: by its prompt tokens if there are any, else by its streams."""
-    if prefill_tokens >= 1:
-        return _FACTORS + min(int(prefill_tokens).bit_length(), _FACTORS - 1)
-    return min(int(streams).bit_length(), _FACTORS - 1)
+    return int(prefill_tokens).bit_length() - _FACTORS if prefill_tokens >= 1 else int(streams).bit_length()
 
 
 def _bounded(ratio: float, most: float) -> float:

@@ -26,6 +26,7 @@ from python_backends.core.errors import BatonError
 from python_backends.core.layout import KVLayout
 from python_backends.core.messages import BlockEvents, Heartbeat, Outputs, TokenChunk, Work
 from python_backends.core.paths import DEMO_MODEL, resolve_model
+from python_backends.core.step_model import longest_step_ms
 from python_backends.core.types import BlockHash, Epoch, LeaseEnd, RequestId, Role, SamplingParams, WorkerId, WorkerLoad
 from router.fleet import WorkerView
 from router.house import House
@@ -39,6 +40,7 @@ from scripts.terminal import print_error
 
 _BLOCK = 16
 _FINGERPRINT = "bench"
+_SLO = Slo(ttft_ms=2000, itl_ms=50)
 _WORD = "the river runs between old mountains and green cities because seven kings "
 
 
@@ -126,6 +128,7 @@ class Bench:
             max_context=10**6,
             step_tokens=2048,
             max_batch=256,
+            step_ms=longest_step_ms(_SLO.itl_ms),
             events_sequence=0,
         )
 
@@ -162,7 +165,7 @@ class Bench:
             began = time.thread_time()
             prompt.hashes(_FINGERPRINT, _BLOCK)
             between = time.thread_time()
-            choice = self.house.choose(prompt, Wish.AUTO, Slo(ttft_ms=2000, itl_ms=50), 256, ())
+            choice = self.house.choose(prompt, Wish.AUTO, _SLO, 256, ())
             decided.append(time.thread_time() - between)
             hashed.append(between - began)
             if choice is not None and index % 4 == 0:  # the next one finds the fleet a little changed

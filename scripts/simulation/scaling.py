@@ -99,7 +99,7 @@ class Deployment:
             pod.starting = self._loop.call_later(self._start_s, self._started, pod)
         if len(self._pods) > replicas:
             newest = self._pods[::-1]
-            going = sorted(newest, key=lambda pod: pod.starting is None)[: len(self._pods) - replicas]
+            going = dict.fromkeys(sorted(newest, key=lambda pod: pod.starting is None)[: len(self._pods) - replicas])
             self._pods = [pod for pod in self._pods if pod not in going]
             for pod in going:
                 self._end(pod)
@@ -189,13 +189,12 @@ class Scaler:
         return float(self._fleet.house.admission.queued_tokens)
 
     def decode_requests(self) -> float | None:
-        loads = [worker.load() for worker in self._of(Role.DECODE)]
-        return float(sum(load.queued_requests + load.running_requests for load in loads))
+        return float(sum(worker.requests for worker in self._of(Role.DECODE)))
 
     def decode_kv_held_ratio(self) -> float | None:
-        loads = [worker.load() for worker in self._of(Role.DECODE)]
-        total = sum(load.total_blocks for load in loads)
-        return sum(load.held_blocks for load in loads) / total if total else None
+        workers = self._of(Role.DECODE)
+        total = sum(worker.total_blocks for worker in workers)
+        return sum(worker.held_blocks for worker in workers) / total if total else None
 
     def router_requests(self) -> float | None:
         return float(self._fleet.house.admission.requests)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import cast
@@ -36,7 +36,7 @@ from scripts.simulation.worker import SimulatedWorker
 from scripts.simulation.workload import Arrival, Tokens, Workload
 
 _BEAT_S = 0.5  # between two heartbeats of a worker ...
-_BEATS_PER_S = 64  # ... but all together send no more per simulated second
+_BEATS_AT_ONCE = 32  # ... but all together send no more in that time: large fleets take turns
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,19 +142,23 @@ class Simulation:
         for chore in chores:
             chore.add_done_callback(self._broke)
         self._left = len(self._workload.arrivals)
-        for arrival in self._workload.arrivals:
-            await asyncio.sleep(arrival.at_s - self._clock.now())
-            if self._broken is not None:
-                break
-            task = loop.create_task(self._serve(arrival))
-            task.add_done_callback(self._ended)
-        if self._left and self._broken is None:
+        if self._left:
+            self._come(iter(self._workload.arrivals), None)
             await self._done.wait()
         for chore in chores:
             chore.cancel()
         if self._broken is not None:
             raise self._broken
         return self._finish()
+
+    def _come(self, arrivals: Iterator[Arrival], arrival: Arrival | None) -> None:
+        """A request comes, and it is known when the next one will."""
+        loop = asyncio.get_running_loop()
+        if arrival is not None:
+            loop.create_task(self._serve(arrival)).add_done_callback(self._ended)
+        following = next(arrivals, None)
+        if following is not None and self._broken is None:
+            loop.call_at(following.at_s, self._come, arrivals, following)
 
     # --- workers: see scaling.Scaled ---
 
@@ -210,17 +214,17 @@ class Simulation:
             self._done.set()
 
     async def _beat(self) -> None:
-        """Heartbeats: each worker in turn, so that large fleets don't drown in them."""
+        """Heartbeats: those of a small fleet one by one, of a large one many in one event, or it would drown in them."""
         while True:
             workers = list(self.workers.values())
-            pause = max(_BEAT_S / max(len(workers), 1), 1 / _BEATS_PER_S)
-            for worker in workers:
+            size = _BEATS_AT_ONCE if len(workers) > _BEATS_AT_ONCE else 1
+            pause = _BEAT_S if size > 1 else _BEAT_S / max(len(workers), 1)
+            for start in range(0, max(len(workers), 1), size):
                 await asyncio.sleep(pause)
-                if worker.id in self.workers:
-                    self.house.hear_heartbeat(worker.heartbeat(), self._clock.now())
+                for worker in workers[start : start + size]:
+                    if worker.id in self.workers:
+                        self.house.hear_heartbeat(worker.heartbeat(), self._clock.now())
                 self.result.most_waiting = max(self.result.most_waiting, self.house.admission.waiting)
-            if not workers:
-                await asyncio.sleep(_BEAT_S)
 
     async def _watch(self) -> None:
         """What is drawn over the time."""

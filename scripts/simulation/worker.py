@@ -108,8 +108,10 @@ class SimulatedWorker:
         self._calibration = rates.calibration()
         self._itl = itl
         self._random = random
+        self._layout = KVLayout(1, 1, max(rates.token_bytes // 8, 1), block_size, "float32")  # any of this size
         self._step_ms = step_ms
         num_blocks = max(rates.pool_tokens // block_size, 2)
+        self.total_blocks = num_blocks
         self._pool = BlockPool(num_blocks, np.zeros(num_blocks, np.uint64))
         self._epoch = Epoch(1)
         self._events = 0
@@ -146,6 +148,16 @@ class SimulatedWorker:
         house.hear_heartbeat(self.heartbeat(), self._loop.time())
         house.hear_events(BlockEvents(self.id, self._epoch, 0, [], [], reset=True))
 
+    @property
+    def requests(self) -> int:
+        """Waiting and running."""
+        return len(self._waiting) + self._fetching + len(self._prompts) + self._streams
+
+    @property
+    def held_blocks(self) -> int:
+        """Of `total_blocks`, with those that streams have grown into."""
+        return self._pool.held_blocks + max(self._grown, 0) // self._size
+
     def load(self) -> WorkerLoad:
         pool = self._pool
         return WorkerLoad(
@@ -154,7 +166,7 @@ class SimulatedWorker:
             running_requests=len(self._prompts) + self._streams,
             free_blocks=pool.free_blocks,
             cached_blocks=pool.cached_blocks,
-            held_blocks=pool.held_blocks + max(self._grown, 0) // self._size,
+            held_blocks=self.held_blocks,
             total_blocks=pool.total_blocks,
             active_leases=len(self._leases),
             busy_s=self.busy_s,
@@ -172,7 +184,7 @@ class SimulatedWorker:
             pid=0,
             host="simulated",
             load=self.load(),
-            layout=KVLayout(1, 1, max(self._rates.token_bytes // 8, 1), self._size, "float32"),  # any of this size
+            layout=self._layout,
             fingerprint=_FINGERPRINT,
             max_context=pool.total_blocks * self._size,
             step_tokens=self._engine.step_tokens,
@@ -261,8 +273,10 @@ class SimulatedWorker:
             ms = self._slowness * self._rates.step_ms(*self._shape, self._streams, self._context)
         else:
             self._shape = 0, 0.0
-            first_end = self._last_steps[0][0] - self._steps
-            self._count = max(min(first_end, self._room() // self._streams, _MOST_STEPS_AT_ONCE), 1)
+            count = min(self._last_steps[0][0] - self._steps, _MOST_STEPS_AT_ONCE)
+            if self._streams > 1:  # one alone is not preempted, however long it gets
+                count = min(count, self._room() // self._streams)
+            self._count = max(count, 1)
             ms = self._streams_ms(self._count)
         self._timer = self._loop.call_at(self._since + ms / 1e3, self._end)
 
@@ -417,9 +431,10 @@ class SimulatedWorker:
         hashes = sequence.hashes[: (sequence.length - 1) // self._size]
         matched = self._pool.match(hashes)
         needed = -(-sequence.length // self._size) - matched
-        reused = self._pool.reuse(hashes[:matched])
         reserve = self._occupied() and max(self._grown, 0) // self._size + 1
-        if not self._pool.can_allocate(needed + reserve):
+        possible = self._pool.can_allocate(needed + reserve)
+        reused = self._pool.reuse(hashes[:matched]) if possible else []  # these can't be evicted then
+        if not possible or not self._pool.can_allocate(needed + reserve):
             self._expire()
             self._pool.release(reused)
             return False

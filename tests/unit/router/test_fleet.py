@@ -157,6 +157,7 @@ def test_the_tokens_ahead_are_those_of_the_prompts(events: list[tuple[str, int]]
             charge.prefilled() if event == "done" else charge.undo()
         assert worker.prefill_tokens == sum(worker.prompts.values())
         assert all(left >= 1 for left in worker.prompts.values())
+        assert worker.crowd() == (sum(worker.prompts.values()), False)
         assert 0 <= worker.streams <= worker.requests
     for charge in charges:
         charge.undo()

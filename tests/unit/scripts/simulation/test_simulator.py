@@ -14,6 +14,7 @@ from python_backends.core.types import BlockHash, Role
 from scripts.simulation.clock import VirtualClock, VirtualLoop
 from scripts.simulation.hardware import Rates
 from scripts.simulation.simulator import Result, Scenario, Simulation, simulate
+from scripts.simulation.worker import SimulatedWorker
 from scripts.simulation.workload import Arrival, Workload, generate
 
 P, D, A = Role.PREFILL, Role.DECODE, Role.AGGREGATED
@@ -151,6 +152,16 @@ def test_a_bug_in_the_router_ends_the_simulation(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("router.run.Run._take", broken)
     with pytest.raises(ZeroDivisionError):
         simulate(scenario({A: 1}), load((0.0, 10, 5), (1.0, 10, 5)))
+
+
+def test_a_stream_alone_takes_its_steps_many_at_once_however_long_it_gets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody would have to give way to it when the pool is full, so nothing changes from one step to the next."""
+    ends, end = [], SimulatedWorker._end
+    monkeypatch.setattr(SimulatedWorker, "_end", lambda worker: (ends.append(worker.id), end(worker)))
+    small = msgspec.structs.replace(SIMPLE, pool_tokens=1000)
+    result, _ = run(scenario({A: 1}, rates=small), load((0.0, 500, 20_000)))
+    assert (result.completed, result.itl.count) == (1, 19_999)
+    assert len(ends) < 30
 
 
 # --- what the router is for --------------------------------------------------------------------------------------------
