@@ -29,6 +29,7 @@ from python_backends.core.messages import (
     PrefillDone,
     RequestFailed,
 )
+from python_backends.core.step_model import longest_step_ms
 from python_backends.core.types import GenerateRequest, LeaseEnd, RequestId, Role, WorkerId
 from router.admission import SHUTTING_DOWN, Admission
 from router.clock import Clock
@@ -197,7 +198,8 @@ class House:
         hits += [worker for worker in stored or () if worker not in hits][: _HITS * len(Role)]
         output = min(max_tokens, int(self.output_tokens))
         contended = self.admission.waiting > 0
-        query = Query(len(prompt), match, hits, wish, slo, output, contended, avoid, stored or {})
+        longest_ms = longest_step_ms(self.config.slo.itl_ms)
+        query = Query(len(prompt), match, hits, wish, slo, output, contended, avoid, stored or {}, longest_ms)
         return choose(query, self.fleet, self._random)
 
     # --- what takes a question to a worker ---

@@ -65,6 +65,7 @@ class Query(msgspec.Struct, frozen=True):
     contended: bool = False  # more requests wait at the door
     avoid: Collection[WorkerId] = ()  # workers that failed this request; taken only if there is no other
     stored: Mapping[WorkerId, int] = {}  # leading prompt tokens in the worker's pool and stores together
+    longest_step_ms: float = 0.0  # of streams alone, where the deployment has a target between tokens; 0: it has none
 
 
 class Room(Enum):
@@ -96,10 +97,16 @@ class _Decoder:
     def __init__(self, query: Query, worker: WorkerView) -> None:
         self.worker = worker
         self.missing = query.num_tokens - query.cached.get(worker.id)  # prompt tokens not in its pool
-        self.has_room = worker.takes_stream(self.missing + query.output_tokens)
         streams = worker.requests + worker.foreign_requests + 1
         step_ms = worker.model.step_ms(0, 0, streams, worker.context_tokens + query.num_tokens)
         self.itl = step_ms / worker.tokens_per_step  # ms between tokens with this stream
+        self.has_room = worker.takes_stream(self.missing + query.output_tokens) and (
+            streams == 1 or not query.longest_step_ms or step_ms <= query.longest_step_ms or self._is_slow(query)
+        )
+
+    def _is_slow(self, query: Query) -> bool:
+        """Whether one stream alone misses the target: then keeping others away would not help."""
+        return self.worker.model.step_ms(0, 0, 1, query.num_tokens) > query.longest_step_ms
 
 
 class _Option:

@@ -113,7 +113,7 @@ class Bench:
 
     def _heartbeat(self, worker: WorkerConfig) -> Heartbeat:
         layout = KVLayout(32, 8, 128, _BLOCK, "bfloat16")
-        load = WorkerLoad(total_blocks=10**6)
+        load = WorkerLoad(total_blocks=10**6, step_ms=longest_step_ms(_SLO.itl_ms))
         return Heartbeat(
             worker=worker.id,
             model=worker.name,
@@ -128,7 +128,6 @@ class Bench:
             max_context=10**6,
             step_tokens=2048,
             max_batch=256,
-            step_ms=longest_step_ms(_SLO.itl_ms),
             events_sequence=0,
         )
 

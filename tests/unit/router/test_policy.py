@@ -366,6 +366,23 @@ def test_the_targets_decide_whether_another_worker_with_room_will_do(fleet: Flee
     assert choice(query(slo=Slo(itl_ms=40.0)), fleet).lacks is None
 
 
+@pytest.mark.parametrize("wish", [Wish.REMOTE, Wish.LOCAL])
+def test_a_worker_takes_only_as_many_streams_as_keep_the_target(fleet: Fleet, wish: Wish) -> None:
+    put(fleet, "p", P), put(fleet, "d", D, streams=4)
+    asked = msgspec.structs.replace(query(wish=wish), longest_step_ms=7.0)  # a step takes 2 ms and 1 for each
+    assert choice(asked, fleet).lacks is None
+    put(fleet, "d2", D, streams=3)
+    fleet.charge(WorkerId("d"), 0, 100, 1)
+    assert choice(asked, fleet).decision.decode == "d2"
+    fleet.charge(WorkerId("d2"), 0, 100, 1), fleet.charge(WorkerId("d2"), 0, 100, 1)
+    assert choice(asked, fleet).lacks in (Room.STREAM, Room.BOTH)
+
+
+def test_a_target_that_no_stream_keeps_keeps_nobody_away(fleet: Fleet) -> None:
+    put(fleet, "p", P), put(fleet, "d", D, streams=4)
+    assert choice(msgspec.structs.replace(query(), longest_step_ms=2.5), fleet).lacks is None
+
+
 @pytest.mark.parametrize(("lacked", "name"), [(Room.PROMPT, "p"), (Room.STREAM, "d"), (Room.BOTH, "d"), (Room.AGGREGATED, "a")])
 def test_room_is_looked_for_where_it_was_missed(fleet: Fleet, lacked: Room, name: str) -> None:
     for each, role in (("p", P), ("d", D), ("a", A)):
