@@ -22,12 +22,11 @@ from numba import types
 from numba.extending import intrinsic
 
 from python_backends.engines.torch.kernels.compiler import kernel, part
-from python_backends.engines.torch.kernels.linear import panels_at_once
 from python_backends.engines.torch.kernels.tile import (
     FLOAT16,
     FLOAT32,
     INT8,
-    PANELS,
+    KV_PANELS,
     ROWS,
     expand_panel,
     multiply_blocks_tile,
@@ -39,6 +38,7 @@ from python_backends.engines.torch.kernels.vector import (
     POINTER,
     VECTOR,
     Float32x16,
+    add_in_order,
     broadcast,
     exp2,
     fma,
@@ -54,12 +54,13 @@ from python_backends.engines.torch.kernels.vector import (
 
 SPAN = 256  # keys
 PIECES = SPAN // LANES
-_ENTRIES = PIECES + PANELS[1]  # of a table: a tile looks so far ahead
+_ENTRIES = PIECES + 2 * max(KV_PANELS)  # of a table: the last tile may go beyond the keys, and looks as far ahead again
 TILE_QUERIES = 96  # rows of a prompt's tile: keys and values in the second-level cache serve so many
+_PIECES_AT_ONCE = 4  # of a row whose powers are computed: their latencies overlap
 KV_BYTES = {FLOAT32: 4, FLOAT16: 2, INT8: 1}
 
 _LOG2E = np.float32(np.log2(np.e))
-_NEVER = np.float32(-np.inf)
+_LOWEST = np.finfo(np.float32).min  # the highest score of no keys: a number, so that differences are
 
 
 class KVPool(NamedTuple):
@@ -78,9 +79,44 @@ def head_bytes(kv_format: int, block_size: int, head_dim: int) -> int:
     return block_size * (head_dim * KV_BYTES[kv_format] + (4 if kv_format == INT8 else 0))
 
 
+class Room(NamedTuple):
+    """A thread's scratch memory, as addresses. `part` and `total` have `partial_floats`."""
+
+    queries: int  # [TILE_QUERIES, head_dim]
+    part: int  # one span's result
+    total: int  # that of the spans so far
+    scores: int  # [ROWS, SPAN]
+    scales: int  # [2, SPAN], of keys and values (INT8)
+    tables: int  # [2, _ENTRIES] int64, where keys and values lie
+    expanded: int  # [2, SPAN, head_dim], keys and values of narrow formats
+
+
+@kernel
+def partial_floats(rows: int, head_dim: int) -> int:
+    """Size of a result: out [rows, head_dim], not yet divided by the sums; then peaks and sums [rows] each, with room up to
+    whole vectors."""
+    return rows * head_dim + 2 * _whole_vectors(rows)
+
+
+@kernel
+def _whole_vectors(rows: int) -> int:
+    return (rows + LANES - 1) // LANES * LANES
+
+
+@kernel
+def room_at(scratch: int, head_dim: int) -> Room:
+    """Laid out in `scratch_floats`."""
+    part = scratch + 4 * TILE_QUERIES * head_dim
+    total = part + 4 * partial_floats(TILE_QUERIES, head_dim)
+    scores = total + 4 * partial_floats(TILE_QUERIES, head_dim)
+    scales = scores + 4 * ROWS * SPAN
+    tables = scales + 8 * SPAN
+    return Room(scratch, part, total, scores, scales, tables, tables + 16 * _ENTRIES)
+
+
 def scratch_floats(head_dim: int) -> int:
-    """Room that `attend_rows` and `attend_span` need per thread."""
-    return TILE_QUERIES * (3 * head_dim + SPAN + 4) + 2 * SPAN * head_dim + 4 * _ENTRIES
+    """Size of a `Room`."""
+    return (3 * TILE_QUERIES + 2 * SPAN) * head_dim + 4 * TILE_QUERIES + (ROWS + 2) * SPAN + 4 * _ENTRIES
 
 
 @intrinsic
@@ -165,77 +201,81 @@ def _element_bytes(kv_format: int) -> int:
 
 
 @part
-def _find_span(pool: Any, layer: int, kv_head: int, table: int, first: int, keys: int, tables: int, expanded: int) -> None:
-    """Fill two tables, _ENTRIES addresses each, with where the span's keys and values lie as float32.
+def _find_span(pool: KVPool, layer: int, kv_head: int, table: int, first: int, keys: int, room: Room) -> None:
+    """Fill the room's tables with where the span's keys and values lie as float32.
 
-    table: the sequence's block numbers, int64. first: position of the span's first key. Narrow formats are widened to
-    `expanded` first (without their scales, which belong to whole columns and rows). Behind the addresses of keys come
-    those of the first values, and behind the values' the last once more: what is needed next.
+    table: the sequence's block numbers, int64. first: position of the span's first key. Narrow formats are widened first
+    (without their scales, which belong to whole columns and rows). Behind the addresses of keys come those of the first
+    values, and behind the values' the last once more: what is needed next.
     """
-    piece_bytes, pieces = LANES * pool.head_dim * _element_bytes(pool.kv_format), (keys + LANES - 1) // LANES
+    dim, pieces, per_block = pool.head_dim, (keys + LANES - 1) // LANES, pool.block_size // LANES
+    piece_bytes = LANES * dim * _element_bytes(pool.kv_format)
+    entry, inside = table + 8 * (first // LANES // per_block), first // LANES % per_block
     for piece in range(pieces):
-        position = first + piece * LANES
-        block = load_int64(table + 8 * (position // pool.block_size))
-        inside = position % pool.block_size // LANES * piece_bytes
+        block = load_int64(entry)
         for what in range(2):
-            address = head_address(pool, layer, what, kv_head, block) + inside
+            head = head_address(pool, layer, what, kv_head, block)
+            address = head + inside * piece_bytes
             if pool.kv_format != FLOAT32:
-                wide = expanded + (what * PIECES + piece) * LANE_BYTES * pool.head_dim
+                wide = room.expanded + (what * PIECES + piece) * LANE_BYTES * dim
                 if pool.kv_format == FLOAT16:
-                    expand_panel(FLOAT16, address, pool.head_dim, wide)
+                    expand_panel(FLOAT16, address, dim, wide)
                 else:
-                    for i in range(pool.head_dim):
+                    for i in range(dim):
                         store(wide + i * LANE_BYTES, _load_codes(address + i * LANES))
+                    scales = head + pool.block_size * dim + inside * LANE_BYTES
+                    store(room.scales + (what * PIECES + piece) * LANE_BYTES, load(scales))
                 address = wide
-            _store_int64(tables + 8 * (what * _ENTRIES + piece), address)
+            _store_int64(room.tables + 8 * (what * _ENTRIES + piece), address)
+        inside += 1
+        if inside == per_block:
+            entry, inside = entry + 8, 0
     for i in range(_ENTRIES - PIECES):
-        last = tables + 8 * (_ENTRIES + pieces + i)
+        last = room.tables + 8 * (_ENTRIES + pieces + i)
         _store_int64(last, load_int64(last - 8))
-        _store_int64(tables + 8 * (pieces + i), load_int64(tables + 8 * (_ENTRIES + min(i, pieces - 1))))
+        _store_int64(room.tables + 8 * (pieces + i), load_int64(room.tables + 8 * (_ENTRIES + min(i, pieces - 1))))
 
 
 @kernel
-def _scales(pool: Any, layer: int, what: int, kv_head: int, table: int, position: int) -> Any:
-    """The scales of sixteen keys or values from `position` on (INT8)."""
-    block = load_int64(table + 8 * (position // pool.block_size))
-    head = head_address(pool, layer, what, kv_head, block)
-    return load(head + pool.block_size * pool.head_dim + 4 * (position % pool.block_size))
-
-
-@kernel
-def _powers(
-    pool: Any, layer: int, kv_head: int, table: int, scores: int, first: int, keys: int, low: int, high: int
-) -> tuple[Any, Any]:
+def _powers(pool: KVPool, room: Room, scores: int, keys: int, low: int, high: int) -> tuple[Any, Any]:
     """Turn one row of scores (in powers of two) into weights relative to the highest; (highest score, sum of weights).
 
-    The row sees the keys at positions low .. high. Weights of the others are 0; so is all if it sees none: (-inf, 0).
+    The row sees the keys low .. high of the span. Weights of the others are 0; so is all if it sees none: (_LOWEST, 0).
     """
-    pieces = (keys + LANES - 1) // LANES
-    highest = broadcast(_NEVER)
-    for piece in range(pieces):
-        at, position = scores + piece * LANE_BYTES, first + piece * LANES
-        value = load(at)
-        if pool.kv_format == INT8:
-            value = value * _scales(pool, layer, 0, kv_head, table, position)
-        if position < low or position + LANES - 1 > high:
-            value = keep_lanes(value, low - position, high + 1 - position)
-        if pool.kv_format == INT8 or position < low or position + LANES - 1 > high:
-            store(at, value)
-        highest = maximum(highest, value)
-    peak = lane_max(highest)
-    if peak == _NEVER:
+    pieces = (keys + _PIECES_AT_ONCE * LANES - 1) // (_PIECES_AT_ONCE * LANES) * _PIECES_AT_ONCE
+    if pool.kv_format == INT8:
         for piece in range(pieces):
-            store(scores + piece * LANE_BYTES, broadcast(np.float32(0.0)))
-        return peak, np.float32(0.0)
-    total = broadcast(np.float32(0.0))
-    for piece in range(pieces):
-        at = scores + piece * LANE_BYTES
-        weight = exp2(load(at) - broadcast(peak))
-        total = total + weight
-        if pool.kv_format == INT8:
-            weight = weight * _scales(pool, layer, 1, kv_head, table, first + piece * LANES)
-        store(at, weight)
-    return peak, lane_sum(total)
+            at = piece * LANE_BYTES
+            store(scores + at, load(scores + at) * load(room.scales + at))
+    if low > 0 or high < pieces * LANES - 1:
+        for piece in range(pieces):
+            key, at = piece * LANES, scores + piece * LANE_BYTES
+            if key < low or key + LANES - 1 > high:
+                store(at, keep_lanes(load(at), low - key, high + 1 - key))
+    end = scores + pieces * LANE_BYTES
+    a = b = c = d = broadcast(_LOWEST)
+    for at in range(scores, end, _PIECES_AT_ONCE * LANE_BYTES):
+        a, b = maximum(a, load(at)), maximum(b, load(at + LANE_BYTES))
+        c, d = maximum(c, load(at + 2 * LANE_BYTES)), maximum(d, load(at + 3 * LANE_BYTES))
+    peak = lane_max(maximum(maximum(a, b), maximum(c, d)))
+    highest = broadcast(peak)
+    a = b = c = d = broadcast(np.float32(0.0))
+    for at in range(scores, end, _PIECES_AT_ONCE * LANE_BYTES):
+        a, b = _add_power(a, at, highest), _add_power(b, at + LANE_BYTES, highest)
+        c, d = _add_power(c, at + 2 * LANE_BYTES, highest), _add_power(d, at + 3 * LANE_BYTES, highest)
+    if pool.kv_format == INT8:
+        for piece in range(pieces):
+            at = piece * LANE_BYTES
+            store(scores + at, load(scores + at) * load(room.scales + 4 * SPAN + at))
+    return peak, lane_sum(add_in_order(add_in_order(a, b), add_in_order(c, d)))
+
+
+@kernel
+def _add_power(total: Any, at: int, highest: Any) -> Any:
+    """Turn the scores at the address into weights; the total with them."""
+    weight = exp2(load(at) - highest)
+    store(at, weight)
+    return add_in_order(total, weight)
 
 
 @part
@@ -258,113 +298,100 @@ def gather_queries(queries: int, row_bytes: int, tokens: int, group: int, head_d
 
 @part
 def attend_span(
-    pool: Any,
+    pool: KVPool,
     layer: int,
     kv_head: int,
     table: int,
     first: int,
     keys: int,
-    queries: int,
     rows: int,
     group: int,
     start: int,
     window: int,
-    scores: int,
-    tables: int,
-    expanded: int,
-    out: int,
-    peaks: int,
-    sums: int,
+    room: Room,
+    part: int,
 ) -> None:
-    """One span for some rows of queries [rows, head_dim], row r being token r // group, whose position is start + that.
+    """One span for the room's first rows of queries, row r being token r // group, whose position is start + that.
 
-    keys: how many of the span exist. window: keys a token sees, 0: all. Writes out [rows, head_dim] (not yet divided by
-    the sum), peaks [rows] and sums [rows].
+    keys: how many of the span exist. window: keys a token sees, 0: all. Writes its result to `part`. Rows go through
+    scores, powers and values a tile at a time, so that the tile's scores stay in the first-level cache.
     """
-    head_dim = pool.head_dim
-    _find_span(pool, layer, kv_head, table, first, keys, tables, expanded)
-    pieces, columns = (keys + LANES - 1) // LANES, head_dim // LANES
-    tiles, at_once = (rows + ROWS - 1) // ROWS, panels_at_once(rows)
-    for piece in range(0, pieces, at_once):
-        for tile in range(tiles):
-            row = rows * tile // tiles
-            multiply_pieces_tile(
-                rows * (tile + 1) // tiles - row,
-                min(at_once, pieces - piece),
-                queries + 4 * row * head_dim,
-                4 * head_dim,
-                tables + 8 * piece,
-                head_dim,
-                scores + 4 * row * SPAN + piece * LANE_BYTES,
-                4 * SPAN,
-            )
-    for row in range(rows):
-        position = start + row // group
-        low = max(0, position - window + 1) if window > 0 else 0
-        peak, total = _powers(pool, layer, kv_head, table, scores + 4 * row * SPAN, first, keys, low, position)
-        store_scalar(peaks + 4 * row, peak)
-        store_scalar(sums + 4 * row, total)
-    for column in range(0, columns, at_once):
-        for tile in range(tiles):
-            row = rows * tile // tiles
+    dim = pool.head_dim
+    peaks = part + 4 * rows * dim
+    sums = peaks + 4 * _whole_vectors(rows)
+    _find_span(pool, layer, kv_head, table, first, keys, room)
+    pieces, columns, tiles = (keys + LANES - 1) // LANES, dim // LANES, (rows + ROWS - 1) // ROWS
+    for tile in range(tiles):
+        begin, end = rows * tile // tiles, rows * (tile + 1) // tiles
+        count, queries, out = end - begin, room.queries + 4 * begin * dim, part + 4 * begin * dim
+        at_once = KV_PANELS[count]
+        for piece in range(0, pieces, at_once):
+            scores = room.scores + piece * LANE_BYTES
+            multiply_pieces_tile(count, queries, 4 * dim, room.tables + 8 * piece, dim, scores, 4 * SPAN)
+        for row in range(begin, end):
+            last = start + row // group - first
+            low = last - window + 1 if window > 0 else 0
+            peak, total = _powers(pool, room, room.scores + 4 * (row - begin) * SPAN, keys, low, last)
+            store_scalar(peaks + 4 * row, peak)
+            store_scalar(sums + 4 * row, total)
+        for column in range(0, columns, at_once):
             multiply_blocks_tile(
-                rows * (tile + 1) // tiles - row,
+                count,
                 min(at_once, columns - column),
-                scores + 4 * row * SPAN,
+                room.scores,
                 4 * SPAN,
-                tables + 8 * _ENTRIES,
+                room.tables + 8 * _ENTRIES,
                 column * LANE_BYTES,
-                4 * head_dim,
+                4 * dim,
                 keys,
-                out + 4 * row * head_dim + column * LANE_BYTES,
-                4 * head_dim,
+                out + column * LANE_BYTES,
+                4 * dim,
             )
 
 
 @part
-def merge_span(head_dim: int, rows: int, out: int, peaks: int, sums: int, into: int, into_peaks: int, into_sums: int) -> None:
-    """Merge a span's result into what the spans before it gave."""
+def merge_span(head_dim: int, rows: int, part: int, total: int) -> None:
+    """Merge a span's result into what the spans before it gave. Its peaks and sums are used up."""
+    peaks, into_peaks = part + 4 * rows * head_dim, total + 4 * rows * head_dim
+    to_sums = 4 * _whole_vectors(rows)
+    for at in range(0, 4 * rows, LANE_BYTES):
+        peak, before = load(peaks + at), load(into_peaks + at)
+        highest = maximum(before, peak)
+        take, keep = exp2(peak - highest), exp2(before - highest)
+        sums, into_sums = peaks + to_sums + at, into_peaks + to_sums + at
+        store(into_peaks + at, highest)
+        store(into_sums, fma(load(sums), take, load(into_sums) * keep))
+        store(peaks + at, take)
+        store(sums, keep)
     for row in range(rows):
-        peak = load_scalar(peaks + 4 * row)
-        before = load_scalar(into_peaks + 4 * row)
-        if peak == _NEVER:
-            continue
-        highest = max(before, peak)
-        keep = _power(before - highest) if before != _NEVER else np.float32(0.0)
-        take = _power(peak - highest)
-        total = fma(
-            broadcast(load_scalar(sums + 4 * row)),
-            broadcast(take),
-            broadcast(load_scalar(into_sums + 4 * row)) * broadcast(keep),
-        )
-        store_scalar(into_peaks + 4 * row, highest)
-        store_scalar(into_sums + 4 * row, lane_max(total))
-        for i in range(0, head_dim, LANES):
-            at, source = into + 4 * (row * head_dim + i), out + 4 * (row * head_dim + i)
-            store(at, fma(load(source), broadcast(take), load(at) * broadcast(keep)))
-
-
-@kernel
-def _power(exponent: float) -> float:
-    return lane_max(exp2(broadcast(exponent)))
+        take = broadcast(load_scalar(peaks + 4 * row))
+        keep = broadcast(load_scalar(peaks + to_sums + 4 * row))
+        for i in range(row * head_dim, (row + 1) * head_dim, LANES):
+            at = total + 4 * i
+            store(at, fma(load(part + 4 * i), take, load(at) * keep))
 
 
 @part
-def clear_rows(head_dim: int, rows: int, into: int, into_peaks: int, into_sums: int) -> None:
-    for row in range(rows):
-        store_scalar(into_peaks + 4 * row, _NEVER)
-        store_scalar(into_sums + 4 * row, np.float32(0.0))
-        for i in range(0, head_dim, LANES):
-            store(into + 4 * (row * head_dim + i), broadcast(np.float32(0.0)))
+def clear_rows(head_dim: int, rows: int, total: int) -> None:
+    """The result of no keys."""
+    peaks = total + 4 * rows * head_dim
+    sums = peaks + 4 * _whole_vectors(rows)
+    for at in range(total, peaks, LANE_BYTES):
+        store(at, broadcast(np.float32(0.0)))
+    for at in range(0, 4 * rows, LANE_BYTES):
+        store(peaks + at, broadcast(_LOWEST))
+        store(sums + at, broadcast(np.float32(0.0)))
 
 
 @part
-def scatter_rows(head_dim: int, tokens: int, group: int, rows: int, row_sums: int, out: int, row_bytes: int) -> None:
+def scatter_rows(head_dim: int, tokens: int, group: int, total: int, out: int, row_bytes: int) -> None:
     """Divide by the sums, and put rows [tokens * group, head_dim] to their tokens and heads."""
+    rows = tokens * group
+    sums = total + 4 * (rows * head_dim + _whole_vectors(rows))
     row = 0
     for token in range(tokens):
         for head in range(group):
-            factor = broadcast(np.float32(1.0) / load_scalar(row_sums + 4 * row))
+            factor = broadcast(np.float32(1.0) / load_scalar(sums + 4 * row))
             for i in range(0, head_dim, LANES):
-                store(out + token * row_bytes + 4 * (head * head_dim + i), load(rows + 4 * (row * head_dim + i)) * factor)
+                store(out + token * row_bytes + 4 * (head * head_dim + i), load(total + 4 * (row * head_dim + i)) * factor)
             row += 1

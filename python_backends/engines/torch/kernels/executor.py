@@ -18,7 +18,7 @@ from python_backends.core.layout import KVLayout
 from python_backends.engines.paged.runner import Slice
 from python_backends.engines.torch.architecture import Architecture
 from python_backends.engines.torch.cores import CoreBoard
-from python_backends.engines.torch.kernels.attention import SPAN, TILE_QUERIES, KVPool, head_bytes
+from python_backends.engines.torch.kernels.attention import SPAN, TILE_QUERIES, KVPool, head_bytes, partial_floats
 from python_backends.engines.torch.kernels.forward import (
     LAST_PHASES,
     LAYER_PHASES,
@@ -222,7 +222,7 @@ class _Buffers:
             self._by_token = tuple(_aligned(tokens, columns) for columns in widths)  # type: ignore[assignment]
         if draws > len(self._logits):
             self._logits = _aligned(draws, decoder.output.panels * LANES)
-        rows = int(step.counts[step.short].max(initial=0)) * group * (decoder.head_dim + 2)
+        rows = partial_floats(int(step.counts[step.short].max(initial=0)) * group, decoder.head_dim)
         parts = len(step.spans) * decoder.kv_heads
         if parts > self._partial.shape[0] or rows > self._partial.shape[1]:
             self._partial = _aligned(max(parts, self._partial.shape[0]), max(rows, self._partial.shape[1]))

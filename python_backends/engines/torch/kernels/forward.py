@@ -14,7 +14,6 @@ import numpy.typing as npt
 
 from python_backends.engines.torch.kernels.attention import (
     SPAN,
-    TILE_QUERIES,
     KVPool,
     attend_span,
     clear_rows,
@@ -22,6 +21,7 @@ from python_backends.engines.torch.kernels.attention import (
     head_address,
     load_int64,
     merge_span,
+    room_at,
     scatter_rows,
     write_vector,
 )
@@ -115,7 +115,7 @@ class Workspace(NamedTuple):
     attended: Floats  # [tokens, heads * head_dim]
     activated: Floats  # [tokens, padded ffn]
     logits: Floats  # [draws, padded vocabulary]
-    partial: Floats  # [spans * kv_heads, rows * (head_dim + 2)]
+    partial: Floats  # [spans * kv_heads, partial_floats]
     scratch: Floats  # [threads, anything]
 
 
@@ -374,14 +374,7 @@ def attend(
     """Units: tiles of long slices from the last, most expensive one on, then spans of short ones; times key heads."""
     dim, group, kv_heads = model.head_dim, model.heads // model.kv_heads, model.kv_heads
     window = model.windows[layer]
-    queries = scratch
-    out = queries + 4 * TILE_QUERIES * dim
-    total = out + 4 * TILE_QUERIES * dim
-    peaks = total + 4 * TILE_QUERIES * dim
-    sums, total_peaks, total_sums = peaks + 4 * TILE_QUERIES, peaks + 8 * TILE_QUERIES, peaks + 12 * TILE_QUERIES
-    scores = peaks + 16 * TILE_QUERIES
-    expanded = scores + 4 * TILE_QUERIES * SPAN
-    tables = expanded + 8 * SPAN * dim
+    room = room_at(scratch, dim)
     num_tiles, num_spans = step.tiles.shape[0], step.spans.shape[0]
 
     units, mine, unit = (num_tiles + num_spans) * kv_heads, 0, claim(control, phase)
@@ -389,61 +382,32 @@ def attend(
         index, kv_head = unit // kv_heads, unit % kv_heads
         if index < num_tiles:
             tile = step.tiles[num_tiles - 1 - index]
-            which, offset, tokens, number = tile[0], tile[1], tile[2], 0
+            which, offset, tokens = tile[0], tile[1], tile[2]
         else:
-            which, number = step.spans[index - num_tiles, 0], step.spans[index - num_tiles, 1]
-            offset, tokens = 0, step.counts[which]
+            which, offset = step.spans[index - num_tiles, 0], 0
+            tokens = step.counts[which]
         token, start = step.begins[which] + offset, step.starts[which] + offset
         end, table = start + tokens, step.tables[which]
         source = work.qkv[token].ctypes.data + 4 * kv_head * group * dim
-        rows = gather_queries(source, work.qkv.strides[0], tokens, group, dim, queries)
+        rows = gather_queries(source, work.qkv.strides[0], tokens, group, dim, room.queries)
         if index < num_tiles:
-            clear_rows(dim, rows, total, total_peaks, total_sums)
-            first_visible = max(0, start - window + 1) if window > 0 else 0
-            for first in range(first_visible // SPAN * SPAN, end, SPAN):
-                attend_span(
-                    pool,
-                    layer,
-                    kv_head,
-                    table,
-                    first,
-                    min(SPAN, end - first),
-                    queries,
-                    rows,
-                    group,
-                    start,
-                    window,
-                    scores,
-                    tables,
-                    expanded,
-                    out,
-                    peaks,
-                    sums,
-                )
-                merge_span(dim, rows, out, peaks, sums, total, total_peaks, total_sums)
-            target = work.attended[token].ctypes.data + 4 * kv_head * group * dim
-            scatter_rows(dim, tokens, group, total, total_sums, target, work.attended.strides[0])
-        elif _is_visible(number, start, window):
+            clear_rows(dim, rows, room.total)
+            part = room.part
+            span = max(0, start - window + 1) // SPAN if window > 0 else 0
+            last_span = (end - 1) // SPAN
+        else:
             part = work.partial[(index - num_tiles) * kv_heads + kv_head].ctypes.data
-            attend_span(
-                pool,
-                layer,
-                kv_head,
-                table,
-                number * SPAN,
-                min(SPAN, end - number * SPAN),
-                queries,
-                rows,
-                group,
-                start,
-                window,
-                scores,
-                tables,
-                expanded,
-                part,
-                part + 4 * rows * dim,
-                part + 4 * rows * (dim + 1),
-            )
+            span = step.spans[index - num_tiles, 1]
+            last_span = span if _is_visible(span, start, window) else span - 1
+        for number in range(span, last_span + 1):
+            first = number * SPAN
+            keys = min(SPAN, end - first)
+            attend_span(pool, layer, kv_head, table, first, keys, rows, group, start, window, room, part)
+            if index < num_tiles:
+                merge_span(dim, rows, part, room.total)
+        if index < num_tiles:
+            target = work.attended[token].ctypes.data + 4 * kv_head * group * dim
+            scatter_rows(dim, tokens, group, room.total, target, work.attended.strides[0])
         mine, unit = mine + 1, claim(control, phase)
     finish(control, phase, units, mine)
 
@@ -454,22 +418,20 @@ def merge(control: int, phase: int, layer: int, model: Decoder, step: Step, work
     dim, group, kv_heads = model.head_dim, model.heads // model.kv_heads, model.kv_heads
     window = model.windows[layer]
     total = scratch
-    peaks = total + 4 * TILE_QUERIES * dim
-    sums = peaks + 4 * TILE_QUERIES
     units, mine, unit = step.short.size * kv_heads, 0, claim(control, phase)
     while unit < units:
         which, kv_head = step.short[unit // kv_heads], unit % kv_heads
         token, tokens, start = step.begins[which], step.counts[which], step.starts[which]
         rows = tokens * group
-        clear_rows(dim, rows, total, peaks, sums)
+        clear_rows(dim, rows, total)
         index = step.first_span[which]
         while index < step.spans.shape[0] and step.spans[index, 0] == which:
             if _is_visible(step.spans[index, 1], start, window):
                 part = work.partial[index * kv_heads + kv_head].ctypes.data
-                merge_span(dim, rows, part, part + 4 * rows * dim, part + 4 * rows * (dim + 1), total, peaks, sums)
+                merge_span(dim, rows, part, total)
             index += 1
         target = work.attended[token].ctypes.data + 4 * kv_head * group * dim
-        scatter_rows(dim, tokens, group, total, sums, target, work.attended.strides[0])
+        scatter_rows(dim, tokens, group, total, target, work.attended.strides[0])
         mine, unit = mine + 1, claim(control, phase)
     finish(control, phase, units, mine)
 

@@ -55,6 +55,8 @@ SCALE_BYTES = {INT8: 2 * LANES, INT4: 4 * LANES}  # of a group: scales, offsets
 # Sums fit in the registers, beside a panel's step and a row's element.
 ROWS = 12 if has_wide_registers() else 6
 PANELS = (0, 4, *[2] * 11) if has_wide_registers() else (0, 4, 2, 2, 1, 1, 1)  # at most at once, by rows
+# Of keys and values, whose panels lie on pages of their own: more of them at once, so that the memory is asked for several.
+KV_PANELS = (0, *[4] * 6, *[2] * 6) if has_wide_registers() else PANELS
 CODED_ROWS = 16 if has_wide_registers() else 6  # of tiles whose weights become float32 in registers; more share expanded ones
 CODED_PANELS = tuple(PANELS[rows] if rows <= 4 else 1 for rows in range(ROWS + 1)) + (1,) * (CODED_ROWS - ROWS)
 CONTINUE, LEAVE = 1, 2  # a tile of a part of the depth: begin with the sums that are there, leave them there
@@ -489,7 +491,6 @@ def multiply_tile(
 def multiply_pieces_tile(
     _context: Any,
     _rows: Any,
-    _panels: Any,
     _row: Any,
     _row_stride: Any,
     _table: Any,
@@ -497,17 +498,17 @@ def multiply_pieces_tile(
     _out: Any,
     _out_stride: Any,
 ) -> Any:
-    """out[rows, 16 * panels] = row[rows, depth] @ the float32 panels whose addresses are in the table.
+    """out[rows, 16 * panels] = row[rows, depth] @ the float32 panels whose addresses are in the table, KV_PANELS of the rows.
 
     The table has as many entries again, of what is needed next.
     """
 
     def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        cases = {10 * rows + panels: _pieces_tile(builder.module, rows, panels) for rows, panels in _cases(PANELS)}
-        _switch(builder, _case(builder, _int(0), *args[:2]), cases, list(args[2:]))
+        cases = {rows: _pieces_tile(builder.module, rows, KV_PANELS[rows]) for rows in range(1, ROWS + 1)}
+        _switch(builder, args[0], cases, list(args[1:]))
         return context.get_dummy_value()
 
-    return types.void(*[types.intp] * 8), codegen
+    return types.void(*[types.intp] * 7), codegen
 
 
 @intrinsic
@@ -528,7 +529,7 @@ def multiply_blocks_tile(
     each. The table has one more entry, of what is needed next."""
 
     def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        cases = {10 * rows + panels: _blocks_tile(builder.module, rows, panels) for rows, panels in _cases(PANELS)}
+        cases = {10 * rows + panels: _blocks_tile(builder.module, rows, panels) for rows, panels in _cases(KV_PANELS)}
         _switch(builder, _case(builder, _int(0), *args[:2]), cases, list(args[2:]))
         return context.get_dummy_value()
 

@@ -15,7 +15,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, overload, register_model
 
-from python_backends.engines.torch.kernels.compiler import kernel
+from python_backends.engines.torch.kernels.compiler import has_wide_registers, kernel
 
 LANES = 16
 LANE_BYTES = 4 * LANES
@@ -148,6 +148,16 @@ for _function, _operation in ((operator.add, _add), (operator.sub, _sub), (opera
 
 
 @intrinsic
+def add_in_order(_context: Any, _a: Any, _b: Any) -> Any:
+    """a + b that compilers put in no other order: `+` in a loop may be summed differently in each place it becomes part of."""
+
+    def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        return builder.fadd(*args, flags=("contract",))
+
+    return Float32x16(Float32x16, Float32x16), codegen
+
+
+@intrinsic
 def maximum(_context: Any, _a: Any, _b: Any) -> Any:
     """b where a is not greater: a NaN in b stays."""
 
@@ -163,11 +173,9 @@ def keep_lanes(_context: Any, _vector: Any, _first: Any, _end: Any) -> Any:
 
     def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         vector, first, end = args
-        lanes = ir.Constant(ir.VectorType(INT64, LANES), list(range(LANES)))
-        inside = builder.and_(
-            builder.icmp_signed(">=", lanes, emit_broadcast(builder, first)),
-            builder.icmp_signed("<", lanes, emit_broadcast(builder, end)),
-        )
+        lanes = ir.Constant(_INTS, list(range(LANES)))
+        first, end = (emit_broadcast(builder, builder.trunc(bound, INT32)) for bound in (first, end))
+        inside = builder.and_(builder.icmp_signed(">=", lanes, first), builder.icmp_signed("<", lanes, end))
         return builder.select(inside, vector, constant(-np.inf))
 
     return Float32x16(Float32x16, types.intp, types.intp), codegen
@@ -199,11 +207,20 @@ def _round(_context: Any, _vector: Any) -> Any:
     return Float32x16(Float32x16), codegen
 
 
+def _emit_scale(builder: Any, vector: Any, exponent: Any) -> Any:
+    """AVX-512 has it as an instruction."""
+    mask, current_rounding = ir.Constant(ir.IntType(16), 0xFFFF), ir.Constant(INT32, 4)
+    args = [vector, exponent, constant(0.0), mask, current_rounding]
+    return call(builder, "llvm.x86.avx512.mask.scalef.ps.512", VECTOR, args)
+
+
 @intrinsic
 def _times_power_of_two(_context: Any, _vector: Any, _exponent: Any) -> Any:
-    """vector * 2 ** exponent, for normal vectors and whole exponents, by adding to the exponent bits."""
+    """vector * 2 ** exponent, for whole exponents and normal vectors and results."""
 
     def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        if has_wide_registers():
+            return _emit_scale(builder, *args)
         shift = ir.Constant(_INTS, [23] * LANES)
         exponent = builder.shl(builder.fptosi(args[1], _INTS), shift)
         return builder.bitcast(builder.add(builder.bitcast(args[0], _INTS), exponent), VECTOR)
@@ -238,9 +255,8 @@ _LOG2E = np.float32(np.log2(np.e))
 @kernel
 def exp2(x: Any) -> Any:
     """2 ** x per lane, for x <= 127; 0 where x < -126, NaN where x is. Relative error below 3e-7."""
-    clamped = maximum(broadcast(_SMALLEST), x)
-    whole = _round(clamped)
-    fraction = clamped - whole
+    whole = _round(x)
+    fraction = x - whole
     result = fma(broadcast(_C6), fraction, broadcast(_C5))
     result = fma(result, fraction, broadcast(_C4))
     result = fma(result, fraction, broadcast(_C3))
