@@ -19,7 +19,7 @@ from python_backends.kv.transfer import conversion
 from python_backends.kv.transfer.base import CheckedTransport, Fetched
 from python_backends.kv.transfer.shm import ShmTransport
 from tests.kv.kv_blocks import Blocks, numbers_of, pack, unpack
-from tests.kv.test_transports import publish, soon, tcp
+from tests.kv.test_transports import nixl, publish, soon, tcp
 
 LAYOUT = KVLayout(num_layers=2, num_kv_heads=2, head_dim=8, block_size=16, dtype="float32", keys="columns")
 DTYPES = ("float32", "float16", "int8")
@@ -59,7 +59,7 @@ class Ends:
         self.target.close()
 
 
-@pytest.fixture(params=[ShmTransport, tcp])
+@pytest.fixture(params=[ShmTransport, tcp, nixl])
 def transport(request: pytest.FixtureRequest) -> Iterator[CheckedTransport]:
     made: CheckedTransport = request.param()
     yield made

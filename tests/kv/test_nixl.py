@@ -64,9 +64,7 @@ def transport_of(rig: Rig) -> NixlTransport:
 
 
 def zone_of(rig: Rig) -> _Zone:
-    zone = transport_of(rig)._zone
-    assert zone is not None
-    return zone
+    return transport_of(rig)._zones[LAYOUT.block_bytes]
 
 
 # --- a source that dies or stops --------------------------------------------------------------------------------------
@@ -88,7 +86,7 @@ def test_a_stopped_source_is_a_timeout_and_what_comes_late_hits_nothing(rig: Rig
         stop(owner)
         zone = zone_of(rig)
         assert rig.refusal(handoff, seconds=0.3) is RefusalReason.TRANSFER_TIMEOUT
-        assert transport_of(rig)._zone is None, "a zone that may be written to is used again"
+        assert not transport_of(rig)._zones, "a zone that may be written to is used again"
         rig.target.blocks[:] = 7
         owner.send_signal(signal.SIGCONT)
         time.sleep(0.5)
@@ -288,9 +286,9 @@ def test_what_can_be_made_ready_is_ready_before_the_first_handoff() -> None:
     pools = [make_pool(), make_pool(Epoch(8), seed=1)]
     source.attach(pools[0], Role.PREFILL)
     reader.attach(pools[1], Role.DECODE)
-    assert source._zone is None
+    assert not source._zones
     assert source._source._agent is not None
-    assert reader._zone is not None
+    assert list(reader._zones) == [LAYOUT.block_bytes]
     assert reader._source._agent is None
     for transport in (source, reader):
         transport.close()
