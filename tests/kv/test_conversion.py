@@ -17,6 +17,7 @@ from python_backends.core.types import Epoch
 from python_backends.kv.memory import PoolMemory
 from python_backends.kv.transfer import conversion
 from python_backends.kv.transfer.base import CheckedTransport, Fetched
+from python_backends.kv.transfer.inline import InlineTransport
 from python_backends.kv.transfer.shm import ShmTransport
 from tests.kv.kv_blocks import Blocks, numbers_of, pack, unpack
 from tests.kv.test_transports import nixl, publish, soon, tcp
@@ -59,7 +60,7 @@ class Ends:
         self.target.close()
 
 
-@pytest.fixture(params=[ShmTransport, tcp, nixl])
+@pytest.fixture(params=[ShmTransport, InlineTransport, tcp, nixl])
 def transport(request: pytest.FixtureRequest) -> Iterator[CheckedTransport]:
     made: CheckedTransport = request.param()
     yield made

@@ -269,6 +269,27 @@ def test_a_handoff_larger_than_the_landing_zone(rig: Rig, monkeypatch: pytest.Mo
     assert sorted(zone_of(rig)._free) == list(range(8))
 
 
+def test_of_zones_for_other_sizes_of_blocks_few_are_kept(shm_rig: Rig) -> None:
+    """Handoffs that are converted bring blocks as large as the source's; each size has a zone, and memory has an end."""
+    transport = transport_of(shm_rig)
+    for count in range(2, 8):
+        zone = transport._enter_zone(count * LAYOUT.block_bytes)
+        transport._leave_zone(zone, clean=True)
+    assert list(transport._zones) == [count * LAYOUT.block_bytes for count in range(4, 8)]
+    fetch_all(shm_rig, shm_rig.publish([3, 4]))
+
+
+def test_a_zone_that_is_used_outlives_its_place_among_the_few(shm_rig: Rig) -> None:
+    transport = transport_of(shm_rig)
+    used = transport._enter_zone(LAYOUT.block_bytes)
+    for count in range(2, 8):
+        transport._leave_zone(transport._enter_zone(count * LAYOUT.block_bytes), clean=True)
+    used.poll()
+    assert used.agent._agent is not None
+    transport._leave_zone(used, clean=True)
+    assert used.agent._agent is None
+
+
 def test_a_refusal_in_the_middle_leaves_the_zone_as_good_as_before(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("python_backends.kv.transfer.nixl._PIECE_BYTES", 2 * LAYOUT.block_bytes)
     handoff = rig.publish(list(range(SOURCE_BLOCKS)))
