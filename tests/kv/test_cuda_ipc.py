@@ -90,7 +90,7 @@ def test_workers_without_a_gpu_can_not_have_it() -> None:
 
 def test_kv_of_another_layout_is_refused_by_name(rig: Rig) -> None:
     ours = msgspec.structs.replace(LAYOUT, block_size=2 * LAYOUT.block_size)
-    with pytest.raises(HandoffRefused, match="cuda_ipc converts no layouts.*transfer.transport: tcp") as refused:
+    with pytest.raises(HandoffRefused, match=r"cuda_ipc converts no layouts.*transfer\.transport: tcp") as refused:
         fetch_converted(rig.transport, rig.publish([3, 8]), 0, ours, rig.target, [0], soon())
     assert refused.value.reason is RefusalReason.TRANSFER_FAILED
 

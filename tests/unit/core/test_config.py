@@ -81,7 +81,7 @@ DECODE = "workers: [{role: decode}]\n"
         (DECODE + "transfer: {transport: pigeon}", "transfer.transport"),
         (DECODE + "transfer: {transport: nixl, codec: lossless}", "transfer.codec: lossless is for transport tcp; nixl moves"),
         (DECODE + "transfer: {transport: shm, codec: lossless}", "transfer.codec: lossless is for transport tcp; shm moves"),
-        (DECODE + "transfer: {transport: cuda_ipc, rounding: int8}", "transfer.rounding: int8 can't be done by transport cuda_ipc"),
+        (DECODE + "transfer: {transport: cuda_ipc, rounding: int8}", "transfer.rounding: int8 can't be done by transport"),
         (DECODE + "router: {mode: magic}", "router.mode"),
         (DECODE + "model: {dtype: int4}", "model.dtype"),
         ("workers: []", "workers"),
