@@ -114,6 +114,8 @@ def test_any_pair_of_layouts(
 
 
 def test_damage_is_found_before_anything_is_converted(transport: CheckedTransport) -> None:
+    if transport.name == "inline":
+        pytest.skip("the ticket holds a copy")
     ends = Ends(transport, layout(16), layout(32), 64)
     ends.source.blocks[ends.handoff.blocks[2], 5] ^= 1
     with pytest.raises(HandoffRefused) as refused:
