@@ -455,6 +455,7 @@ def _checked(deployment: Deployment, path: Path) -> Deployment:
     if "router" in names:
         raise ConfigError(f"{path}: workers: the name 'router' belongs to the router; choose another")
     _check_cluster(deployment, path)
+    _check_transfer(deployment.transfer, path)
     roles = {worker.role for worker in deployment.workers}
     if deployment.cluster.pools or deployment.cluster.registry or not deployment.cluster.router:
         roles = set(Role)  # there are others elsewhere
@@ -495,6 +496,20 @@ def _check_cluster(deployment: Deployment, path: Path) -> None:
             raise ConfigError(f"{path}: cluster.pools[{index}]: give either hosts or dns")
     if bool(cluster.tls_certificate) != bool(cluster.tls_key) or (cluster.tls_key and not cluster.tls_ca):
         raise ConfigError(f"{path}: cluster.tls_certificate: give it together with tls_key and tls_ca")
+
+
+def _check_transfer(transfer: TransferConfig, path: Path) -> None:
+    """What a transport would not do is refused, lest somebody believes that it is done."""
+    if transfer.codec == "lossless" and transfer.transport not in ("auto", "tcp"):
+        raise ConfigError(
+            f"{path}: transfer.codec: lossless is for transport tcp; {transfer.transport} moves KV as it lies in the pool: "
+            "leave codec out, or set transfer.transport: tcp"
+        )
+    if transfer.rounding != "none" and transfer.transport == "cuda_ipc":
+        raise ConfigError(
+            f"{path}: transfer.rounding: {transfer.rounding} can't be done by transport cuda_ipc, which neither rounds nor "
+            "converts KV: leave rounding out, or set transfer.transport: tcp"
+        )
 
 
 def parse_cpus(text: str, where: str = "cpus") -> list[int]:

@@ -2,8 +2,9 @@
 
 Another process owns a pool with blocks at random places; this one brings them into its own, verified as in a handoff. The
 ways take turns in rounds, so that what else the machine does hits all of them alike. The plain socket is what one would
-write by hand - sendmsg from scattered blocks, recv_into - without tickets, leases, digests or encryption. Times are from
-the first request to the last verified byte.
+write by hand - sendmsg from scattered blocks, recv_into - without tickets, leases, digests or encryption; unpaced, it also
+has the congestion control that `tcp` takes within a machine, where the kernel's default may pace (bbr). Times are from the
+first request to the last verified byte.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ from python_backends.kv.transfer.tcp import TcpTransport
 _LOOPBACK = "127.0.0.1"
 _TIMEOUT_S = 60.0
 _VECTOR_MOST = 256
+_UNPACED = b"reno"
 _REDIS = ("--save", "", "--appendonly", "no", "--maxmemory", "1gb", "--maxmemory-policy", "allkeys-lru")
 WAYS = (
     "memcpy",
@@ -57,6 +59,7 @@ WAYS = (
     "node store read",
     "node store write",
     "plain socket",
+    "plain socket, unpaced",
     "tcp",
     "tcp, 1 stream",
     "nixl over tcp",
@@ -93,14 +96,15 @@ def own_blocks(line: Connection, layout: KVLayout, num_blocks: int, key: bytes) 
     memory = make_pool(layout, 2 * num_blocks, 0)
     chosen = np.random.default_rng(1).permutation(2 * num_blocks)[:num_blocks].tolist()
     transports: list[CheckedTransport] = []
-    listener = socket.create_server((_LOOPBACK, 0))
     with suppress(EOFError):
         while True:
             way = line.recv()
-            if way == "plain socket":
+            if way.startswith("plain socket"):
+                listener = socket.create_server((_LOOPBACK, 0))
                 line.send(listener.getsockname())
                 views = [memory.blocks[block].data for block in chosen]
-                threading.Thread(target=serve_plainly, args=(listener, views), daemon=True).start()
+                unpaced = way.endswith("unpaced")
+                threading.Thread(target=serve_plainly, args=(listener, views, unpaced), daemon=True).start()
                 continue
             transports.append(make_transport(way, key))
             lease_id = secrets.token_hex(8)
@@ -129,10 +133,12 @@ def own_blocks(line: Connection, layout: KVLayout, num_blocks: int, key: bytes) 
         transport.close()
 
 
-def serve_plainly(listener: socket.socket, blocks: Sequence[memoryview]) -> None:
+def serve_plainly(listener: socket.socket, blocks: Sequence[memoryview], unpaced: bool) -> None:
     """To one client: all blocks for every byte it sends."""
     client, _ = listener.accept()
-    with client:
+    with listener, client:
+        if unpaced:
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, _UNPACED)
         client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
         while client.recv(1):
             left = list(blocks)
@@ -168,8 +174,8 @@ def open_ways(names: Sequence[str], layout: KVLayout, num_blocks: int, rounds: i
         for name in names:
             if name == "memcpy":
                 ways[name] = _memcpy(layout, num_blocks, target)
-            elif name == "plain socket":
-                ways[name] = _plain_socket(ours, target, stack)
+            elif name.startswith("plain socket"):
+                ways[name] = _plain_socket(name, ours, target, stack)
             elif name.startswith(("node", "redis")):
                 continue
             else:
@@ -194,8 +200,8 @@ def _memcpy(layout: KVLayout, num_blocks: int, target: PoolMemory) -> Way:
     return copy
 
 
-def _plain_socket(line: Connection, target: PoolMemory, stack: ExitStack) -> Way:
-    line.send("plain socket")
+def _plain_socket(name: str, line: Connection, target: PoolMemory, stack: ExitStack) -> Way:
+    line.send(name)
     sock = stack.enter_context(socket.create_connection(line.recv()))
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
 

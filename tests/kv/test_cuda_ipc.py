@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import msgspec
 import numpy as np
 import pytest
 
 from python_backends.core.errors import ConfigError, HandoffRefused, RefusalReason
 from python_backends.core.types import Epoch, Role
 from python_backends.kv.memory import PoolMemory
+from python_backends.kv.transfer.conversion import fetch_converted
 from python_backends.kv.transfer.cuda_ipc import CudaIpcTransport
 from python_backends.kv.transfer.faulty import FaultyTransport
 from tests.kv.played_device import PlayedDevice
@@ -84,6 +86,13 @@ def test_workers_without_a_gpu_can_not_have_it() -> None:
     with pytest.raises(ConfigError, match=r"cuda_ipc needs workers on GPUs.*use auto"):
         transport.attach(memory, Role.DECODE)
     memory.close()
+
+
+def test_kv_of_another_layout_is_refused_by_name(rig: Rig) -> None:
+    ours = msgspec.structs.replace(LAYOUT, block_size=2 * LAYOUT.block_size)
+    with pytest.raises(HandoffRefused, match=r"cuda_ipc converts no layouts.*transfer\.transport: tcp") as refused:
+        fetch_converted(rig.transport, rig.publish([3, 8]), 0, ours, rig.target, [0], soon())
+    assert refused.value.reason is RefusalReason.TRANSFER_FAILED
 
 
 @pytest.mark.parametrize("fault", ["corrupt", "truncate"])

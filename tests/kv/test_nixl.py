@@ -64,9 +64,7 @@ def transport_of(rig: Rig) -> NixlTransport:
 
 
 def zone_of(rig: Rig) -> _Zone:
-    zone = transport_of(rig)._zone
-    assert zone is not None
-    return zone
+    return transport_of(rig)._zones[LAYOUT.block_bytes]
 
 
 # --- a source that dies or stops --------------------------------------------------------------------------------------
@@ -88,7 +86,7 @@ def test_a_stopped_source_is_a_timeout_and_what_comes_late_hits_nothing(rig: Rig
         stop(owner)
         zone = zone_of(rig)
         assert rig.refusal(handoff, seconds=0.3) is RefusalReason.TRANSFER_TIMEOUT
-        assert transport_of(rig)._zone is None, "a zone that may be written to is used again"
+        assert not transport_of(rig)._zones, "a zone that may be written to is used again"
         rig.target.blocks[:] = 7
         owner.send_signal(signal.SIGCONT)
         time.sleep(0.5)
@@ -271,6 +269,27 @@ def test_a_handoff_larger_than_the_landing_zone(rig: Rig, monkeypatch: pytest.Mo
     assert sorted(zone_of(rig)._free) == list(range(8))
 
 
+def test_of_zones_for_other_sizes_of_blocks_few_are_kept(shm_rig: Rig) -> None:
+    """Handoffs that are converted bring blocks as large as the source's; each size has a zone, and memory has an end."""
+    transport = transport_of(shm_rig)
+    for count in range(2, 8):
+        zone = transport._enter_zone(count * LAYOUT.block_bytes)
+        transport._leave_zone(zone, clean=True)
+    assert list(transport._zones) == [count * LAYOUT.block_bytes for count in range(4, 8)]
+    fetch_all(shm_rig, shm_rig.publish([3, 4]))
+
+
+def test_a_zone_that_is_used_outlives_its_place_among_the_few(shm_rig: Rig) -> None:
+    transport = transport_of(shm_rig)
+    used = transport._enter_zone(LAYOUT.block_bytes)
+    for count in range(2, 8):
+        transport._leave_zone(transport._enter_zone(count * LAYOUT.block_bytes), clean=True)
+    used.poll()
+    assert used.agent._agent is not None
+    transport._leave_zone(used, clean=True)
+    assert used.agent._agent is None
+
+
 def test_a_refusal_in_the_middle_leaves_the_zone_as_good_as_before(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("python_backends.kv.transfer.nixl._PIECE_BYTES", 2 * LAYOUT.block_bytes)
     handoff = rig.publish(list(range(SOURCE_BLOCKS)))
@@ -288,9 +307,9 @@ def test_what_can_be_made_ready_is_ready_before_the_first_handoff() -> None:
     pools = [make_pool(), make_pool(Epoch(8), seed=1)]
     source.attach(pools[0], Role.PREFILL)
     reader.attach(pools[1], Role.DECODE)
-    assert source._zone is None
+    assert not source._zones
     assert source._source._agent is not None
-    assert reader._zone is not None
+    assert list(reader._zones) == [LAYOUT.block_bytes]
     assert reader._source._agent is None
     for transport in (source, reader):
         transport.close()

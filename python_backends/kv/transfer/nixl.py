@@ -44,6 +44,7 @@ _ZONE_BYTES = 64 << 20
 _ZONE_SLOTS = 4096  # at most; each costs a descriptor at the source
 _PIECE_BYTES = 4 << 20  # pushed at once; then copied and digested while it is in the processor's cache
 _POLL_BYTES = 512 << 10  # copied between two looks at what arrives
+_MOST_ZONES = 4  # one for each size of blocks that is handed over here
 _MOST_READERS = 256  # that a source keeps connections to
 _AHEAD = 3  # pieces asked for before the first has arrived
 _SETTINGS = {  # of NIXL and of UCX, its transport layer; whoever sets them in the environment knows better
@@ -90,15 +91,15 @@ class NixlTransport(CheckedTransport):
         self._settings = {name: os.environ.get(name, value) for name, value in self._settings.items()} | dict(settings or {})
         self._source = _Source(self._settings)
         server.pusher = self._source
-        self._zone: _Zone | None = None
-        self._lock = threading.Lock()  # of the zone's choice
+        self._zones: OrderedDict[int, _Zone] = OrderedDict()  # by their blocks' bytes; oldest use first
+        self._lock = threading.Lock()  # of the zones' choice
 
     def attach(self, memory: PoolMemory, role: Role) -> None:
         """See KVTransport.attach. Agents take a tenth of a second to make, and RDMA pins what is registered."""
         if role is Role.PREFILL:
             self._source.register(memory)
         elif role is Role.DECODE:
-            self._zone = _Zone(memory.block_bytes, self._settings)
+            self._zones[memory.block_bytes] = _Zone(memory.block_bytes, self._settings)
 
     def publish(self, memory: PoolMemory, blocks: Sequence[int], lease_id: str) -> Published:
         """See KVTransport.publish."""
@@ -145,29 +146,35 @@ class NixlTransport(CheckedTransport):
         self._sessions.close()
         self._server.close()
         with self._lock:
-            zone, self._zone = self._zone, None
-        if zone is not None:
+            zones, self._zones = self._zones, OrderedDict()
+        for zone in zones.values():
             zone.retire()
         self._source.close()
 
     def _enter_zone(self, block_bytes: int) -> _Zone:
+        """KV that is converted comes in the source's blocks, which have another size."""
         with self._lock:
-            if self._zone is None:
-                self._zone = _Zone(block_bytes, self._settings)
-            if self._zone.blocks.shape[1] != block_bytes:
-                raise failed(f"nixl brings blocks of {self._zone.blocks.shape[1]} bytes here, and these have {block_bytes}")
-            self._zone.users += 1
-            return self._zone
+            zone = self._zones.get(block_bytes)
+            if zone is None:
+                zone = self._zones[block_bytes] = _Zone(block_bytes, self._settings)
+                if len(self._zones) > _MOST_ZONES:
+                    _, oldest = self._zones.popitem(last=False)
+                    if oldest.users == 0:
+                        oldest.retire()
+            self._zones.move_to_end(block_bytes)
+            zone.users += 1
+            return zone
 
     def _leave_zone(self, zone: _Zone, *, clean: bool) -> None:
         """Not `clean`: something may still be on its way into it."""
+        size = zone.blocks.shape[1]
         with self._lock:
             if not clean:
                 zone.tainted = True
-                if self._zone is zone:
-                    self._zone = None
+                if self._zones.get(size) is zone:
+                    del self._zones[size]
             zone.users -= 1
-            over = zone.users == 0 and self._zone is not zone
+            over = zone.users == 0 and self._zones.get(size) is not zone
         if over:
             zone.retire()
 
@@ -222,16 +229,20 @@ class _Zone:
         with self._freed:
             if not self._freed.wait_for(lambda: len(self._free) >= count, max(0.0, deadline - time.monotonic())):
                 check_time(deadline)
-            slots, self._free = self._free[:count], self._free[count:]
-            return slots
+            return self._pop(count)
 
     def try_take(self, count: int) -> list[int]:
         """Slots of one's own, or an empty list when there are too few."""
         with self._freed:
             if len(self._free) < count:
                 return []
-            slots, self._free = self._free[:count], self._free[count:]
-            return slots
+            return self._pop(count)
+
+    def _pop(self, count: int) -> list[int]:
+        """Those used last: the processor still has them in its cache."""
+        slots = self._free[-count:]
+        del self._free[-count:]
+        return slots
 
     def give_back(self, slots: Sequence[int]) -> None:
         with self._freed:
@@ -241,7 +252,8 @@ class _Zone:
     def poll(self) -> None:
         """Give NIXL the processor to take in what comes."""
         with self.agent as agent:
-            agent.get_new_notifs()
+            if agent is not None:  # the transport is being closed, and the connection says so
+                agent.get_new_notifs()
 
     def retire(self) -> None:
         """Called by its last user. Whatever still comes writes into pages that nobody looks at."""
