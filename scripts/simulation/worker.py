@@ -265,10 +265,9 @@ class SimulatedWorker:
         noise = self._rates.noise
         self._slowness = math.exp(self._random.gauss(0, noise)) if noise else 1.0
         self._since = self._loop.time()
-        self._chunks = _chunks(self._prompts, self._budget())
+        self._chunks = self._prompts_of_step()
         if self._chunks:
-            tokens = sum(count for _, count in self._chunks)
-            self._shape = tokens, sum(count * (sequence.computed + count / 2) for sequence, count in self._chunks)
+            self._shape = _prompt_shape(self._chunks)
             self._count = 1
             ms = self._slowness * self._rates.step_ms(*self._shape, self._streams, self._context)
         else:
@@ -280,13 +279,18 @@ class SimulatedWorker:
             ms = self._streams_ms(self._count)
         self._timer = self._loop.call_at(self._since + ms / 1e3, self._end)
 
-    def _budget(self) -> int:
-        """Prompt tokens that the next step may compute, as engines/paged/step_limit.py has it."""
+    def _prompts_of_step(self) -> list[tuple[_Sequence, int]]:
+        """What the next step computes of prompts, as engines/paged/scheduler.py has it."""
         most = max(self._engine.step_tokens - self._streams, 1)
-        if not self._step_ms or not self._streams or not self._prompts:
-            return most
-        depth = min(self._prompts).computed
-        return tokens_within(self._rates, self._step_ms, self._streams, self._context, depth, most)
+        chunks = _chunks(self._prompts, most)
+        while chunks and self._step_ms and self._streams:
+            tokens, pairs = _prompt_shape(chunks)
+            depth = pairs / tokens - tokens / 2
+            fitting = tokens_within(self._rates, self._step_ms, self._streams, self._context, depth, most)
+            if fitting >= tokens:
+                break
+            chunks = _chunks(self._prompts, fitting)
+        return chunks
 
     def _end(self) -> None:
         """The step, or the steps, under way are done."""
@@ -559,6 +563,11 @@ def _chunk(sequence: _Sequence, count: int, finish: FinishReason | None) -> Toke
     start, sequence.told = sequence.told, sequence.told + count
     report = sequence.report if finish else None
     return TokenChunk(sequence.id, [SILENT] * count, start, finish_reason=finish, report=report)
+
+
+def _prompt_shape(chunks: Sequence[tuple[_Sequence, int]]) -> tuple[int, float]:
+    """Tokens, and tokens x context."""
+    return sum(count for _, count in chunks), sum(count * (sequence.computed + count / 2) for sequence, count in chunks)
 
 
 def _chunks(prompts: list[_Sequence], budget: int) -> list[tuple[_Sequence, int]]:
