@@ -357,11 +357,13 @@ class Fleet:
         """Take in a heartbeat. Returns whether the worker is up only since now: new, restarted or back again."""
         known = self._workers.get(heartbeat.worker)
         if known is not None and known.epoch == heartbeat.epoch and known.up:
-            was = known.available
+            was, foreign = known.available, known.foreign_requests
             known.beat(heartbeat, now)
             self.reorder(known)
             if known.available != was:
                 self._wake()
+            elif known.foreign_requests < foreign:  # a stream of another router has ended
+                self.on_room()
             return False
         worker = WorkerView(heartbeat, now, known, self._model_like(heartbeat))
         if known is not None and known.epoch == heartbeat.epoch:

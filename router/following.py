@@ -19,7 +19,8 @@ from router.house import House
 from router.prompt import Prompt
 
 _LEAST_TOKENS = 256  # fewer are not worth the messages
-_LOOK_S = 0.02  # how often it is looked at what the prefill worker has
+_LOOK_S = 0.02  # from one look at what the prefill worker has to the next, at least ...
+_LOOKS = 8  # ... and at most so many in one of its steps
 _LEND_S = 10.0  # it answers between two steps, and a step may take seconds
 _FETCH_S = 10.0  # for one part; transfer.timeout_s usually ends it before
 _SETTLE_S = 1.0  # a part that is on its way when the prompt is done is waited for so long
@@ -69,8 +70,9 @@ class Following:
     async def _follow(self) -> None:
         house, prefill = self._house, self._prefill.id
         have = house.match(self._prompt).get(self._decode.id)
+        step_ms = self._prefill.model.step_ms(self._prefill.step_tokens, 0, 0, 0)
         while not self._ending:
-            await asyncio.sleep(_LOOK_S)
+            await asyncio.sleep(max(_LOOK_S, step_ms / 1e3 / _LOOKS))
             if house.match(self._prompt).get(prefill) - have < _LEAST_TOKENS:
                 continue
             lent = await house.borrow(prefill, self._prompt, _LEND_S)

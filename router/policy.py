@@ -100,13 +100,13 @@ class _Decoder:
         streams = worker.requests + worker.foreign_requests + 1
         step_ms = worker.model.step_ms(0, 0, streams, worker.context_tokens + query.num_tokens)
         self.itl = step_ms / worker.tokens_per_step  # ms between tokens with this stream
-        self.has_room = worker.takes_stream(self.missing + query.output_tokens) and (
-            streams == 1 or not query.longest_step_ms or step_ms <= query.longest_step_ms or self._is_slow(query)
-        )
+        keeps_up = not query.longest_step_ms or step_ms <= query.longest_step_ms or _is_alone_too_slow(query, worker)
+        self.has_room = (streams == 1 or keeps_up) and worker.takes_stream(self.missing + query.output_tokens)
 
-    def _is_slow(self, query: Query) -> bool:
-        """Whether one stream alone misses the target: then keeping others away would not help."""
-        return self.worker.model.step_ms(0, 0, 1, query.num_tokens) > query.longest_step_ms
+
+def _is_alone_too_slow(query: Query, worker: WorkerView) -> bool:
+    """Whether even a single stream misses the target: then keeping others away would not help."""
+    return worker.model.step_ms(0, 0, 1, query.num_tokens) > query.longest_step_ms
 
 
 class _Option:

@@ -236,6 +236,7 @@ def test_room_is_told_when_there_may_be_some() -> None:
         lambda: fleet.stepped(D, [step(5)]),
         charge.prefilled,
         charge.undo,
+        lambda: fleet.hear(heartbeat(load=WorkerLoad(running_requests=2)), 2.0) or fleet.hear(heartbeat(), 3.0),
         lambda: fleet.lose(D),
     ]
     for event in events:
