@@ -436,8 +436,7 @@ class PagedEngine:
     def _arrive(
         self, request: GenerateRequest, ticket: bytes | None, guide: Guide | BatonError | None, *, prefill_only: bool
     ) -> None:
-        if request.request_id in self._aborted:
-            del self._aborted[request.request_id]
+        if self._was_aborted(request.request_id):
             return
         if isinstance(guide, BatonError):
             self._outputs.append(RequestFailed(request.request_id, guide.code, str(guide), guide.retryable))
@@ -446,9 +445,7 @@ class PagedEngine:
         if refusal is not None:
             self._outputs.append(RequestFailed(request.request_id, *refusal))
             return
-        self._arrivals += 1
-        root = chain_root(self.info.fingerprint, request.salt)
-        sequence = Sequence(request, prefill_only, self._arrivals, self.info.layout.block_size, root)
+        sequence = self._sequence_of(request, prefill_only=prefill_only)
         sequence.guide = guide
         if self._feed is not None:
             sequence.seeks_store = True
@@ -458,6 +455,18 @@ class PagedEngine:
         elif ticket is not None:
             self._read_ticket(sequence, ticket)
         self._scheduler.add(sequence)
+
+    def _was_aborted(self, request_id: RequestId) -> bool:
+        """Whether an abort has overtaken the request."""
+        if request_id not in self._aborted:
+            return False
+        del self._aborted[request_id]
+        return True
+
+    def _sequence_of(self, request: GenerateRequest, *, prefill_only: bool) -> Sequence:
+        self._arrivals += 1
+        root = chain_root(self.info.fingerprint, request.salt)
+        return Sequence(request, prefill_only, self._arrivals, self.info.layout.block_size, root)
 
     def _refusal(self, request: GenerateRequest) -> tuple[TritonCode, str, bool] | None:
         """Why a request can't be taken: code, sentence, whether another worker may help."""
@@ -639,25 +648,20 @@ class PagedEngine:
         return True
 
     def _accept_loan(self, sequence: Sequence, loan: KVHandoff, num_blocks: int, taken_ms: float) -> None:
-        first = len(loan.blocks) - num_blocks
-        self._import_fetched(sequence.blocks[first : len(loan.blocks)])
         if sequence.is_fresh:
             tokens = max(loan.num_tokens - sequence.num_computed, 0)
             num_bytes = num_blocks * self.info.layout.block_bytes
             sequence.prefix = PrefixReport(peer_tokens=tokens, bytes=num_bytes, ms=taken_ms)
-        sequence.num_computed = max(loan.num_tokens, sequence.num_computed)
-        self._scheduler.publish_full_blocks(sequence)
+        self._keep(sequence, loan, num_blocks)
 
     # --- decode: follow a prefill --------------------------------------------------------------------------------------
 
     def _follow(self, request: GenerateRequest, loan: bytes) -> None:
         """Fetch what a prefill worker has so far, if there is room for it. Nothing is held for it beyond the transfer."""
-        if request.request_id in self._aborted:
-            del self._aborted[request.request_id]
+        if self._was_aborted(request.request_id):
             return
-        self._arrivals += 1
-        root = chain_root(self.info.fingerprint, request.salt)
-        sequence = Sequence(request, True, self._arrivals, self.info.layout.block_size, root, follows=True)
+        sequence = self._sequence_of(request, prefill_only=True)
+        sequence.follows = True
         if self._takes_loan(sequence, loan) and self._scheduler.admit_to_fetch(sequence):
             self._begin_fetch(sequence)
         else:
@@ -670,12 +674,9 @@ class PagedEngine:
         if isinstance(outcome, HandoffRefused):
             log.info("request %s: not fetched ahead: %s", sequence.id, outcome)
         elif num_blocks:
-            first = len(loan.blocks) - num_blocks
-            self._import_fetched(sequence.blocks[first : len(loan.blocks)])
+            self._keep(sequence, loan, num_blocks)
             tokens, num_bytes = num_blocks * sequence.block_size, num_blocks * self.info.layout.block_bytes
             followed = Followed(sequence.id, tokens, num_bytes, outcome.wire_bytes, taken_ms)
-            sequence.num_computed = loan.num_tokens
-            self._scheduler.publish_full_blocks(sequence)
         self._scheduler.drop_fetching(sequence)
         self._outputs.append(followed)
 
@@ -795,15 +796,19 @@ class PagedEngine:
         return self._loan_pace.beats(num_blocks * layout.block_bytes, self._compute_pace, num_blocks * layout.block_size)
 
     def _accept(self, sequence: Sequence, handoff: KVHandoff, num_blocks: int, taken_ms: float) -> None:
-        last = self.info.layout.blocks_for(handoff.num_tokens)
-        first = last - num_blocks
-        self._import_fetched(sequence.blocks[first:last])
         sequence.received_tokens = handoff.num_tokens - sequence.num_computed
         sequence.received_bytes = num_blocks * self.info.layout.block_bytes
         sequence.transfer_ms = taken_ms
         sequence.refusal = "verified"
-        sequence.num_computed = handoff.num_tokens
         sequence.private = bool(sequence.fetched.rounded)
+        self._keep(sequence, handoff, num_blocks)
+
+    def _keep(self, sequence: Sequence, handoff: KVHandoff, num_blocks: int) -> None:
+        """The last so many blocks of a handoff or a loan are here, verified: their digests need not be made again."""
+        last = self.info.layout.blocks_for(handoff.num_tokens)
+        first = last - num_blocks
+        self._import_fetched(sequence.blocks[first:last])
+        sequence.num_computed = max(handoff.num_tokens, sequence.num_computed)
         self._scheduler.publish_full_blocks(sequence)
         if handoff.layout == self.info.layout:
             for index in range(first, handoff.num_tokens // sequence.block_size):
