@@ -9,8 +9,10 @@ from locust.runners import STATE_CLEANUP, STATE_STOPPED, STATE_STOPPING
 from locust.user.wait_time import constant
 
 from loadtest.live import Live
+from loadtest.record import Record
 from loadtest.run import LoadTest
 
+_AFTER_FAILURE_S = 0.1  # or a server that is down would be asked thousands of times per second
 _STOPPING = {STATE_STOPPING, STATE_STOPPED, STATE_CLEANUP}
 
 
@@ -26,15 +28,22 @@ class LoadUser(User):
 
 
 class StreamUser(LoadUser):
-    """One stream: the next request as soon as the last one has ended."""
+    """One stream: the next request as soon as the last one has ended; after a failure, a moment later."""
 
-    wait_time = constant(0)
+    _failed = False
+
+    def wait_time(self) -> float:
+        return _AFTER_FAILURE_S if self._failed else 0.0
 
     @task
     def ask(self) -> None:
         streams = self.test.plan.streams
         if streams is not None:
-            self.test.ask(streams.draw(), self.live.end)
+            self.test.ask(streams.draw(), self._end)
+
+    def _end(self, record: Record) -> None:
+        self._failed = not record.ok
+        self.live.end(record)
 
 
 class ArrivalUser(LoadUser):

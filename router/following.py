@@ -23,6 +23,7 @@ _LOOK_S = 0.02  # from one look at what the prefill worker has to the next, at l
 _LOOKS = 8  # ... and at most so many in one of its steps
 _LEND_S = 10.0  # it answers between two steps, and a step may take seconds
 _FETCH_S = 10.0  # for one part; transfer.timeout_s usually ends it before
+_FAILURES = 3  # parts that did not come; then the rest is left to the handoff
 _SETTLE_S = 1.0  # a part that is on its way when the prompt is done is waited for so long
 
 
@@ -68,24 +69,33 @@ class Following:
         self._task.cancel()
 
     async def _follow(self) -> None:
-        house, prefill = self._house, self._prefill.id
-        have = house.match(self._prompt).get(self._decode.id)
         step_ms = self._prefill.model.step_ms(self._prefill.step_tokens, 0, 0, 0)
-        while not self._ending:
-            await asyncio.sleep(max(_LOOK_S, step_ms / 1e3 / _LOOKS))
-            if house.match(self._prompt).get(prefill) - have < _LEAST_TOKENS:
+        pause_s = max(_LOOK_S, step_ms / 1e3 / _LOOKS)
+        have, failures = self._house.match(self._prompt).get(self._decode.id), 0
+        while not self._ending and failures < _FAILURES:
+            await asyncio.sleep(pause_s)
+            if self._house.match(self._prompt).get(self._prefill.id) - have < _LEAST_TOKENS:
                 continue
-            lent = await house.borrow(prefill, self._prompt, _LEND_S)
-            if lent is None or lent.ticket is None or lent.lease_id is None:
-                return
-            try:
-                followed = await self._fetch(lent.tokens, lent.ticket)
-            finally:
-                house.calls.release(prefill, lent.lease_id, LeaseEnd.FETCHED)
-            if followed is None:
-                return  # no room, or they can't reach each other: the handoff will tell
-            have = lent.tokens
-            self._on_followed(followed)
+            fetched = await self._fetch_more()
+            if fetched > have:
+                have = fetched
+            else:
+                failures += 1  # no room just then, or they can't reach each other: the handoff will tell
+
+    async def _fetch_more(self) -> int:
+        """Leading tokens of the prompt that the decode worker has then; 0 when nothing came."""
+        house, prefill = self._house, self._prefill.id
+        lent = await house.borrow(prefill, self._prompt, _LEND_S)
+        if lent is None or lent.ticket is None or lent.lease_id is None:
+            return 0
+        try:
+            followed = await self._fetch(lent.tokens, lent.ticket)
+        finally:
+            house.calls.release(prefill, lent.lease_id, LeaseEnd.FETCHED)
+        if followed is None:
+            return 0
+        self._on_followed(followed)
+        return lent.tokens
 
     async def _fetch(self, tokens: int, ticket: bytes) -> Followed | None:
         deadline = min(self._request.deadline, self._house.clock.now() + _FETCH_S)

@@ -13,7 +13,7 @@ from typing import Any
 from python_backends.core.errors import Unavailable
 from python_backends.core.paths import repository_root
 from scripts.rivalry.environments import ENVIRONMENTS
-from scripts.rivalry.models import gguf_of, onnx_of
+from scripts.rivalry.models import gguf_of, narrow_gguf_of, onnx_of
 
 _LAST_WORDS = 1500  # characters
 
@@ -87,7 +87,7 @@ class RivalEngine:
 
 
 def _openvino(model: Path, threads: int) -> list[str]:
-    return _program("openvino", "openvino", str(gguf_of(model)), str(threads))
+    return _program("openvino", "openvino", str(narrow_gguf_of(model)), str(threads))
 
 
 def _onnxruntime(model: Path, threads: int) -> list[str]:

@@ -1,4 +1,4 @@
-"""Writes a Hugging Face Llama with tied embeddings as a GGUF file in float32, which is what llama.cpp reads.
+"""Writes a Hugging Face Llama with tied embeddings as a GGUF file, which is what llama.cpp and OpenVINO read.
 
 The other way round, and the names: scripts/weights.py.
 """
@@ -21,13 +21,14 @@ _TENSORS = {theirs: ours for ours, theirs in weights.TENSORS.items()}
 _LAYER_TENSORS = {theirs: ours for ours, theirs in weights.LAYER_TENSORS.items()}
 
 
-def write_gguf(model: Path, target: Path) -> None:
-    """Raises ConfigError for a model that is no such Llama."""
+def write_gguf(model: Path, target: Path, matrices: npt.DTypeLike = np.float32) -> None:
+    """`matrices`: float32, or float16; vectors are float32. Raises ConfigError for a model that is no such Llama."""
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     if config["architectures"] != ["LlamaForCausalLM"] or not config.get("tie_word_embeddings"):
         raise ConfigError(f"{model}: only Llama models with tied embeddings are written as GGUF")
     writer = gguf.GGUFWriter(target, "llama")
     _describe(writer, config)
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32 if matrices == np.float32 else gguf.LlamaFileType.MOSTLY_F16)
     _add_tokenizer(writer, model, config)
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     for path in sorted(model.glob("*.safetensors")):
@@ -35,7 +36,8 @@ def write_gguf(model: Path, target: Path) -> None:
             for name in file.keys():  # noqa: SIM118 - no dict
                 ours, kind = _tensor_name(name)
                 values = file.get_tensor(name).astype(np.float32, copy=False)
-                writer.add_tensor(ours, _permute(values, heads[kind]) if kind in heads else values)
+                values = _permute(values, heads[kind]) if kind in heads else values
+                writer.add_tensor(ours, values.astype(matrices, copy=False) if values.ndim > 1 else values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -44,7 +46,6 @@ def write_gguf(model: Path, target: Path) -> None:
 
 def _describe(writer: Any, config: dict[str, Any]) -> None:
     heads = config["num_attention_heads"]
-    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
     writer.add_vocab_size(config["vocab_size"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import xxhash
 
 from python_backends.core.errors import Unavailable
@@ -19,8 +20,13 @@ _LAST_WORDS = 1500  # characters
 
 
 def gguf_of(model: Path) -> Path:
-    """The file that llama.cpp and OpenVINO read, in float32. Raises ConfigError for other models than Llamas."""
+    """The file that llama.cpp reads, in float32. Raises ConfigError for other models than Llamas."""
     return _converted(model, "gguf", lambda target: write_gguf(model, target / "model.gguf")) / "model.gguf"
+
+
+def narrow_gguf_of(model: Path) -> Path:
+    """The same with matrices in float16: OpenVINO's reader takes no float32. Raises ConfigError as above."""
+    return _converted(model, "gguf-f16", lambda target: write_gguf(model, target / "model.gguf", np.float16)) / "model.gguf"
 
 
 def onnx_of(model: Path) -> Path:

@@ -92,6 +92,7 @@ def _vllm_instance_variables(kv_gib: int) -> dict[str, str]:
         "VLLM_CPU_KVCACHE_SPACE": str(kv_gib),
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
+        "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": "86400",  # a step that was stopped with the others' turns is not lost
     }
 
 

@@ -8,6 +8,9 @@ import threading
 import pytest
 
 from python_backends.core.config import RouterConfig
+from python_backends.core.messages import Followed
+from python_backends.core.types import GenerateRequest, WorkerId
+from router.house import House
 from router.types import Proof, Way
 from tests.flow.house import GREEDY, TIMEOUT_S, FlowHouse, deployment, fake_engine, prompt, reference
 
@@ -43,6 +46,24 @@ def test_a_short_prompt_is_moved_at_once() -> None:
     with house(1, 1) as flow:
         proof = flow.ask(prompt(200, 2)).proof
         assert (proof.kv_tokens_ahead, proof.kv_tokens_received) == (0, 200)
+
+
+@pytest.mark.parametrize(("comes_from", "comes"), [(3, True), (99, False)])
+def test_a_part_that_did_not_come_is_tried_again_twice(comes_from: int, comes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[int] = []
+    whole = House.follow
+
+    async def follow(self: House, worker: WorkerId, request: GenerateRequest, loan: bytes) -> Followed | None:
+        tried.append(len(request.prompt_ids))
+        return await whole(self, worker, request, loan) if len(tried) >= comes_from else None
+
+    monkeypatch.setattr(House, "follow", follow)
+    with house(1, 1) as flow:
+        proof = flow.ask(LONG).proof
+        assert moved_once(proof)
+        assert (proof.kv_tokens_ahead > 0) is comes
+        assert len(tried) == 3 or comes
+        flow.assert_nothing_held()
 
 
 def test_an_evicted_part_is_moved_by_the_handoff() -> None:

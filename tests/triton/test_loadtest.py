@@ -133,6 +133,7 @@ def test_what_is_wrong_is_said_in_one_line(fake_server: TritonServer, tmp_path: 
         assert said in line
         assert "Traceback" not in done.stdout + done.stderr
     assert "the router has no input 'tempature'" in done.stdout
+    assert len(read_run(tmp_path)[1]) < 500, "streams whose requests fail ask ten times per second each"
 
 
 def test_ctrl_c_keeps_what_was_measured(fake_server: TritonServer, tmp_path: Path) -> None:
