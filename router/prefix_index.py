@@ -51,7 +51,8 @@ class Match:
 class PrefixIndex:
     def __init__(self) -> None:
         self._holders: dict[bytes, int] = {}
-        self._blocks: dict[WorkerId, set[bytes]] = defaultdict(set)
+        # Used as sets. The garbage collector walks through sets, but not through dicts of bytes to nothing.
+        self._blocks: dict[WorkerId, dict[bytes, None]] = defaultdict(dict)
         self._sequence: dict[WorkerId, tuple[int, int]] = {}  # epoch, last sequence number seen
         self._bits: dict[WorkerId, int] = {}
         self._names: list[WorkerId] = []
@@ -107,7 +108,7 @@ class PrefixIndex:
             self._drop(blocks, block, bit)
         for block in events.stored:
             holders[block] = holders.get(block, 0) | bit
-            blocks.add(block)
+            blocks[block] = None
         return True
 
     def is_behind(self, worker: WorkerId, epoch: int, sequence: int) -> bool:
@@ -116,7 +117,7 @@ class PrefixIndex:
         return heard_epoch != epoch or heard < sequence
 
     def forget(self, worker: WorkerId) -> None:
-        blocks = self._blocks.pop(worker, set())
+        blocks = self._blocks.pop(worker, {})
         bit = 1 << self._bit(worker)
         for block in list(blocks):
             self._drop(blocks, block, bit)
@@ -134,10 +135,10 @@ class PrefixIndex:
     def __len__(self) -> int:
         return len(self._holders)
 
-    def _drop(self, blocks: set[bytes], block: bytes, bit: int) -> None:
+    def _drop(self, blocks: dict[bytes, None], block: bytes, bit: int) -> None:
         if block not in blocks:
             return
-        blocks.discard(block)
+        del blocks[block]
         left = self._holders[block] & ~bit
         if left:
             self._holders[block] = left

@@ -14,6 +14,7 @@ from python_backends.core.errors import BatonError, ConfigError
 from python_backends.core.tensors import ACCEPTED, ROLE_PARAMETER, WORK
 from python_backends.core.types import Role
 from python_backends.triton.errors import triton_error
+from python_backends.triton.garbage import freeze_what_is_there
 from python_backends.triton.home import Home, find_home
 from python_backends.triton.logs import log_to_triton
 from python_backends.worker.service import Worker
@@ -40,6 +41,7 @@ class WorkerModel:
             raise pb_utils.TritonModelException(f"Baton worker {name}: {error}") from None
         if given is not None:  # and it works
             _remember(home, name, given)
+        freeze_what_is_there()
 
     def execute(self, requests: list[Any]) -> list[Any]:
         return [self._accept(request) for request in requests]

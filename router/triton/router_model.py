@@ -12,6 +12,7 @@ from python_backends.core.curve import CurveKeys
 from python_backends.core.errors import BatonError
 from python_backends.core.paths import resolve_model
 from python_backends.core.place import place_of
+from python_backends.triton.garbage import freeze_what_is_there
 from python_backends.triton.home import Home, find_home
 from python_backends.triton.logs import log_to_triton
 from python_backends.triton.stream import ResponseStream
@@ -62,6 +63,7 @@ class RouterModel:
         self._service.attend(lambda: Door(self._service, home.door_address).attend())
         self._writer = Writer(tokenizer.token_text, home.deployment.router.stream_interval_ms / 1e3)
         self._watch = CancelWatch(self._service.cancel)
+        freeze_what_is_there()
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
