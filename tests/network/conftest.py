@@ -37,7 +37,7 @@ class Cluster:
         return [self.router, *self.prefill, *self.decode]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def cluster(tmp_path_factory: pytest.TempPathFactory, smollm2_dir: Path) -> Iterator[Cluster]:
     require_namespaces()
     require_program("redis-server", "redis-server")

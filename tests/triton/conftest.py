@@ -27,7 +27,7 @@ engine: {kv_pool_mib: 256}
 """
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def fake_server(tmp_path_factory: pytest.TempPathFactory, smollm2_dir: Path) -> Iterator[TritonServer]:
     """Engine `fake`: no weights, only the tokenizer."""
     config = tmp_path_factory.mktemp("fake") / "fake.yaml"
@@ -36,7 +36,7 @@ def fake_server(tmp_path_factory: pytest.TempPathFactory, smollm2_dir: Path) -> 
         yield server
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def real_server(tmp_path_factory: pytest.TempPathFactory, smollm2_dir: Path) -> Iterator[TritonServer]:
     """SmolLM2-135M-Instruct on the PyTorch engine."""
     config = tmp_path_factory.mktemp("real") / "real.yaml"
