@@ -31,6 +31,7 @@ from python_backends.core.messages import (
     encode,
     from_worker_decoder,
 )
+from python_backends.core.pulse import idle_heartbeat_s
 from python_backends.core.types import Epoch, WorkerId
 from router.house import House
 
@@ -92,6 +93,7 @@ class RouterChannel:
         self._watcher = watcher
         self._keys = keys
         self._heartbeat_s = health.heartbeat_s
+        self._idle_heartbeat_s = idle_heartbeat_s(health.heartbeat_s, health.silent_s)
         self._silent_s = health.silent_s
         self._greeting = RouterHeartbeat(house.name, os.getpid(), host_id(), place)
         self._connections: dict[str, _Connection] = {}  # by address
@@ -113,11 +115,12 @@ class RouterChannel:
             connection.send(message)
 
     async def beat(self) -> None:
-        """Tell the workers that this router lives, until cancelled."""
+        """Tell the workers that this router lives, until cancelled. Workers that come back wait for it."""
         while True:
             for connection in self._connections.values():
                 connection.send(self._greeting)
-            await asyncio.sleep(self._heartbeat_s)
+            is_waited_for = any(not self._hears(connection) for connection in self._connections.values())
+            await asyncio.sleep(self._heartbeat_s if is_waited_for else self._idle_heartbeat_s)
 
     def close(self) -> None:
         for connection in self._connections.values():
@@ -146,6 +149,9 @@ class RouterChannel:
         loop = asyncio.get_running_loop()
         connection.tasks = [loop.create_task(self._listen(connection)), loop.create_task(self._watch(connection))]
         return connection
+
+    def _hears(self, connection: _Connection) -> bool:
+        return connection.worker is not None and self._house.fleet.is_up(connection.worker)
 
     def _drop(self, connection: _Connection) -> None:
         """Its address is not one of the deployment's any more."""

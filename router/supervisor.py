@@ -20,6 +20,7 @@ from python_backends.core.config import HealthConfig
 from python_backends.core.errors import BatonError
 from python_backends.core.host import host_id
 from python_backends.core.messages import Heartbeat
+from python_backends.core.pulse import idle_heartbeat_s
 from python_backends.core.types import Epoch, Role, WorkerId
 from router.house import House
 from router.seams import Destination
@@ -120,10 +121,11 @@ class Supervisor:
 
     async def watch(self) -> None:
         """Look for silent workers until cancelled."""
+        pause_s = idle_heartbeat_s(self._health.heartbeat_s, self._health.silent_s)
         while True:
             began = self._house.clock.now()
-            await asyncio.sleep(self._health.heartbeat_s)
-            if self._house.clock.now() - began > self._health.heartbeat_s + self._health.silent_s / 2:
+            await asyncio.sleep(pause_s)
+            if self._house.clock.now() - began > pause_s + self._health.silent_s / 2:
                 continue  # this router was held up itself: what the workers said meanwhile is not read yet
             for worker in self._house.fleet.silent(self._house.clock.now() - self._health.silent_s):
                 self._take_out(worker.id, f"has been silent for {self._health.silent_s:.1f} s")

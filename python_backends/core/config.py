@@ -268,7 +268,11 @@ class RouterConfig(Section, frozen=True):
 
 
 class HealthConfig(Section, frozen=True):
-    heartbeat_s: Annotated[PositiveSeconds, Meta(description="Seconds between heartbeats of workers and routers.")] = 0.2
+    heartbeat_s: Annotated[
+        PositiveSeconds,
+        PositiveSeconds,
+        Meta(description="Seconds between heartbeats of workers and routers; while nothing happens five times as long."),
+    ] = 0.2
     silent_s: Annotated[
         PositiveSeconds, Meta(description="Seconds of silence after which a living worker process is taken out.")
     ] = 5.0

@@ -22,6 +22,7 @@ from python_backends.core.curve import CurveKeys
 from python_backends.core.errors import UNREADABLE, ConfigError
 from python_backends.core.host import host_id
 from python_backends.core.messages import FromWorker, Heartbeat, RouterHeartbeat, ToWorker, encode, to_worker_decoder
+from python_backends.core.pulse import idle_heartbeat_s
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +30,7 @@ _HIGH_WATER_MARK = 100_000  # messages queued for a router that does not read
 _LAST_WORDS_MS = 300  # how long closing waits for routers to take what was said last
 _OUTBOX = "inproc://outbox"
 _EVERYBODY = b""
+_NOBODY = b"\0"  # no router's name
 
 
 class ChannelListener(Protocol):
@@ -86,7 +88,10 @@ class WorkerChannel:
         """
         self._listener = listener
         self._heartbeat_s = heartbeat_s
+        self._idle_heartbeat_s = idle_heartbeat_s(heartbeat_s, silent_s)
         self._silent_s = silent_s
+        self._last_heartbeat = b""
+        self._happened = False  # something was sent or heard since, besides heartbeats
         self._routers: dict[bytes, _Router] = {}  # by identity
         self._context = zmq.Context()
         self._inbox = self._context.socket(zmq.PULL)
@@ -125,6 +130,8 @@ class WorkerChannel:
 
     def close(self) -> None:
         self._closing.set()
+        with suppress(zmq.Again), self._outbox_lock:
+            self._outbox.send_multipart([_NOBODY, b""], zmq.NOBLOCK)  # wakes the thread
         if self._thread.ident is not None:
             self._thread.join(timeout=5)
         for router in list(self._routers.values()):
@@ -153,9 +160,10 @@ class WorkerChannel:
         next_heartbeat = 0.0
         while not self._closing.is_set():
             now = time.monotonic()
+            if self._happened:
+                next_heartbeat, self._happened = min(next_heartbeat, now + self._heartbeat_s), False
             if now >= next_heartbeat:
-                self._beat(now)
-                next_heartbeat = now + self._heartbeat_s
+                next_heartbeat = now + (self._heartbeat_s if self._beat(now) else self._idle_heartbeat_s)
             ready = dict(self._poller.poll(timeout=max(0, int((next_heartbeat - now) * 1000))))
             if self._inbox in ready:
                 self._drain(self._inbox, self._post)
@@ -166,13 +174,16 @@ class WorkerChannel:
                 self._lose(router, "died")
         self._drain(self._inbox, self._post)
 
-    def _beat(self, now: float) -> None:
+    def _beat(self, now: float) -> bool:
+        """Returns whether there was anything new to tell."""
         heartbeat = encode(self._listener.heartbeat())
+        is_new, self._last_heartbeat = heartbeat != self._last_heartbeat, heartbeat
         self._drain(self._inbox, self._post)  # the events that it counts go first
         for router in list(self._routers.values()):
             self._say(router, heartbeat)
             if now - router.heard > self._silent_s:
                 self._lose(router, "fell silent")
+        return is_new
 
     def _drain(self, socket: zmq.Socket[bytes], take: Callable[[list[bytes]], None]) -> None:
         try:
@@ -183,6 +194,7 @@ class WorkerChannel:
 
     def _post(self, frames: list[bytes]) -> None:
         to, payload = frames
+        self._happened = True
         for router in self._routers.values():
             if to in (_EVERYBODY, router.name.encode()):
                 self._say(router, payload)
@@ -200,6 +212,7 @@ class WorkerChannel:
         if isinstance(message, RouterHeartbeat):
             self._hear_router(socket, identity, message)
         elif identity in self._routers:
+            self._happened = True
             self._listener.told(message)
 
     def _hear_router(self, socket: zmq.Socket[bytes], identity: bytes, message: RouterHeartbeat) -> None:
@@ -212,6 +225,7 @@ class WorkerChannel:
         pidfd = _watch(message)
         router = _Router(message.router, message.place, socket, identity, time.monotonic(), pidfd)
         self._routers[identity] = router
+        self._happened = True  # it does not know this worker yet
         self._listener.router_found(router.name)
         if pidfd is not None:
             self._poller.register(pidfd, zmq.POLLIN)
