@@ -59,6 +59,8 @@ class Channel(Protocol):
 
     def send(self, message: FromWorker, router: str | None = None) -> None: ...
 
+    def stir(self) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -128,10 +130,14 @@ class WorkerChannel:
         with suppress(zmq.Again), self._outbox_lock:
             self._outbox.send_multipart([to, encode(message)], zmq.NOBLOCK)
 
+    def stir(self) -> None:
+        """Something has happened that heartbeats tell: the next one is due soon."""
+        with suppress(zmq.Again), self._outbox_lock:
+            self._outbox.send_multipart([_NOBODY, b""], zmq.NOBLOCK)
+
     def close(self) -> None:
         self._closing.set()
-        with suppress(zmq.Again), self._outbox_lock:
-            self._outbox.send_multipart([_NOBODY, b""], zmq.NOBLOCK)  # wakes the thread
+        self.stir()
         if self._thread.ident is not None:
             self._thread.join(timeout=5)
         for router in list(self._routers.values()):

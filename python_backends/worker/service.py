@@ -128,6 +128,7 @@ class Worker:
                 self._engine.prefill_with(piece.request, piece.loan)
             else:
                 self._engine.prefill(piece.request)
+        self._channel.stir()  # other routers learn of it
         return len(work)
 
     def _follow(self, work: FollowWork) -> None:

@@ -290,6 +290,8 @@ class _Node:
     def start(self) -> None:
         """Nothing to open."""
 
+    def stir(self) -> None: ...
+
     def wait_for_router(self, timeout_s: float) -> bool:
         return True
 

@@ -84,6 +84,8 @@ class WorldChannel:
     def start(self) -> None:
         """Nothing to open."""
 
+    def stir(self) -> None: ...
+
     def wait_for_router(self, timeout_s: float) -> bool:
         return True
 

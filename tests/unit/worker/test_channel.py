@@ -70,7 +70,7 @@ class Router:
         """How many come within that time."""
         count, end = 0, time.monotonic() + seconds
         while (left_s := end - time.monotonic()) > 0:
-            if self._socket.poll(left_s * 1e3):
+            if self._socket.poll(int(left_s * 1e3) + 1):
                 count += isinstance(from_worker_decoder.decode(self._socket.recv()), Heartbeat)
         return count
 
@@ -113,7 +113,7 @@ def test_and_frequent_while_something_happens(channel: WorkerChannel, listener: 
     count = 0
     for sequence in range(6):
         listener.running += 1
-        channel.send(BlockEvents(WORKER, EPOCH, sequence, [], []))
+        channel.send(BlockEvents(WORKER, EPOCH, sequence, [], [])) if sequence % 2 else channel.stir()
         count += router.heartbeats(2 * BUSY_S)
     assert count >= 5
 
