@@ -100,13 +100,17 @@ class _Decoder:
         streams = worker.requests + worker.foreign_requests + 1
         step_ms = worker.model.step_ms(0, 0, streams, worker.context_tokens + query.num_tokens)
         self.itl = step_ms / worker.tokens_per_step  # ms between tokens with this stream
-        keeps_up = not query.longest_step_ms or step_ms <= query.longest_step_ms or _is_alone_too_slow(query, worker)
+        longest_ms = _longest_step_ms(query, worker)
+        keeps_up = not longest_ms or step_ms <= longest_ms or worker.model.step_ms(0, 0, 1, query.num_tokens) > longest_ms
         self.has_room = (streams == 1 or keeps_up) and worker.takes_stream(self.missing + query.output_tokens)
 
 
-def _is_alone_too_slow(query: Query, worker: WorkerView) -> bool:
-    """Whether even a single stream misses the target: then keeping others away would not help."""
-    return worker.model.step_ms(0, 0, 1, query.num_tokens) > query.longest_step_ms
+def _longest_step_ms(query: Query, worker: WorkerView) -> float:
+    """Of streams alone; 0: there is no limit. A worker whose steps are often late says that they are to be shorter.
+
+    Where even a single stream takes longer, keeping others away would not help.
+    """
+    return min(query.longest_step_ms, worker.step_ms) if worker.step_ms else query.longest_step_ms
 
 
 class _Option:

@@ -10,7 +10,8 @@ Guesses of streams' next tokens (speculation.py) are computed as prompt tokens a
 Steps take longer or shorter than predicted; by how much depends on what else the machine does. So what steps are kept to
 is a share of the target that is learned: of the steps that were to take about so long, each that takes longer than the
 target lowers it, and every other raises it a little, so that about one in fifty is too long (Robbins and Monro, "A
-Stochastic Approximation Method", 1951).
+Stochastic Approximation Method", 1951). Steps of many streams alone count, too: routers give a worker only as many streams
+as it takes no longer for (router/policy.py).
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class StepLimit:
             depth = step.decode_context / step.decode_streams
             tokens, pairs = step.prefill_tokens + drafts, step.prefill_context + drafts * depth
             step = msgspec.structs.replace(step, prefill_tokens=tokens, prefill_context=pairs)
-        if step.prefill_tokens and step.decode_streams:
+        if step.decode_streams:
             shape = step.prefill_tokens, step.prefill_context, step.decode_streams, step.decode_context
             expected = self._model.step_ms(*shape)
             if _FULL * self.step_ms <= expected <= self.step_ms:

@@ -378,6 +378,16 @@ def test_a_worker_takes_only_as_many_streams_as_keep_the_target(fleet: Fleet, wi
     assert choice(asked, fleet).lacks in (Room.STREAM, Room.BOTH)
 
 
+def test_a_worker_whose_steps_are_often_late_takes_fewer(fleet: Fleet) -> None:
+    put(fleet, "p", P), put(fleet, "d", D, streams=4)
+    asked = msgspec.structs.replace(query(wish=Wish.REMOTE), longest_step_ms=7.0)
+    worker = fleet.get(WorkerId("d"))
+    assert worker is not None
+    for learned_ms, lacks in ((9.0, None), (7.0, None), (6.5, Room.STREAM)):
+        worker.step_ms = learned_ms
+        assert choice(asked, fleet).lacks is lacks
+
+
 def test_a_target_that_no_stream_keeps_keeps_nobody_away(fleet: Fleet) -> None:
     put(fleet, "p", P), put(fleet, "d", D, streams=4)
     assert choice(msgspec.structs.replace(query(), longest_step_ms=2.5), fleet).lacks is None

@@ -51,13 +51,22 @@ def test_a_busy_machine_makes_them_shorter(limit: StepLimit) -> None:
     assert late <= 0.1 * 300, "twice as long is in time then"
 
 
-def test_short_steps_and_those_of_streams_alone_teach_nothing(limit: StepLimit) -> None:
+def test_short_steps_and_those_of_prompts_alone_teach_nothing(limit: StepLimit) -> None:
     began = limit.step_ms
     for _ in range(100):
         limit.learn(_sample(4, 0, 8, 800))
-        limit.learn(_sample(0, 0, 8, 800, slowness=20))
+        limit.learn(_sample(0, 0, 8, 800))
         limit.learn(_sample(200, 0, 0, 0, slowness=3))
     assert limit.step_ms == began
+
+
+def test_many_streams_alone_teach_as_well(limit: StepLimit) -> None:
+    began = limit.step_ms
+    limit.learn(_sample(0, 0, 60, 6000))
+    raised = limit.step_ms
+    assert began < raised
+    limit.learn(_sample(0, 0, 60, 6000, slowness=2.0))
+    assert limit.step_ms < began
 
 
 def test_the_deeper_the_prompt_the_fewer_of_its_tokens(limit: StepLimit) -> None:
