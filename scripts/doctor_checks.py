@@ -174,6 +174,14 @@ class Gpu:
     memory_bytes: int
 
 
+def check_arithmetic(dtype: str, engines: Collection[str]) -> list[Finding]:
+    """`dtype`: model.dtype. `engines`: of the workers."""
+    if "trtllm" not in engines or dtype != "float32":
+        return []
+    text = "model.dtype is float32, the default, which suits CPUs: several times slower on a GPU, and KV twice as large"
+    return [Finding("arithmetic", Level.WARNING, f"{text}; set it to bfloat16 or what the checkpoint has")]
+
+
 def check_gpus(
     gpus: Sequence[Gpu], peers: Collection[tuple[int, int]], wanted: Mapping[str, str], driver: bool
 ) -> list[Finding]:

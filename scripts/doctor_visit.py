@@ -32,6 +32,7 @@ from scripts.doctor_checks import (
     Finding,
     Gpu,
     Level,
+    check_arithmetic,
     check_cores,
     check_gpus,
     check_libraries,
@@ -110,6 +111,7 @@ def look(deployment: Deployment, parsed: argparse.Namespace, gpus: Gpus) -> Iter
         needed = memory_needed(weights, facts.pool_bytes(deployment))
         yield check_memory(psutil.virtual_memory().available, facts.cgroup_memory_left(), needed)
         yield check_shared_memory(facts.shared_memory_free(), 1 + len(deployment.workers))
+    yield from check_arithmetic(deployment.model.dtype, {worker.engine for worker in deployment.workers})
     yield check_processor(facts.cpu_flags(), cpu_name(), platform.machine())
     yield check_cores(facts.cores(), facts.cpu_quota(), facts.compute_threads(deployment, facts.cores()))
     yield from check_numa(facts.numa_nodes(), all(worker.cpus for worker in deployment.workers))

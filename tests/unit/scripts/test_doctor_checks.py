@@ -11,6 +11,7 @@ from scripts.doctor_checks import (
     Gpu,
     Level,
     Nic,
+    check_arithmetic,
     check_cores,
     check_gpus,
     check_libraries,
@@ -118,6 +119,11 @@ def test_open_files_and_model() -> None:
     _is(_one(check_open_files(256)), Level.WARNING, "ulimit -n")
     _is(check_model("/models/x", ""), Level.OK, "/models/x")
     _is(check_model("x", "model.path: 'x' is not a directory"), Level.BROKEN, "not a directory")
+
+
+def test_arithmetic() -> None:
+    assert check_arithmetic("float32", {"torch", "fake"}) == check_arithmetic("bfloat16", {"trtllm"}) == []
+    _is(_one(check_arithmetic("float32", {"trtllm"})), Level.WARNING, "model.dtype", "bfloat16")
 
 
 def test_gpus() -> None:
