@@ -21,6 +21,7 @@ _FIRST_HOP_MS = 2.0  # until it is known
 _HOP_RATE = 0.1
 _BURST_RATE = 0.05
 _WINDOW_STEPS = 2  # of prompts are given to a worker in advance, so that it never waits for more; the rest waits in the router
+FOLLOWED_TOKENS = 256  # fewer are not worth the messages
 _NEAR = 1.05  # loads that differ less are the same ...
 _NEAR_MS = 0.5  # ... and so are these
 
@@ -75,6 +76,15 @@ class WorkerView:
     def exchanges_with(self, other: WorkerView) -> bool:
         """Whether one takes the other's KV, converted if need be."""
         return self.fingerprint == other.fingerprint or "" != self.family == other.family
+
+    def may_follow(self, prefill: WorkerView, uncached: int) -> bool:
+        """Whether it is to fetch a prompt's KV while that worker computes so many tokens (router/following.py).
+
+        These are more than a step's; and the KV is as this worker has it, since loans aren't converted.
+        """
+        able = self.heartbeat.follows and prefill.heartbeat.lends
+        alike = (self.fingerprint, self.block_size) == (prefill.fingerprint, prefill.block_size)
+        return able and alike and uncached > max(prefill.step_tokens, FOLLOWED_TOKENS)
 
     @property
     def available(self) -> bool:

@@ -14,24 +14,16 @@ import msgspec
 
 from python_backends.core.messages import Followed
 from python_backends.core.types import GenerateRequest, LeaseEnd
-from router.fleet import WorkerView
+from router.fleet import FOLLOWED_TOKENS, WorkerView
 from router.house import House
 from router.prompt import Prompt
 
-_LEAST_TOKENS = 256  # fewer are not worth the messages
 _LOOK_S = 0.02  # from one look at what the prefill worker has to the next, at least ...
 _LOOKS = 8  # ... and at most so many in one of its steps
 _LEND_S = 10.0  # it answers between two steps, and a step may take seconds
 _FETCH_S = 10.0  # for one part; transfer.timeout_s usually ends it before
 _FAILURES = 3  # parts that did not come; then the rest is left to the handoff
 _SETTLE_S = 1.0  # a part that is on its way when the prompt is done is waited for so long
-
-
-def is_worth_following(prefill: WorkerView, decode: WorkerView, uncached: int) -> bool:
-    """Whether the prompt takes more than a step, and the KV needs no conversion, which loans don't have."""
-    able = prefill.heartbeat.lends and decode.heartbeat.follows
-    alike = (prefill.fingerprint, prefill.block_size) == (decode.fingerprint, decode.block_size)
-    return able and alike and uncached > max(prefill.step_tokens, _LEAST_TOKENS)
 
 
 class Following:
@@ -74,7 +66,7 @@ class Following:
         have, failures = self._house.match(self._prompt).get(self._decode.id), 0
         while not self._ending and failures < _FAILURES:
             await asyncio.sleep(pause_s)
-            if self._house.match(self._prompt).get(self._prefill.id) - have < _LEAST_TOKENS:
+            if self._house.match(self._prompt).get(self._prefill.id) - have < FOLLOWED_TOKENS:
                 continue
             fetched = await self._fetch_more()
             if fetched > have:

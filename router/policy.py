@@ -259,13 +259,23 @@ def _remote(query: Query, fleet: Fleet, decoders: Sequence[_Decoder], random: Ra
                 ttft,
                 decode.itl,
                 decode.peak,
-                ttft + decode.cost,
+                ttft + decode.cost - _moved_meanwhile(worker, decode.worker, uncached, decode.uncached, ttft),
                 lacks,
                 query.slo,
                 lender.id if lender is not None and borrowed else None,
             )
         )
     return options
+
+
+def _moved_meanwhile(prefill: WorkerView, decode: WorkerView, uncached: int, missing: int, ttft: float) -> float:
+    """Ms of the transfer of `missing` tokens that pass while the prompt is computed: a decode worker that follows has all
+    but those of the last step by then, if its link is as fast."""
+    if not decode.may_follow(prefill, uncached):
+        return 0.0
+    ahead = max(missing - prefill.step_tokens, 0)
+    computing = (ttft - prefill.hop_ms) * (1 - prefill.step_tokens / uncached)
+    return min(ahead * decode.token_bytes / decode.link.bytes_per_ms, computing)
 
 
 def _lender(query: Query, fleet: Fleet, decode: WorkerView) -> WorkerView | None:

@@ -39,7 +39,7 @@ from python_backends.core.types import FinishReason, GenerateRequest, KVReport, 
 from router.account import Account
 from router.admission import Forecast, Place
 from router.fleet import Charge
-from router.following import Following, is_worth_following
+from router.following import Following
 from router.house import House
 from router.journal import Entry
 from router.lessons import Lessons
@@ -244,7 +244,7 @@ class Run:
         fleet, decision = self._house.fleet, self._decision
         assert decision is not None
         source, target = fleet.get(prefill), fleet.get(decision.decode)
-        if source is None or target is None or not is_worth_following(source, target, decision.prefill_tokens):
+        if source is None or target is None or not target.may_follow(source, decision.prefill_tokens):
             yield None
             return
         request = self._generate_request("f")

@@ -26,6 +26,7 @@ def heartbeat(
     max_batch: int = 8,
     stores: Collection[str] = (),
     lends: bool = False,
+    follows: bool = False,
     step_ms: float = 0.0,
     family: str = "",
 ) -> Heartbeat:
@@ -46,6 +47,7 @@ def heartbeat(
         events_sequence=sequence,
         stores={tier: StoreCounts() for tier in stores},
         lends=lends,
+        follows=follows,
         family=family,
     )
 
@@ -64,6 +66,7 @@ def put(
     total_blocks: int = 1000,
     coefficients: Sequence[float] = SIMPLE,
     lends: bool = False,
+    follows: bool = False,
     step_ms: float = 0.0,
     family: str = "",
 ) -> WorkerView:
@@ -75,6 +78,7 @@ def put(
         fingerprint=fingerprint,
         total_blocks=total_blocks,
         lends=lends,
+        follows=follows,
         step_ms=step_ms,
         family=family,
     )

@@ -366,6 +366,14 @@ def test_the_targets_decide_whether_another_worker_with_room_will_do(fleet: Flee
     assert choice(query(slo=Slo(itl_ms=40.0)), fleet).lacks is None
 
 
+@pytest.mark.parametrize(("follows", "way"), [(False, Way.LOCAL), (True, Way.REMOTE)])
+def test_a_slow_link_matters_less_where_kv_moves_while_the_prompt_is_computed(fleet: Fleet, follows: bool, way: Way) -> None:
+    put(fleet, "p", P, lends=True)
+    decode = put(fleet, "d", D, streams=3, lends=True, follows=follows)
+    decode.link.learn(1, 10_000.0, 10_000.0)  # about 80 ms for this prompt, which takes 100 to compute
+    assert chosen(query(900), fleet).way is way
+
+
 @pytest.mark.parametrize("wish", [Wish.REMOTE, Wish.LOCAL])
 def test_a_worker_takes_only_as_many_streams_as_keep_the_target(fleet: Fleet, wish: Wish) -> None:
     put(fleet, "p", P), put(fleet, "d", D, streams=4)
