@@ -95,8 +95,8 @@ def test_threads_and_pools_of_a_deployment(tmp_path: Path) -> None:
 
 
 def test_limits_are_measured() -> None:
-    assert 1e9 < measures.memory_bandwidth(1) < 1e12
-    assert 1e9 < measures.matrix_rate(1) < 1e13
+    assert 1e8 < measures.memory_bandwidth(1) < 1e12
+    assert 1e8 < measures.matrix_rate(1) < 1e13
     assert "shm" in measures.transports()
     for name in measures.transports():
         rate, problem = measures.transfer_rate(name)
