@@ -144,7 +144,7 @@ def test_what_an_engine_computed_in_another_order_is_set_right_when_a_prompt_end
 @given(st.lists(st.tuples(st.sampled_from(["new", "step", "done", "end"]), st.integers(1, 400)), max_size=60))
 def test_the_tokens_ahead_are_those_of_the_prompts(events: list[tuple[str, int]]) -> None:
     fleet = Fleet()
-    fleet.hear(heartbeat(), now=1.0)
+    fleet.hear(heartbeat(step_tokens=60 * 400), now=1.0)  # no prompt here is a long one
     (worker,) = fleet.up()
     charges: list[Charge] = []
     for event, number in events:
