@@ -70,8 +70,8 @@ class Streamed:
 
 
 def _stream(server: TritonServer, words: int, headers: dict[str, str] | None = None, **fields: Any) -> Streamed:
-    """A streamed completion, timed as close to the socket as can be."""
-    prompt = " ".join(f"w{number * 7919 % 1000}" for number in range(words)) + str(time.time_ns())
+    """A streamed completion of a prompt that no cache has, timed as close to the socket as can be."""
+    prompt = f"{time.time_ns()} " + " ".join(f"w{number * 7919 % 1000}" for number in range(words))
     body = {
         "model": MODEL,
         "prompt": prompt,
