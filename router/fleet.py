@@ -82,9 +82,10 @@ class WorkerView:
 
         These are more than a step's; and the KV is as this worker has it, since loans aren't converted.
         """
-        able = self.heartbeat.follows and prefill.heartbeat.lends
+        if uncached <= max(prefill.step_tokens, FOLLOWED_TOKENS):  # first: it is most prompts, and asked for every decision
+            return False
         alike = (self.fingerprint, self.block_size) == (prefill.fingerprint, prefill.block_size)
-        return able and alike and uncached > max(prefill.step_tokens, FOLLOWED_TOKENS)
+        return alike and self.heartbeat.follows and prefill.heartbeat.lends
 
     @property
     def available(self) -> bool:

@@ -270,7 +270,6 @@ class RouterConfig(Section, frozen=True):
 class HealthConfig(Section, frozen=True):
     heartbeat_s: Annotated[
         PositiveSeconds,
-        PositiveSeconds,
         Meta(description="Seconds between heartbeats of workers and routers; while nothing happens five times as long."),
     ] = 0.2
     silent_s: Annotated[

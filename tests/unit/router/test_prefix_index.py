@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 
 from hypothesis import given
@@ -10,6 +11,16 @@ from python_backends.core.types import BlockHash, Epoch, WorkerId
 from router.prefix_index import PrefixIndex
 
 A, B = WorkerId("a"), WorkerId("b")
+
+
+def test_the_garbage_collector_does_not_walk_through_it() -> None:
+    index, count = PrefixIndex(), 5000
+    hashes = [BlockHash(number.to_bytes(16, "big")) for number in range(count)]
+    index.apply(BlockEvents(A, Epoch(1), 0, hashes, [], reset=True))
+    assert len(index) == count
+    known = {id(hashes)}
+    walked = [each for each in gc.get_objects() if isinstance(each, dict | set | list) and len(each) >= count]
+    assert not [each for each in walked if id(each) not in known and hashes[0] in each]
 
 
 def blocks(names: str) -> list[BlockHash]:

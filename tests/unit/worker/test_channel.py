@@ -113,7 +113,10 @@ def test_and_frequent_while_something_happens(channel: WorkerChannel, listener: 
     count = 0
     for sequence in range(6):
         listener.running += 1
-        channel.send(BlockEvents(WORKER, EPOCH, sequence, [], [])) if sequence % 2 else channel.stir()
+        if sequence % 2:
+            channel.send(BlockEvents(WORKER, EPOCH, sequence, [], []))
+        else:
+            channel.stir()
         count += router.heartbeats(2 * BUSY_S)
     assert count >= 5
 
