@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -224,13 +225,20 @@ def plain_server(tmp_path: Path, fake_deployment: Path) -> Iterator[int]:
         command.append(f"--backend-directory={tmp_path / 'backends'}")
         environment["LD_LIBRARY_PATH"] = os.pathsep.join(map(str, binary.libraries))
     log = (tmp_path / "log").open("wb")
-    with log, subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=log, stderr=subprocess.STDOUT) as process:
+    with (
+        log,
+        subprocess.Popen(
+            command, env=environment, cwd=tmp_path, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        ) as process,
+    ):
         try:
             _wait_for_port(port, process, tmp_path / "log")
             yield port
         finally:
             process.terminate()
             process.wait(60)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # a stub outlives a server whose start has failed
 
 
 def _free_ports(count: int) -> list[int]:

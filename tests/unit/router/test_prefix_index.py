@@ -15,7 +15,7 @@ A, B = WorkerId("a"), WorkerId("b")
 
 def test_the_garbage_collector_does_not_walk_through_it() -> None:
     index, count = PrefixIndex(), 5000
-    hashes = [BlockHash(number.to_bytes(16, "big")) for number in range(count)]
+    hashes = [number.to_bytes(16, "big") for number in range(count)]
     index.apply(BlockEvents(A, Epoch(1), 0, hashes, [], reset=True))
     assert len(index) == count
     known = {id(hashes)}
