@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 import socket
 import struct
-import tempfile
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
+from uuid import uuid4
 
 _LENGTH = struct.Struct("!Q")
 
@@ -23,12 +21,12 @@ class Server:
     def __init__(self, pull: Pull, pulled: Callable[[int], None]) -> None:
         self._pull = pull
         self._pulled = pulled
-        self._directory = Path(tempfile.mkdtemp(prefix="trtllm"))
         self._kept: list[socket.socket] = []
         self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.bind(str(self._directory / "s"))
+        address = f"\0trtllm-{uuid4().hex}"  # abstract: a process that is killed leaves no file behind
+        self._listener.bind(address)
         self._listener.listen(64)
-        self.opaque_state = json.dumps({"address": str(self._directory / "s")}).encode()
+        self.opaque_state = json.dumps({"address": address}).encode()
         threading.Thread(target=self._serve, name="trtllm-transceiver", daemon=True).start()
 
     def close(self) -> None:
@@ -37,7 +35,6 @@ class Server:
         self._listener.close()
         for connection in self._kept:
             connection.close()
-        shutil.rmtree(self._directory, ignore_errors=True)
 
     def _serve(self) -> None:
         while True:
