@@ -30,7 +30,7 @@ from python_backends.engines.torch.kernels.compiler import kernel, part
 from python_backends.engines.torch.kernels.lending import Cores, cores_now
 from python_backends.engines.torch.kernels.linear import multiply, multiply_floats, panels_at_once
 from python_backends.engines.torch.kernels.team import claim, finish
-from python_backends.engines.torch.kernels.tile import ROWS, expand_panel
+from python_backends.engines.torch.kernels.tile import PANELS, ROWS, expand_panel
 from python_backends.engines.torch.kernels.vector import LANE_BYTES, LANES, load, load_scalar, silu, store
 
 Floats = npt.NDArray[np.float32]
@@ -141,7 +141,7 @@ def forward(thread: int, threads: int, cores: Cores, model: Decoder, pool: KVPoo
             return
         normalise(control, phase, threads, rows, work.hidden, model.input_norms[layer], model.eps, work.normed)
         linear(control, phase + 1, threads, rows, work.normed, model.qkv, layer, work.qkv, 0, scratch)
-        rotate_and_store(control, phase + 2, layer, model, pool, step, work.qkv)
+        rotate_and_store(control, phase + 2, threads, layer, model, pool, step, work.qkv)
         attend(control, phase + 3, layer, model, pool, step, work, scratch)
         merge(control, phase + 4, layer, model, step, work, scratch)
         linear(control, phase + 5, threads, rows, work.attended, model.attention_output, layer, work.hidden, 1, scratch)
@@ -219,7 +219,7 @@ def linear(
     """target = (or +=, with add) source @ weights + bias. Units: blocks of rows times groups of panels."""
     block = _block_rows(rows, layers.depth)
     blocks = (rows + block - 1) // block
-    group = _group_panels(layers.panels, threads, 1)
+    group = _group_panels(layers.panels, threads, PANELS[ROWS] if rows > ROWS else 1)
     groups = (layers.panels + group - 1) // group
     weights, has_bias = layers.addresses[layer], layers.bias.size > 0
     units, mine, unit = blocks * groups, 0, claim(control, phase)
@@ -334,27 +334,40 @@ def _spread_bias(target: int, stride: int, rows: int, panels: int, bias: Floats)
 
 
 @part
-def rotate_and_store(control: int, phase: int, layer: int, model: Decoder, pool: KVPool, step: Step, qkv: Floats) -> None:
-    """Norms of queries and keys where the model has them, rotary positions, keys and values into the pool."""
-    dim, heads = model.head_dim, model.heads
-    units, mine, token = step.tokens.size, 0, claim(control, phase)
-    while token < units:
-        row = qkv[token]
-        for head in range(heads + model.kv_heads):
-            vector = row[head * dim : (head + 1) * dim]
-            if model.query_norms.size > 0:
-                norms = model.query_norms if head < heads else model.key_norms
-                _normalise_row(vector, norms[layer], model.eps, vector)
-            _rotate(vector, step.cos[token], step.sin[token])
-        position, table = step.positions[token], step.tables[step.slices[token]]
-        block = load_int64(table + 8 * (position // pool.block_size))
-        for head in range(model.kv_heads):
-            for what in range(2):
-                source = row[(heads + what * model.kv_heads + head) * dim :].ctypes.data
-                place = head_address(pool, layer, what, head, block)
-                write_vector(pool, place, position % pool.block_size, source, what)
-        mine, token = mine + 1, claim(control, phase)
+def rotate_and_store(
+    control: int, phase: int, threads: int, layer: int, model: Decoder, pool: KVPool, step: Step, qkv: Floats
+) -> None:
+    """Norms of queries and keys where the model has them, rotary positions, keys and values into the pool.
+
+    Units of a prompt are runs of tokens: keys of sixteen lie on the same cache lines, which two threads would take from
+    each other.
+    """
+    rows = step.tokens.size
+    count = max(1, min(LANES, rows // (threads * _UNITS_PER_THREAD)))
+    units, mine, unit = (rows + count - 1) // count, 0, claim(control, phase)
+    while unit < units:
+        for token in range(unit * count, min(rows, (unit + 1) * count)):
+            _rotate_and_store_token(token, layer, model, pool, step, qkv[token])
+        mine, unit = mine + 1, claim(control, phase)
     finish(control, phase, units, mine)
+
+
+@kernel
+def _rotate_and_store_token(token: int, layer: int, model: Decoder, pool: KVPool, step: Step, row: Floats) -> None:
+    dim, heads = model.head_dim, model.heads
+    for head in range(heads + model.kv_heads):
+        vector = row[head * dim : (head + 1) * dim]
+        if model.query_norms.size > 0:
+            norms = model.query_norms if head < heads else model.key_norms
+            _normalise_row(vector, norms[layer], model.eps, vector)
+        _rotate(vector, step.cos[token], step.sin[token])
+    position, table = step.positions[token], step.tables[step.slices[token]]
+    block = load_int64(table + 8 * (position // pool.block_size))
+    for head in range(model.kv_heads):
+        for what in range(2):
+            source = row[(heads + what * model.kv_heads + head) * dim :].ctypes.data
+            place = head_address(pool, layer, what, head, block)
+            write_vector(pool, place, position % pool.block_size, source, what)
 
 
 @kernel
