@@ -53,6 +53,7 @@ from scripts.terminal import print_error
 _BLOCK = 16
 _READ_BYTES = 512 << 20
 _DECODE_STEPS = 12
+_WARM_UP_TOKENS = 512
 _FEWEST_REPETITIONS = 3  # before one that is slow may sit out
 
 
@@ -309,6 +310,7 @@ def _measure(result: Result, job: Job, contender: Contender, repetition: int) ->
     if job.batch:
         result.seconds += contender.decode(job.batch, job.context)[2:]
     else:
+        contender.prefill(_text(_WARM_UP_TOKENS, repetition + 1))  # its threads and caches: others had the cores before
         result.seconds.append(contender.prefill(_text(job.context, repetition)))
 
 

@@ -12,6 +12,7 @@ import openvino_genai
 from scripts.rivalry.engines.calls import answer_calls, private_stdout
 
 _MICROSECONDS = 1e-6
+_UNLIMITED = 1 << 31
 
 
 class OpenVino:
@@ -19,7 +20,10 @@ class OpenVino:
 
     def __init__(self, model: str, threads: int) -> None:
         settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
-        self._pipeline = openvino_genai.LLMPipeline(model, "CPU", **settings)
+        scheduler = openvino_genai.SchedulerConfig()  # as the pipeline's own, except that prompts seen before are computed
+        scheduler.max_num_batched_tokens = _UNLIMITED
+        scheduler.enable_prefix_caching = False
+        self._pipeline = openvino_genai.LLMPipeline(model, "CPU", scheduler_config=scheduler, **settings)
 
     def generate(self, prompts: Sequence[Sequence[int]], steps: int) -> tuple[float, list[float]]:
         ids = np.array(prompts, np.int64)
