@@ -254,6 +254,8 @@ def _edited(scores: torch.Tensor, draws: list[Draw]) -> torch.Tensor:
     ]
     result = scores
     for change, parts in edits:
+        if not parts:
+            continue
         cells, amounts = _cells(parts, scores)
         if len(cells):
             result = scores.clone(memory_format=torch.contiguous_format) if result is scores else result
@@ -308,16 +310,14 @@ def _cells(parts: list[_Part], scores: torch.Tensor) -> tuple[torch.Tensor, torc
         known = ids < vocab_size
         cells.append(ids[known] + row * vocab_size)
         amounts.append(np.broadcast_to(np.asarray(amount, dtype=np.float32), ids.shape)[known])
-    if not cells:
-        return torch.empty(0, dtype=torch.int64), torch.empty(0)
     device = scores.device
     return torch.from_numpy(np.concatenate(cells)).to(device), torch.from_numpy(np.concatenate(amounts)).to(device)
 
 
 def _require_finite(peaks: torch.Tensor, rows: list[int], draws: Sequence[Draw]) -> None:
-    broken = (~torch.isfinite(peaks)).nonzero().flatten().tolist()
-    if broken:
-        row = rows[broken[0]]
+    finite = torch.isfinite(peaks).tolist()
+    if not all(finite):
+        row = rows[finite.index(False)]
         raise EngineFailure(
             f"logits of row {row} (output position {len(draws[row].output_ids)}) hold NaN or +inf, or no token that may "
             "be drawn; the weights are damaged or model.dtype overflows: try float32"

@@ -6,25 +6,22 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Sequence
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from python_backends.core.errors import EngineFailure
 from python_backends.core.layout import KVLayout
 from python_backends.engines.paged.runner import Slice
 from python_backends.engines.torch.architecture import Architecture
 from python_backends.engines.torch.cores import CoreBoard
-from python_backends.engines.torch.kernels.attention import SPAN, TILE_QUERIES, KVPool, head_bytes, partial_floats
+from python_backends.engines.torch.kernels.attention import KVPool, head_bytes, partial_floats
 from python_backends.engines.torch.kernels.forward import (
     LAST_PHASES,
     LAYER_PHASES,
     OTHER_PHASES,
     PHASES_PER_LAYER,
-    SHORT_QUERIES,
     Decoder,
     Step,
     Workspace,
@@ -33,6 +30,7 @@ from python_backends.engines.torch.kernels.forward import (
 )
 from python_backends.engines.torch.kernels.lending import Cores, cores_now
 from python_backends.engines.torch.kernels.packing import load_decoder, padded
+from python_backends.engines.torch.kernels.steps import lay_out
 from python_backends.engines.torch.kernels.team import control_memory, phase_ends
 from python_backends.engines.torch.kernels.tile import FLOAT16, FLOAT32, INT8
 from python_backends.engines.torch.kernels.vector import LANES
@@ -91,7 +89,7 @@ class CompiledExecutor:
         next call."""
         assert self._pool is not None, "attach() comes first"
         tables = [np.asarray(piece.block_table, np.int64) for piece in slices]  # kept alive during the step
-        step = self._step(slices, tables)
+        step = lay_out(slices, tables, self._group, self._frequencies, self._vocab_size)
         work = self._buffers.workspace(step, self._group)
         cores, decoder, pool = self._cores, self._decoder, self._pool
         threads = min(cores_now(cores) if self._board.borrows else self._board.share, self._team.threads)
@@ -117,49 +115,6 @@ class CompiledExecutor:
 
     def close(self) -> None:
         self._team.close()
-
-    def _step(self, slices: Sequence[Slice], tables: Sequence[Ints]) -> Step:
-        counts = np.array([len(piece.token_ids) for piece in slices], np.int64)
-        starts = np.array([piece.start for piece in slices], np.int64)
-        ends = np.cumsum(counts)
-        begins, total = ends - counts, int(counts.sum())
-        positions = np.arange(total) + np.repeat(starts - begins, counts)
-        angles = positions.astype(np.float32)[:, None] * self._frequencies
-        drawing = [np.arange(end - piece.drafts - 1, end) for piece, end in zip(slices, ends, strict=True) if piece.draw]
-        short = np.flatnonzero(counts * self._group <= SHORT_QUERIES)
-        spans_each = np.zeros(len(slices), np.int64)
-        spans_each[short] = -(-(starts + counts)[short] // SPAN)
-        first_span = np.cumsum(spans_each) - spans_each
-        of_slice = np.repeat(np.arange(len(slices)), spans_each)
-        tokens = np.fromiter(chain.from_iterable(piece.token_ids for piece in slices), np.int64, total)
-        if total and (tokens.min() < 0 or tokens.max() >= self._vocab_size):  # kernels would read beyond the embedding
-            raise EngineFailure(f"a token id is outside the model's vocabulary of {self._vocab_size}")
-        return Step(
-            tokens=tokens,
-            positions=positions,
-            slices=np.repeat(np.arange(len(slices)), counts),
-            cos=np.cos(angles),
-            sin=np.sin(angles),
-            tables=np.array([table.ctypes.data for table in tables], np.int64),
-            starts=starts,
-            begins=begins,
-            counts=counts,
-            short=short,
-            first_span=first_span,
-            spans=np.stack([of_slice, np.arange(len(of_slice)) - first_span[of_slice]], axis=1),
-            tiles=self._tiles(counts),
-            drawing=np.concatenate([np.empty(0, np.int64), *drawing]),
-        )
-
-    def _tiles(self, counts: Ints) -> Ints:
-        """[tiles, 3]: slice, first token, tokens, for slices of many queries."""
-        size = max(1, TILE_QUERIES // self._group)
-        tiles = [
-            (index, first, min(size, counts[index] - first))
-            for index in np.flatnonzero(counts * self._group > SHORT_QUERIES)
-            for first in range(0, counts[index], size)
-        ]
-        return np.array(tiles, np.int64).reshape(-1, 3)
 
 
 class Team:
