@@ -10,6 +10,8 @@ restarted where somebody does that. The next life of a worker begins half-open. 
 slow a step may be here, and gives the next ones more time.
 
 Handoffs are tried too, pair by pair; one that fails opens nothing, since it costs a recompute and no request.
+
+A canary computes, so those of idle workers are further apart: they would be nearly all that an idle server uses.
 """
 
 from __future__ import annotations
@@ -37,6 +39,8 @@ _HELD_UP_S = 1.0  # waiting that took so much longer says more about this router
 _REMEMBERED_S = 60.0  # half of the patience that a slow answer has taught is forgotten after so long
 _START_S = 300.0
 _LOOK_EVERY_S = 60.0
+_IDLE = 2  # so many times as far apart while a worker has no requests: a wedged one is still out within ten seconds
+_IDLE_PAIRS = 8  # ... and handoffs while nobody has any
 _SLOW_S = 60.0  # of workers whose first handoff, say, may take long
 
 
@@ -144,8 +148,18 @@ class Health:
                 took_s = self._house.clock.now() - began
                 forgotten = 0.5 ** ((took_s + self._config.canary_s) / _REMEMBERED_S)
                 patience_s = max(self._config.canary_timeout_s, min(_SLOW_S, 2 * took_s), patience_s * forgotten)
-            repeat = why and breaker.circuit is Circuit.CLOSED
-            await asyncio.sleep(min(_PAUSE_S, self._config.canary_s) if repeat else self._config.canary_s)
+            if not why:
+                await self._pause(_IDLE, lambda: _is_idle(fleet.get(worker)))
+            else:
+                repeat = breaker.circuit is Circuit.CLOSED
+                await asyncio.sleep(min(_PAUSE_S, self._config.canary_s) if repeat else self._config.canary_s)
+
+    async def _pause(self, times: int, idle: Callable[[], bool]) -> None:
+        """`canary_s`, or up to so many times as long while there is nothing to do."""
+        for _ in range(times):
+            await asyncio.sleep(self._config.canary_s)
+            if not idle():
+                return
 
     async def _probe(self, view: WorkerView, breaker: Breaker, patience_s: float) -> str:
         """One canary. Every `patience_s` in which it is waited for in vain counts as a failure. Returns as Canary.compute."""
@@ -183,9 +197,9 @@ class Health:
 
     async def _try_pairs(self) -> None:
         """Each pair of a prefill and a decode worker of one model in turn, one every `canary_s`."""
-        turn = 0
+        turn, fleet = 0, self._house.fleet
         while True:
-            await asyncio.sleep(self._config.canary_s)
+            await self._pause(_IDLE_PAIRS if turn else 1, lambda: all(_is_idle(view) for view in fleet.up()))
             pairs = self._pairs()
             if not pairs:
                 continue
@@ -209,6 +223,11 @@ class Health:
 
     def _is_as_before(self, view: WorkerView) -> bool:
         return self._house.fleet.is_current(view.id, view.epoch) and not view.resting
+
+
+def _is_idle(view: WorkerView | None) -> bool:
+    """It has no requests but canaries."""
+    return view is not None and not view.requests and not view.foreign_requests
 
 
 def _is_drained(view: WorkerView) -> bool:

@@ -6,11 +6,14 @@ BATON_CONFIG and BATON_RUN_DIR say which server, as for the model processes.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import hashlib
 import logging
 import socket
 import sys
+from contextlib import suppress
 from pathlib import Path
+from types import FrameType
 
 import uvicorn
 
@@ -23,6 +26,29 @@ from router.tokenizer import Tokenizer
 
 _GRACE_S = 3  # streams that are running when it is told to stop
 _BACKLOG = 2048
+_TICK_S = 1.0
+
+
+class _Server(uvicorn.Server):
+    """Sets the date of its answers once a second, and is woken by signals. uvicorn's own looks for them ten times a second,
+    which costs an idle machine more than all else that the front end does."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._told: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        super().handle_exit(sig, frame)
+        if self._told is not None:
+            loop, event = self._told
+            loop.call_soon_threadsafe(event.set)
+
+    async def main_loop(self) -> None:
+        event = asyncio.Event()
+        self._told = asyncio.get_running_loop(), event
+        while not await self.on_tick(0):
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(event.wait(), _TICK_S)
 
 
 def _parse() -> argparse.Namespace:
@@ -85,7 +111,7 @@ def main() -> int:
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, ws="none", lifespan="on", timeout_graceful_shutdown=_GRACE_S
     )
-    uvicorn.Server(config).run(sockets=[listener])
+    _Server(config).run(sockets=[listener])
     return 0
 
 

@@ -185,3 +185,14 @@ def test_the_circuit() -> None:
     breaker.probe()
     assert breaker.passed()
     assert (breaker.circuit, breaker.failures, breaker.hopeless) == (Circuit.CLOSED, 0, False)
+
+
+def test_idle_workers_get_fewer_canaries() -> None:
+    with FlowHouse(_deployment()) as house:
+        counts, watched_s = house.counts, 2.0
+        assert eventually(lambda: bool(counts.canaries and counts.pairs), 10)
+        before, pairs = len(counts.canaries), len(counts.pairs)
+        time.sleep(watched_s)
+        # At most: a slow machine makes them later only. One to each worker may have been under way.
+        assert len(counts.canaries) - before <= len(house.workers) * (watched_s / 0.2 + 1)
+        assert len(counts.pairs) - pairs <= watched_s / 0.8 + 1
