@@ -39,8 +39,8 @@ _HELD_UP_S = 1.0  # waiting that took so much longer says more about this router
 _REMEMBERED_S = 60.0  # half of the patience that a slow answer has taught is forgotten after so long
 _START_S = 300.0
 _LOOK_EVERY_S = 60.0
-_IDLE = 2  # so many times as far apart while a worker has no requests: a wedged one is still out within ten seconds
-_IDLE_PAIRS = 8  # ... and handoffs while nobody has any
+_IDLE = 1.5  # so many times as far apart while a worker has no requests: a wedged one is still out within ten seconds
+_IDLE_PAIRS = 8.0  # ... and those of one pair while nobody has any; few enough that a broken link raises its alert
 _SLOW_S = 60.0  # of workers whose first handoff, say, may take long
 
 
@@ -144,22 +144,20 @@ class Health:
             if why and _is_drained(view):
                 continue  # it refused the canary, or handed it back
             self._judge(view, breaker, Verdict.FAILED if why else Verdict.PASSED, why)
-            if not why:
-                took_s = self._house.clock.now() - began
-                forgotten = 0.5 ** ((took_s + self._config.canary_s) / _REMEMBERED_S)
-                patience_s = max(self._config.canary_timeout_s, min(_SLOW_S, 2 * took_s), patience_s * forgotten)
-            if not why:
-                await self._pause(_IDLE, lambda: _is_idle(fleet.get(worker)))
-            else:
+            if why:
                 repeat = breaker.circuit is Circuit.CLOSED
                 await asyncio.sleep(min(_PAUSE_S, self._config.canary_s) if repeat else self._config.canary_s)
+                continue
+            took_s = self._house.clock.now() - began
+            forgotten = 0.5 ** ((took_s + self._config.canary_s) / _REMEMBERED_S)
+            patience_s = max(self._config.canary_timeout_s, min(_SLOW_S, 2 * took_s), patience_s * forgotten)
+            await self._pause(_IDLE, lambda: _is_idle(fleet.get(worker)))
 
-    async def _pause(self, times: int, idle: Callable[[], bool]) -> None:
+    async def _pause(self, times: float, idle: Callable[[], bool]) -> None:
         """`canary_s`, or up to so many times as long while there is nothing to do."""
-        for _ in range(times):
-            await asyncio.sleep(self._config.canary_s)
-            if not idle():
-                return
+        while times > 0:
+            await asyncio.sleep(min(times, 1.0) * self._config.canary_s)
+            times = times - 1 if idle() else 0
 
     async def _probe(self, view: WorkerView, breaker: Breaker, patience_s: float) -> str:
         """One canary. Every `patience_s` in which it is waited for in vain counts as a failure. Returns as Canary.compute."""
@@ -197,13 +195,13 @@ class Health:
 
     async def _try_pairs(self) -> None:
         """Each pair of a prefill and a decode worker of one model in turn, one every `canary_s`."""
-        turn, fleet = 0, self._house.fleet
+        turn, times, fleet = 0, 1.0, self._house.fleet
         while True:
-            await self._pause(_IDLE_PAIRS if turn else 1, lambda: all(_is_idle(view) for view in fleet.up()))
+            await self._pause(times, lambda: all(_is_idle(view) for view in fleet.up()))
             pairs = self._pairs()
             if not pairs:
                 continue
-            turn += 1
+            turn, times = turn + 1, max(_IDLE_PAIRS / len(pairs), 1.0)
             prefill, decode = pairs[turn % len(pairs)]
             verdict = await self._canary.hand_over(prefill, decode, self._handoff_s)
             if not (self._is_as_before(prefill) and self._is_as_before(decode)):

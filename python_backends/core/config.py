@@ -279,7 +279,7 @@ class HealthConfig(Section, frozen=True):
         NonNegativeFloat,
         Meta(
             description="Seconds between canaries: requests of the router's own to each worker. A worker that fails two in a "
-            "row is given no work until it passes one. Twice as far apart while it has no requests. 0: none."
+            "row is given no work until it passes one. Half as far apart again while it has no requests. 0: none."
         ),
     ] = 2.0
     canary_timeout_s: Annotated[

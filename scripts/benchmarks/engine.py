@@ -6,9 +6,9 @@
 
 Measures, without scheduler and server: prefill in chunks as the engine does it, and decode steps by batch and context,
 greedy draw included. Rivals (scripts/rivals) run in processes of their own and tell their own times. Every repetition runs
-all contenders one after the other, in turns from either end; the table shows medians. Who has spent --seconds on one line
-of the table sits out its repetitions after the third. The limits are measured beside them: reading memory, multiply-adds
-in registers, and PyTorch's matrix product.
+all contenders one after the other, in turns from either end, each with a prompt that is not timed before one that is; the
+table shows medians. Who has spent --seconds on one line of the table sits out its repetitions after the third. The limits
+are measured beside them: reading memory, multiply-adds in registers, and PyTorch's matrix product.
 """
 
 from __future__ import annotations
@@ -310,7 +310,7 @@ def _measure(result: Result, job: Job, contender: Contender, repetition: int) ->
     if job.batch:
         result.seconds += contender.decode(job.batch, job.context)[2:]
     else:
-        contender.prefill(_text(_WARM_UP_TOKENS, repetition + 1))  # its threads and caches: others had the cores before
+        contender.prefill(_text(_WARM_UP_TOKENS, -1))  # its threads and caches: others had the cores before
         result.seconds.append(contender.prefill(_text(job.context, repetition)))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -194,5 +195,6 @@ def test_idle_workers_get_fewer_canaries() -> None:
         before, pairs = len(counts.canaries), len(counts.pairs)
         time.sleep(watched_s)
         # At most: a slow machine makes them later only. One to each worker may have been under way.
-        assert len(counts.canaries) - before <= len(house.workers) * (watched_s / 0.2 + 1)
-        assert len(counts.pairs) - pairs <= watched_s / 0.8 + 1
+        assert len(counts.canaries) - before <= len(house.workers) * (watched_s / 0.15 + 1)
+        each = Counter(pair[:2] for pair in counts.pairs[pairs:])
+        assert max(each.values(), default=0) <= watched_s / 0.8 + 1

@@ -30,7 +30,7 @@ from python_backends.engines.torch.kernels.compiler import kernel, part
 from python_backends.engines.torch.kernels.lending import Cores, cores_now
 from python_backends.engines.torch.kernels.linear import multiply, multiply_floats, panels_at_once
 from python_backends.engines.torch.kernels.team import claim, finish
-from python_backends.engines.torch.kernels.tile import PANELS, ROWS, expand_panel
+from python_backends.engines.torch.kernels.tile import ROWS, expand_panel
 from python_backends.engines.torch.kernels.vector import LANE_BYTES, LANES, load, load_scalar, silu, store
 
 Floats = npt.NDArray[np.float32]
@@ -41,7 +41,6 @@ LAST_PHASES = ("norms", "output")
 PHASES_PER_LAYER = len(LAYER_PHASES)
 OTHER_PHASES = 1 + len(LAST_PHASES)  # the embedding before the layers
 
-SHORT_QUERIES = 48  # rows of queries per key head up to which a slice's spans are shared out
 _CACHE_BYTES = 512 << 10  # of inputs that one block of rows may have: they stay in the second-level cache
 _MOST_ROWS = 384
 _UNITS_PER_THREAD = 8
@@ -219,7 +218,7 @@ def linear(
     """target = (or +=, with add) source @ weights + bias. Units: blocks of rows times groups of panels."""
     block = _block_rows(rows, layers.depth)
     blocks = (rows + block - 1) // block
-    group = _group_panels(layers.panels, threads, PANELS[ROWS] if rows > ROWS else 1)
+    group = _group_panels(layers.panels, threads, panels_at_once(rows) if rows > ROWS else 1)
     groups = (layers.panels + group - 1) // group
     weights, has_bias = layers.addresses[layer], layers.bias.size > 0
     units, mine, unit = blocks * groups, 0, claim(control, phase)

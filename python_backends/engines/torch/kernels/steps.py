@@ -12,10 +12,12 @@ from python_backends.core.errors import EngineFailure
 from python_backends.engines.paged.runner import Slice
 from python_backends.engines.torch.kernels.attention import SPAN, TILE_QUERIES
 from python_backends.engines.torch.kernels.compiler import kernel
-from python_backends.engines.torch.kernels.forward import SHORT_QUERIES, Step
+from python_backends.engines.torch.kernels.forward import Step
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
+
+_SHORT_QUERIES = 48  # rows of queries per key head up to which a slice's spans are shared out
 
 
 def lay_out(slices: Sequence[Slice], tables: Sequence[Ints], group: int, frequencies: Floats, vocab_size: int) -> Step:
@@ -29,14 +31,14 @@ def lay_out(slices: Sequence[Slice], tables: Sequence[Ints], group: int, frequen
     draws = np.array([piece.drafts + 1 if piece.draw else 0 for piece in slices], np.int64)
     num_tokens, num_draws, num_short, num_spans, num_tiles = _sizes(counts, starts, draws, group)
     tokens = np.fromiter(chain.from_iterable([piece.token_ids for piece in slices]), np.int64, num_tokens)
+    if not _are_within(tokens, vocab_size):
+        raise EngineFailure(f"a token id is outside the model's vocabulary of {vocab_size}")
     positions, of_slice, begins = np.empty_like(tokens), np.empty_like(tokens), np.empty_like(counts)
     short, first_span, drawing = np.empty(num_short, np.int64), np.empty_like(counts), np.empty(num_draws, np.int64)
     spans, tiles = np.empty((num_spans, 2), np.int64), np.empty((num_tiles, 3), np.int64)
     angles = np.empty((num_tokens, len(frequencies)), np.float32)
     _lay_tokens(counts, starts, draws, frequencies, positions, of_slice, begins, angles, drawing)
     _share_out(counts, starts, group, short, first_span, spans, tiles)
-    if not _are_within(tokens, vocab_size):
-        raise EngineFailure(f"a token id is outside the model's vocabulary of {vocab_size}")
     return Step(
         tokens=tokens,
         positions=positions,
@@ -61,7 +63,7 @@ def _sizes(counts: Ints, starts: Ints, draws: Ints, group: int) -> tuple[int, in
     tokens, drawn, short, spans, tiles = 0, 0, 0, 0, 0
     for index in range(counts.size):
         tokens, drawn = tokens + counts[index], drawn + draws[index]
-        if counts[index] * group <= SHORT_QUERIES:
+        if counts[index] * group <= _SHORT_QUERIES:
             short, spans = short + 1, spans + _num_spans(starts[index] + counts[index])
         else:
             tiles += (counts[index] + _tile_tokens(group) - 1) // _tile_tokens(group)
@@ -110,7 +112,7 @@ def _share_out(counts: Ints, starts: Ints, group: int, short: Ints, first_span: 
     shorts, span, tile, size = 0, 0, 0, _tile_tokens(group)
     for index in range(counts.size):
         first_span[index] = span
-        if counts[index] * group <= SHORT_QUERIES:
+        if counts[index] * group <= _SHORT_QUERIES:
             short[shorts] = index
             shorts += 1
             for number in range(_num_spans(starts[index] + counts[index])):
