@@ -90,6 +90,10 @@ class FakeRunner:
     def rest(self) -> None:
         """It takes no cores."""
 
+    def are_cores_wanted(self) -> bool:
+        """It has none."""
+        return False
+
     def export_blocks(self, blocks: Sequence[int]) -> None:
         """The pool memory is where it computes."""
 

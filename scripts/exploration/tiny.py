@@ -118,6 +118,9 @@ class TinyRunner:
     def rest(self) -> None:
         """It takes no cores."""
 
+    def are_cores_wanted(self) -> bool:
+        return False
+
     def import_blocks(self, blocks: Sequence[int]) -> None:
         """The pool memory is where it computes."""
 

@@ -64,6 +64,7 @@ _PREFETCH_S = 2.0  # given to bringing one waiting prompt's blocks nearer
 _PREFETCH_MOST = 16  # prompts of the queue that are prefetched
 _REMEMBERED_ABORTS = 10_000  # aborts that overtook their request
 _IDLE_WAKE_S = 0.25  # how often an idle engine looks at deadlines
+_LEAST_PAUSE_S = 0.01  # between steps: others have to notice that they have the cores
 _UNTOLD_STEPS = 32  # steps kept for whoever asks how long they take
 
 
@@ -97,6 +98,7 @@ class PagedEngine:
         self._itl_ms = 0.0 if self._role is Role.PREFILL else deployment.router.slo.itl_ms
         self._limit: StepLimit | None = None
         self._steps: deque[StepSample] = deque(maxlen=_UNTOLD_STEPS)
+        self._spare_s = 0.0  # that the streams of the last step can wait for the next one
         self._busy_s = 0.0
         self._busy_since: float | None = None  # monotonic, s: end of the last step, if this one follows at once
         self._thread: threading.Thread | None = None
@@ -244,6 +246,8 @@ class PagedEngine:
         """Take in what was asked for, end what is over, compute one batch. Returns whether there was anything to compute."""
         if wait:
             self._runner.rest()
+        else:
+            self._give_way()
         self._take_inbox(wait)
         self._end_overdue()
         for sequence in self._scheduler.admit():
@@ -254,6 +258,15 @@ class PagedEngine:
         self._snapshot()
         self._deliver()
         return busy
+
+    def _give_way(self) -> None:
+        """Let others have the cores as long as the streams are not late for it, or until something comes in."""
+        if self._spare_s < _LEAST_PAUSE_S or not self._runner.are_cores_wanted():
+            return
+        self._runner.rest()
+        self._busy_since = None
+        with suppress(queue.Empty):
+            self._inbox.get(timeout=self._spare_s)()
 
     def _take_inbox(self, wait: bool) -> None:
         """Run what other threads asked for; when there is nothing to compute, wait for it."""
@@ -275,6 +288,7 @@ class PagedEngine:
     def _step(self) -> bool:
         """Compute one batch. Returns whether there was anything to compute."""
         batch = self._scheduler.schedule()
+        self._spare_s = 0.0
         if not batch:
             self._busy_since = None
             return False
@@ -311,6 +325,8 @@ class PagedEngine:
             self._steps.append(sample)
             if self._limit is not None:
                 self._limit.learn(sample, sum(piece.drafts for piece in slices))
+                if streams == len(batch) and not self._scheduler.waiting:
+                    self._spare_s = self._limit.spare_ms(streams, shape[3]) / 1e3
         return True
 
     def _most_drafts(self, shape: tuple[int, float, int, int]) -> int:

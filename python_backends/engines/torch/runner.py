@@ -194,7 +194,7 @@ class TorchRunner:
         """See ModelRunner. `batch` has at least one slice, and each slice one token."""
         if self._sampler is None or not self._attached:
             raise RuntimeError("step before start and attach, or after close")
-        self._board.work()
+        self._board.work(prompt=any(len(piece.token_ids) - piece.drafts > 1 for piece in batch))
         draws = [draw for piece in batch for draw in draws_of(piece)]
         with self._computing():
             logits = self._started().forward(batch)
@@ -207,6 +207,10 @@ class TorchRunner:
     def rest(self) -> None:
         """See ModelRunner."""
         self._board.rest()
+
+    def are_cores_wanted(self) -> bool:
+        """See ModelRunner."""
+        return self._board.is_wanted
 
     def export_blocks(self, blocks: Sequence[int]) -> None:
         self._started().export_blocks(blocks)

@@ -41,6 +41,8 @@ from python_backends.kv.memory import PoolMemory
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
+_LONG_TOKENS = 64  # of a step in which threads whose cores others have wait for them
+
 _KV_FORMATS = {"float32": FLOAT32, "float16": FLOAT16, "int8": INT8}
 
 
@@ -92,10 +94,16 @@ class CompiledExecutor:
         step = lay_out(slices, tables, self._group, self._frequencies, self._vocab_size)
         work = self._buffers.workspace(step, self._group)
         cores, decoder, pool = self._cores, self._decoder, self._pool
-        threads = min(cores_now(cores) if self._board.borrows else self._board.share, self._team.threads)
+        threads = self._threads(len(step.tokens))
         self._control = work.control
         self._team.run(lambda thread: forward(thread, threads, cores, decoder, pool, step, work), threads)
         return torch.from_numpy(work.logits[: len(step.drawing), : self._vocab_size])
+
+    def _threads(self, tokens: int) -> int:
+        """Those that may have a core now; of a long step also those that may get one before it ends."""
+        if not self._board.borrows:
+            return min(self._board.share, self._team.threads)
+        return self._team.threads if tokens >= _LONG_TOKENS else min(cores_now(self._cores), self._team.threads)
 
     def export_blocks(self, blocks: Sequence[int]) -> None:
         """The pool memory is where it computes."""

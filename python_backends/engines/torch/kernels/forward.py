@@ -29,7 +29,7 @@ from python_backends.engines.torch.kernels.attention import scratch_floats as at
 from python_backends.engines.torch.kernels.compiler import kernel, part
 from python_backends.engines.torch.kernels.lending import Cores, cores_now
 from python_backends.engines.torch.kernels.linear import multiply, multiply_floats, panels_at_once
-from python_backends.engines.torch.kernels.team import claim, finish
+from python_backends.engines.torch.kernels.team import claim, end_run, finish, nap
 from python_backends.engines.torch.kernels.tile import ROWS, expand_panel
 from python_backends.engines.torch.kernels.vector import LANE_BYTES, LANES, load, load_scalar, silu, store
 
@@ -127,7 +127,8 @@ def scratch_floats(head_dim: int, deepest: int) -> int:
 def forward(thread: int, threads: int, cores: Cores, model: Decoder, pool: KVPool, step: Step, work: Workspace) -> None:
     """Compute the step's tokens, write their keys and values to the pool, and the logits of `drawing`.
 
-    One of about `threads` threads; it leaves between layers when its core is wanted back (never the first one).
+    One of about `threads` threads. Between layers it naps while its core is wanted elsewhere (never the first one): coming
+    back it finds nothing left to claim in the phases that it has missed.
     """
     control, phase = work.control.ctypes.data, 0
     scratch = work.scratch[thread].ctypes.data
@@ -136,8 +137,9 @@ def forward(thread: int, threads: int, cores: Cores, model: Decoder, pool: KVPoo
     embed(control, phase, model, step, work.hidden, scratch)
     phase += 1
     for layer in range(model.num_layers):
-        if thread > 0 and thread >= cores_now(cores):
-            return
+        while thread > 0 and thread >= cores_now(cores):
+            if not nap(control):
+                return
         normalise(control, phase, threads, rows, work.hidden, model.input_norms[layer], model.eps, work.normed)
         linear(control, phase + 1, threads, rows, work.normed, model.qkv, layer, work.qkv, 0, scratch)
         rotate_and_store(control, phase + 2, threads, layer, model, pool, step, work.qkv)
@@ -153,6 +155,8 @@ def forward(thread: int, threads: int, cores: Cores, model: Decoder, pool: KVPoo
     if step.drawing.size:
         normalise_drawing(control, phase, step, work.hidden, model.final_norm, model.eps, work.normed)
         linear(control, phase + 1, threads, step.drawing.size, work.normed, model.output, 0, work.logits, 0, scratch)
+    if thread == 0:
+        end_run(control)
 
 
 @part

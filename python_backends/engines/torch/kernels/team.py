@@ -6,7 +6,8 @@ something else takes fewer units, or none, and holds up nobody unless it is in t
 for some microseconds, which is what ends of phases usually differ by, and then sleeps in the kernel (futex(2)): it takes
 no core from another worker.
 
-    control memory: per phase 64 bytes: units claimed, units done, sleeping threads, cycle counter when all were done
+    control memory: per phase 64 bytes: units claimed, units done, sleeping threads, cycle counter when all were done, and
+                    in that of the first phase whether the run is over
 
 Each run has control memory of its own, so a thread that is late by a whole run finds nothing left to claim in it.
 """
@@ -31,7 +32,9 @@ _SYS_FUTEX = 202 if _MACHINE == "x86_64" else 98
 _FUTEX_WAIT_PRIVATE, _FUTEX_WAKE_PRIVATE = 128, 129
 _SPINS = 1500  # about 20 us
 
-_CLAIMED, _DONE, _SLEEPERS, _ENDED, _PHASE_BYTES = 0, 8, 16, 24, 64
+_NAP_US = 1000
+
+_CLAIMED, _DONE, _SLEEPERS, _ENDED, _OVER, _PHASE_BYTES = 0, 8, 16, 24, 32, 64
 
 
 def control_memory(phases: int) -> npt.NDArray[np.int64]:
@@ -93,6 +96,17 @@ def _futex(_context: Any, _address: Any, _operation: Any, _value: Any) -> Any:
     return types.void(types.intp, types.intp, types.intp), codegen
 
 
+@intrinsic
+def _sleep_us(_context: Any, _microseconds: Any) -> Any:
+    def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        kind = ir.FunctionType(INT32, [INT32])
+        function = cgutils.get_or_insert_function(builder.module, kind, "usleep")
+        builder.call(function, [builder.trunc(args[0], INT32)])
+        return context.get_dummy_value()
+
+    return types.void(types.intp), codegen
+
+
 @kernel
 def cycles() -> int:
     """The processor's cycle counter, of constant rate; 0 where programs can't read it."""
@@ -133,3 +147,18 @@ def finish(control: int, phase: int, units: int, mine: int) -> None:
             _futex(done, _FUTEX_WAIT_PRIVATE, now)
             _add_at(sleepers, -1)
         now = _add_at(done, 0)
+
+
+@kernel
+def end_run(control: int) -> None:
+    """Nobody needs to wait for a core any more."""
+    _add_at(control + _OVER, 1)
+
+
+@kernel
+def nap(control: int) -> bool:
+    """Sleep for a moment, unless the run is over. Returns whether it is not."""
+    if look(control + _OVER):
+        return False
+    _sleep_us(_NAP_US)
+    return True

@@ -88,3 +88,10 @@ def test_steps_are_learned_with_their_guesses(limit: StepLimit) -> None:
         ms = _law(32, 32 * 100, 8, 800)
         limit.learn(StepSample(0, 0, 8, 800, ms, 40), drafts=32)
     assert abs(limit.draft_tokens(8, 800, 0) - before) <= 0.2 * before
+
+
+def test_streams_that_are_faster_than_the_target_have_time_to_spare(limit: StepLimit) -> None:
+    spare = limit.spare_ms(8, 800)
+    step_ms = _law(0, 0, 8, 800)
+    assert 0 < spare + step_ms < limit.step_ms < TARGET
+    assert limit.spare_ms(60, 30_000) < 0, "their steps alone take longer"
