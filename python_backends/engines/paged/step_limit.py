@@ -13,7 +13,7 @@ target lowers it, and every other raises it a little, so that about one in fifty
 Stochastic Approximation Method", 1951). Steps of many streams alone count, too: routers give a worker only as many streams
 as it takes no longer for (router/policy.py).
 
-Where workers share cores, streams that are faster than the target let others have the cores between their steps.
+Where workers share cores, streams that are faster than that let others have the cores between their steps.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ _LATE = 0.02  # of the steps that are expected to take ...
 _FULL = 0.8  # ... at least so much of what they may
 _RATE = 0.05
 _LEAST, _MOST = 0.4, 0.95  # of the target
-_PACE = 0.75  # of step_ms: what streams are slowed down to for others, who give the cores back between two of their layers
 
 
 class StepLimit:
@@ -57,7 +56,7 @@ class StepLimit:
 
     def spare_ms(self, streams: int, context: int) -> float:
         """Between two steps of these streams alone, if the next is to end in time; 0 or less: none."""
-        return _PACE * self.step_ms - self._model.step_ms(0, 0, streams, context)
+        return self.step_ms - self._model.step_ms(0, 0, streams, context)
 
     def learn(self, step: StepSample, drafts: int = 0) -> None:
         """A step has been computed, with streams or without. drafts: guesses in it."""
