@@ -130,6 +130,7 @@ def _timed(call: Callable[[], object]) -> float:
 
 class Contender(Protocol):
     name: str
+    weights: str  # as model.weights
 
     def prefill(self, tokens: Sequence[int]) -> float:
         """Compute a prompt to its first token; returns the seconds that took."""
@@ -201,6 +202,7 @@ class Transformers:
     """The reference implementation, with a cache that grows."""
 
     name = "transformers"
+    weights = "float32"
 
     def __init__(self, path: Path, threads: int) -> None:
         import transformers
@@ -228,6 +230,7 @@ class Rival:
 
     def __init__(self, engine: RivalEngine) -> None:
         self.name = engine.name
+        self.weights = "int8" if engine.name.endswith("q8_0") else "float32"
         self._engine = engine
 
     def prefill(self, tokens: Sequence[int]) -> float:
@@ -325,8 +328,7 @@ def _step_bytes(contender: Contender, architecture: Architecture, batch: int, co
     """Weights and KV that a step reads."""
     output = architecture.vocab_size * architecture.hidden_size
     bits = {"int8": (8.5, 8.5), "int4": (4.5, 8.5), "bfloat16": (16, 16), "float16": (16, 16)}
-    precision = contender.weights if isinstance(contender, Ours) else "float32"
-    layers_bits, output_bits = bits.get(precision, (32, 32))
+    layers_bits, output_bits = bits.get(contender.weights, (32, 32))
     kv = contender.runner.layout.token_bytes if isinstance(contender, Ours) else 0
     return (layer_weights(architecture) * layers_bits + output * output_bits) / 8 + batch * context * kv
 

@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from loadtest.options import Options
-from loadtest.record import Record, read_run
+from loadtest.record import Floats, Record, read_run
 from loadtest.summary import Spread, spread
 from loadtest.workload import Slo
 from python_backends.core.errors import BatonError, ConfigError, Unavailable
@@ -53,6 +53,8 @@ class Outcome:
     failed: int  # neither answered nor refused for want of room
     ttft: Spread
     itl: Spread
+    joining: Spread  # the first gap of each: from the prefill worker's token to the decode worker's first
+    running: Spread  # the others
     refusal: Spread  # from sending to the refusal
     goodput: float
     memory: tuple[float, float]
@@ -65,7 +67,7 @@ def outcome(
     """records: those that count, due within `seconds`. memory: MiB, in the order it was sampled, at least one."""
     accepted = [record for record in records if record.ok]
     refused = [record for record in records if not record.ok and not record.arrival_s and _is_refusal(record.error)]
-    gaps = [record.gaps() for record in accepted]
+    gaps = [gaps for record in accepted if (gaps := record.gaps()).size]
     share = max(len(memory) // 5, 1)
     return Outcome(
         sustainable=sustainable,
@@ -75,12 +77,18 @@ def outcome(
         refused=len(refused),
         failed=len(records) - len(accepted) - len(refused),
         ttft=spread(np.array([record.ttft_ms for record in accepted])),
-        itl=spread(np.concatenate(gaps) if gaps else np.empty(0)),
+        itl=_spread_of(gaps),
+        joining=_spread_of([each[:1] for each in gaps]),
+        running=_spread_of([each[1:] for each in gaps]),
         refusal=spread(np.array([(record.ended_s - record.sent_s) * 1e3 for record in refused])),
         goodput=sum(record.meets(slo) for record in accepted) / seconds,
         memory=(float(np.median(memory[:share])), float(np.median(memory[-share:]))),
         late_ms_p99=late_ms_p99,
     )
+
+
+def _spread_of(parts: Sequence[Floats]) -> Spread:
+    return spread(np.concatenate(parts) if parts else np.empty(0))
 
 
 def _is_refusal(error: str) -> bool:
@@ -100,6 +108,8 @@ def table(found: Outcome, slo: Slo) -> Table:
         ("of these with their first token in time", f"{found.on_time / max(found.accepted, 1):.1%}"),
         (f"TTFT of the accepted, p50 / p99, ms (target {slo.ttft_ms:.0f})", _percentiles(found.ttft)),
         (f"ITL, p50 / p99, ms (target {slo.itl_ms:.0f})", _percentiles(found.itl)),
+        ("from the first token to the second, p50 / p99, ms", _percentiles(found.joining)),
+        ("between later tokens, p50 / p99, ms", _percentiles(found.running)),
         ("good requests/s", f"{found.goodput:.2f}"),
         ("refused", f"{found.refused}"),
         ("after, p50 / p99, ms", _percentiles(found.refusal)),

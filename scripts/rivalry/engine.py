@@ -7,13 +7,16 @@ import os
 import signal
 import subprocess
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from gguf import GGMLQuantizationType
 
 from python_backends.core.errors import Unavailable
 from python_backends.core.paths import repository_root
 from scripts.rivalry.environments import ENVIRONMENTS
-from scripts.rivalry.models import gguf_of, narrow_gguf_of, onnx_of
+from scripts.rivalry.models import gguf_of, onnx_of
 
 _LAST_WORDS = 1500  # characters
 
@@ -87,16 +90,17 @@ class RivalEngine:
 
 
 def _openvino(model: Path, threads: int) -> list[str]:
-    return _program("openvino", "openvino", str(narrow_gguf_of(model)), str(threads))
+    narrow = gguf_of(model, GGMLQuantizationType.F16)  # its reader takes no float32
+    return _program("openvino", "openvino", str(narrow), str(threads))
 
 
 def _onnxruntime(model: Path, threads: int) -> list[str]:
     return _program("onnxruntime", "onnxruntime", str(onnx_of(model)), str(threads))
 
 
-def _llamacpp(model: Path, threads: int) -> list[str]:
+def _llamacpp(matrices: GGMLQuantizationType, model: Path, threads: int) -> list[str]:
     bench = ENVIRONMENTS["llama.cpp"].program("llama-batched-bench")
-    return _program("llama.cpp", "llamacpp", str(bench), str(gguf_of(model)), str(threads))
+    return _program("llama.cpp", "llamacpp", str(bench), str(gguf_of(model, matrices)), str(threads))
 
 
 def _program(environment: str, module: str, *arguments: str) -> list[str]:
@@ -106,6 +110,7 @@ def _program(environment: str, module: str, *arguments: str) -> list[str]:
 ENGINES: dict[str, Callable[[Path, int], list[str]]] = {
     "openvino": _openvino,
     "onnxruntime": _onnxruntime,
-    "llama.cpp": _llamacpp,
+    "llama.cpp": partial(_llamacpp, GGMLQuantizationType.F32),
+    "llama.cpp-q8_0": partial(_llamacpp, GGMLQuantizationType.Q8_0),
 }
 """By name: (model directory, threads) -> the program's command. The model is converted first, once."""

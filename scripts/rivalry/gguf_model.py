@@ -12,6 +12,7 @@ from typing import Any
 import gguf
 import numpy as np
 import numpy.typing as npt
+from gguf import GGMLQuantizationType, LlamaFileType
 from safetensors import safe_open
 
 from python_backends.core.errors import ConfigError
@@ -21,14 +22,22 @@ _TENSORS = {theirs: ours for ours, theirs in weights.TENSORS.items()}
 _LAYER_TENSORS = {theirs: ours for ours, theirs in weights.LAYER_TENSORS.items()}
 
 
-def write_gguf(model: Path, target: Path, matrices: npt.DTypeLike = np.float32) -> None:
-    """`matrices`: float32, or float16; vectors are float32. Raises ConfigError for a model that is no such Llama."""
+FILE_TYPES = {
+    GGMLQuantizationType.F32: LlamaFileType.ALL_F32,
+    GGMLQuantizationType.F16: LlamaFileType.MOSTLY_F16,
+    GGMLQuantizationType.Q8_0: LlamaFileType.MOSTLY_Q8_0,
+}
+"""Of files, by what their matrices are."""
+
+
+def write_gguf(model: Path, target: Path, matrices: GGMLQuantizationType = GGMLQuantizationType.F32) -> None:
+    """`matrices`: one of FILE_TYPES; vectors are float32. Raises ConfigError for a model that is no such Llama."""
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     if config["architectures"] != ["LlamaForCausalLM"] or not config.get("tie_word_embeddings"):
         raise ConfigError(f"{model}: only Llama models with tied embeddings are written as GGUF")
     writer = gguf.GGUFWriter(target, "llama")
     _describe(writer, config)
-    writer.add_file_type(gguf.LlamaFileType.ALL_F32 if matrices == np.float32 else gguf.LlamaFileType.MOSTLY_F16)
+    writer.add_file_type(FILE_TYPES[matrices])
     _add_tokenizer(writer, model, config)
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     for path in sorted(model.glob("*.safetensors")):
@@ -37,7 +46,8 @@ def write_gguf(model: Path, target: Path, matrices: npt.DTypeLike = np.float32) 
                 ours, kind = _tensor_name(name)
                 values = file.get_tensor(name).astype(np.float32, copy=False)
                 values = _permute(values, heads[kind]) if kind in heads else values
-                writer.add_tensor(ours, values.astype(matrices, copy=False) if values.ndim > 1 else values)
+                form = matrices if values.ndim > 1 else GGMLQuantizationType.F32
+                writer.add_tensor(ours, gguf.quantize(values, form), raw_dtype=form)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -9,8 +9,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import xxhash
+from gguf import GGMLQuantizationType
 
 from python_backends.core.errors import Unavailable
 from scripts.rivalry.environments import ENVIRONMENTS, rivals_dir
@@ -19,14 +19,10 @@ from scripts.rivalry.gguf_model import write_gguf
 _LAST_WORDS = 1500  # characters
 
 
-def gguf_of(model: Path) -> Path:
-    """The file that llama.cpp reads, in float32. Raises ConfigError for other models than Llamas."""
-    return _converted(model, "gguf", lambda target: write_gguf(model, target / "model.gguf")) / "model.gguf"
-
-
-def narrow_gguf_of(model: Path) -> Path:
-    """The same with matrices in float16: OpenVINO's reader takes no float32. Raises ConfigError as above."""
-    return _converted(model, "gguf-f16", lambda target: write_gguf(model, target / "model.gguf", np.float16)) / "model.gguf"
+def gguf_of(model: Path, matrices: GGMLQuantizationType = GGMLQuantizationType.F32) -> Path:
+    """The file that llama.cpp and OpenVINO read. matrices: as of write_gguf. Raises ConfigError for other models than Llamas."""
+    form = f"gguf-{matrices.name.lower()}"
+    return _converted(model, form, lambda target: write_gguf(model, target / "model.gguf", matrices)) / "model.gguf"
 
 
 def onnx_of(model: Path) -> Path:

@@ -98,6 +98,7 @@ class PagedEngine:
         self._itl_ms = 0.0 if self._role is Role.PREFILL else deployment.router.slo.itl_ms
         self._limit: StepLimit | None = None
         self._steps: deque[StepSample] = deque(maxlen=_UNTOLD_STEPS)
+        self._step_s = 0.0  # that the last step took
         self._spare_s = 0.0  # that the streams of the last step can wait for the next one
         self._busy_s = 0.0
         self._busy_since: float | None = None  # monotonic, s: end of the last step, if this one follows at once
@@ -250,10 +251,12 @@ class PagedEngine:
             self._give_way()
         self._take_inbox(wait)
         self._end_overdue()
-        for sequence in self._scheduler.admit():
+        joining = self._scheduler.admit()
+        for sequence in joining:
             self._begin_fetch(sequence)
         self._prefetch_waiting()
         self._deliver()  # what has ended or arrived does not wait for the step
+        self._wait_for(joining)
         busy = self._step()
         self._snapshot()
         self._deliver()
@@ -267,6 +270,23 @@ class PagedEngine:
         self._busy_since = None
         with suppress(queue.Empty):
             self._inbox.get(timeout=self._spare_s)()
+
+    def _wait_for(self, joining: Many[Sequence]) -> None:
+        """Let streams wait a moment for those whose KV is on its way: it takes less than a step, and who misses one waits for it.
+
+        They wait until they have lost as much time together as one that misses the step would. So the sum is at most twice what
+        it could be if one knew how long the KV takes (Karlin et al., "Competitive Snoopy Caching", 1988).
+        """
+        streams = self._scheduler.num_streams
+        if not streams:
+            return
+        until = time.monotonic() + self._step_s / streams
+        while any(sequence.id in self._scheduler.fetching for sequence in joining):
+            try:
+                self._inbox.get(timeout=max(until - time.monotonic(), 0.0))()
+            except queue.Empty:
+                return
+            self._deliver()
 
     def _take_inbox(self, wait: bool) -> None:
         """Run what other threads asked for; when there is nothing to compute, wait for it."""
@@ -320,6 +340,7 @@ class PagedEngine:
             for (sequence, count), piece, sampled in zip(batch, slices, results, strict=True):
                 self._advance(sequence, count, piece.drafts, sampled)
             self._busy_since = time.monotonic()
+            self._step_s = self._busy_since - now
             self._busy_s += self._busy_since - began
             sample = StepSample(*shape, ms=(self._busy_since - began) * 1e3, decode_tokens=got)
             self._steps.append(sample)

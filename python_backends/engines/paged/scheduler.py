@@ -34,6 +34,11 @@ class Scheduler:
         self.fetching: dict[RequestId, Sequence] = {}
         self.running: list[Sequence] = []
 
+    @property
+    def num_streams(self) -> int:
+        """That compute one token in the next step."""
+        return sum(1 for sequence in self.running if sequence.num_uncomputed == 1)
+
     def limit_steps(self, beside_streams: PromptTokens) -> None:
         """From now on steps with running streams compute at most so many prompt tokens."""
         self._beside_streams = beside_streams

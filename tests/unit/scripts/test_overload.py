@@ -24,7 +24,7 @@ def test_requests_are_told_apart_by_how_they_ended() -> None:
     assert (found.accepted, found.on_time, found.refused, found.failed) == (2, 1, 1, 1)
     assert (found.offered, found.goodput, found.memory) == (2.0, 0.5, (100.0, 110.0))
     assert found.refusal.p50 == pytest.approx(4.0)
-    assert found.itl.n == 3
+    assert (found.itl.n, found.joining.n, found.running.n) == (3, 2, 1)
     cells = dict(zip(table(found, SLO).columns[0].cells, table(found, SLO).columns[1].cells, strict=True))
     assert cells["accepted"] == "2 of 4"
     assert cells["of these with their first token in time"] == "50.0%"
