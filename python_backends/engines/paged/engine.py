@@ -99,6 +99,7 @@ class PagedEngine:
         self._limit: StepLimit | None = None
         self._steps: deque[StepSample] = deque(maxlen=_UNTOLD_STEPS)
         self._step_s = 0.0  # that the last step took
+        self._streams_since: float | None = None  # monotonic, s: end of the last step, if it had streams
         self._spare_s = 0.0  # that the streams of the last step can wait for the next one
         self._busy_s = 0.0
         self._busy_since: float | None = None  # monotonic, s: end of the last step, if this one follows at once
@@ -278,8 +279,9 @@ class PagedEngine:
         it could be if one knew how long the KV takes (Karlin et al., "Competitive Snoopy Caching", 1988).
         """
         streams = self._scheduler.num_streams
-        if not streams:
+        if not streams or not joining:
             return
+        self._busy_since = None
         until = time.monotonic() + self._step_s / streams
         while any(sequence.id in self._scheduler.fetching for sequence in joining):
             try:
@@ -307,13 +309,14 @@ class PagedEngine:
 
     def _step(self) -> bool:
         """Compute one batch. Returns whether there was anything to compute."""
-        batch = self._scheduler.schedule()
-        self._spare_s = 0.0
-        if not batch:
-            self._busy_since = None
-            return False
         now = time.monotonic()
         began, self._busy_since = self._busy_since or now, None
+        if self._limit is not None:
+            self._limit.lost_ms = (began - self._streams_since) * 1e3 if self._streams_since is not None else 0.0
+        batch = self._scheduler.schedule()
+        self._streams_since, self._spare_s = None, 0.0
+        if not batch:
+            return False
         for sequence, _ in batch:
             sequence.started = sequence.started or now
         shape = _shape(batch)
@@ -341,6 +344,7 @@ class PagedEngine:
                 self._advance(sequence, count, piece.drafts, sampled)
             self._busy_since = time.monotonic()
             self._step_s = self._busy_since - now
+            self._streams_since = self._busy_since if streams else None
             self._busy_s += self._busy_since - began
             sample = StepSample(*shape, ms=(self._busy_since - began) * 1e3, decode_tokens=got)
             self._steps.append(sample)

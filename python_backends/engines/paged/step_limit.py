@@ -33,11 +33,16 @@ _LEAST, _MOST = 0.4, 0.95  # of the target
 
 
 class StepLimit:
-    """Belongs to the engine's thread. step_ms: what steps with streams are kept to now."""
+    """Belongs to the engine's thread.
+
+    step_ms: what steps with streams are kept to now. lost_ms: how much of it the streams of the next one have waited since
+    their last step; who uses it sets it.
+    """
 
     def __init__(self, itl_ms: float, step_tokens: int, calibration: Iterable[StepSample]) -> None:
         """itl_ms: the target between tokens, more than 0."""
         self.step_ms = longest_step_ms(itl_ms)
+        self.lost_ms = 0.0
         self._itl_ms = itl_ms
         self._step_tokens = step_tokens
         self._model = StepModel(calibration)
@@ -45,13 +50,13 @@ class StepLimit:
     def prompt_tokens(self, streams: int, context: int, depth: float) -> int:
         """Beside so many streams of `context` tokens together, of prompts of which `depth` tokens are computed on average."""
         most = max(self._step_tokens - streams, 1)
-        return tokens_within(self._model, self.step_ms, streams, context, depth, most)
+        return tokens_within(self._model, self.step_ms - self.lost_ms, streams, context, depth, most)
 
     def draft_tokens(self, streams: int, context: int, prompt_tokens: int) -> int:
         """Guesses of all streams together, beside so many prompt tokens in the step. streams: at least one."""
         depth = context / streams
         room = self.prompt_tokens(streams, context, depth)
-        fits = self._model.step_ms(room, room * (depth + room / 2), streams, context) <= self.step_ms
+        fits = self._model.step_ms(room, room * (depth + room / 2), streams, context) <= self.step_ms - self.lost_ms
         return max(room - prompt_tokens, 0) if fits else 0
 
     def spare_ms(self, streams: int, context: int) -> float:
@@ -66,9 +71,9 @@ class StepLimit:
             step = msgspec.structs.replace(step, prefill_tokens=tokens, prefill_context=pairs)
         if step.decode_streams:
             shape = step.prefill_tokens, step.prefill_context, step.decode_streams, step.decode_context
-            expected = self._model.step_ms(*shape)
-            if _FULL * self.step_ms <= expected <= self.step_ms:
-                self._adapt(is_late=step.ms > self._itl_ms)
+            expected = self.lost_ms + self._model.step_ms(*shape)
+            if _FULL * self.step_ms <= expected <= 1.01 * self.step_ms:
+                self._adapt(is_late=self.lost_ms + step.ms > self._itl_ms)
         self._model.learn(step)
 
     def _adapt(self, *, is_late: bool) -> None:

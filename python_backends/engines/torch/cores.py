@@ -4,7 +4,7 @@ A worker has a share of the host's cores. While it has work it also uses the sha
 among those that have; when an owner has work again, the borrower's threads leave at the next layer of its model.
 
 Who has work stands on a board, shared memory with a row per worker: int64 [rows, 8]: cores of its share, has work, has a
-prompt to compute.
+prompt that takes more steps than one.
 A row belongs to its worker. One that dies at work lends nothing until its successor is up.
 """
 
@@ -23,7 +23,7 @@ from python_backends.core.shared_memory import Membership, create_memory, join, 
 from python_backends.core.signing import Domain, mac
 
 ROW_INTS = 8  # a cache line each
-SHARE, AT_WORK, HAS_PROMPT = 0, 1, 2
+SHARE, AT_WORK, HAS_LONG_PROMPT = 0, 1, 2
 _MEMORY = "baton-cores"
 
 
@@ -37,7 +37,7 @@ class CoreBoard:
         self.borrows = False  # from the first rest on: what is measured while loading is what the share alone can do
         self._membership = membership
         rows[row, SHARE] = share
-        rows[row, AT_WORK] = rows[row, HAS_PROMPT] = 0
+        rows[row, AT_WORK] = rows[row, HAS_LONG_PROMPT] = 0
 
     @property
     def most(self) -> int:
@@ -52,18 +52,18 @@ class CoreBoard:
 
     @property
     def is_wanted(self) -> bool:
-        """Whether others compute prompts, which are done the sooner the more cores they have."""
-        return bool(self.rows[:, HAS_PROMPT].sum() - self.rows[self.row, HAS_PROMPT])
+        """Whether others compute long prompts, which are done the sooner the more cores they have."""
+        return bool(self.rows[:, HAS_LONG_PROMPT].sum() - self.rows[self.row, HAS_LONG_PROMPT])
 
-    def work(self, *, prompt: bool = False) -> None:
-        """There is something to compute, with a prompt in it or without: cores lent to others are wanted back."""
+    def work(self, *, long_prompt: bool = False) -> None:
+        """There is something to compute: cores lent to others are wanted back. long_prompt: one that takes more steps than this."""
         self.rows[self.row, AT_WORK] = 1
-        self.rows[self.row, HAS_PROMPT] = prompt
+        self.rows[self.row, HAS_LONG_PROMPT] = long_prompt
 
     def rest(self) -> None:
         """There is nothing to compute: others may use the cores."""
         self.borrows = True
-        self.rows[self.row, AT_WORK] = self.rows[self.row, HAS_PROMPT] = 0
+        self.rows[self.row, AT_WORK] = self.rows[self.row, HAS_LONG_PROMPT] = 0
 
     def close(self) -> None:
         """Idempotent."""

@@ -194,7 +194,7 @@ class TorchRunner:
         """See ModelRunner. `batch` has at least one slice, and each slice one token."""
         if self._sampler is None or not self._attached:
             raise RuntimeError("step before start and attach, or after close")
-        self._board.work(prompt=any(len(piece.token_ids) - piece.drafts > 1 for piece in batch))
+        self._board.work(long_prompt=any(piece.draw is None for piece in batch))
         draws = [draw for piece in batch for draw in draws_of(piece)]
         with self._computing():
             logits = self._started().forward(batch)

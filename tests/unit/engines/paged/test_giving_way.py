@@ -49,7 +49,7 @@ class Served:
 
     def ask(self, name: str, max_tokens: int) -> RequestId:
         sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True, seed=1)
-        self.engine.decode(GenerateRequest(RequestId(name), [5, 6, 7], sampling, time.time() + 60), None)
+        self.engine.decode(GenerateRequest(RequestId(name), [5, 6, 7], sampling, time.monotonic() + 60), None)
         return RequestId(name)
 
     def wait(self, request: RequestId, count: int) -> list[float]:

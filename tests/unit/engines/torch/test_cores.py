@@ -52,16 +52,16 @@ def test_who_rests_lends_and_has_it_back_at_once(boards: list[CoreBoard]) -> Non
     assert [_now(boards[1]), _now(boards[3])] == [4, 4]
 
 
-def test_cores_are_wanted_by_those_who_compute_prompts(boards: list[CoreBoard]) -> None:
+def test_cores_are_wanted_by_those_who_compute_long_prompts(boards: list[CoreBoard]) -> None:
     prefill, _, decode, other = boards
     decode.work()
     other.work()
     assert not any(board.is_wanted for board in boards)
-    prefill.work(prompt=True)
+    prefill.work(long_prompt=True)
     assert (decode.is_wanted, other.is_wanted, prefill.is_wanted) == (True, True, False)
     prefill.work()
     assert not decode.is_wanted
-    prefill.work(prompt=True)
+    prefill.work(long_prompt=True)
     prefill.rest()
     assert not decode.is_wanted
 
