@@ -225,8 +225,8 @@ class SloConfig(Section, frozen=True):
         NonNegativeFloat,
         Meta(
             description="Time between two tokens of a running stream aimed at, ms. Paged engines compute as much of prompts "
-            "beside streams as leaves that time, and streams that are faster give way to prompts of other workers on the same "
-            "cores. 0: no target."
+            "beside streams as leaves that time, and streams that are faster give way to long prompts of other workers on the "
+            "same cores. 0: no target."
         ),
     ] = 0.0
 

@@ -20,7 +20,7 @@ _LAST_WORDS = 1500  # characters
 
 
 def gguf_of(model: Path, matrices: GGMLQuantizationType = GGMLQuantizationType.F32) -> Path:
-    """The file that llama.cpp and OpenVINO read. matrices: as of write_gguf. Raises ConfigError for other models than Llamas."""
+    """The file that llama.cpp and OpenVINO read. matrices: see write_gguf. Raises ConfigError for other models than Llamas."""
     form = f"gguf-{matrices.name.lower()}"
     return _converted(model, form, lambda target: write_gguf(model, target / "model.gguf", matrices)) / "model.gguf"
 

@@ -273,7 +273,7 @@ class PagedEngine:
             self._inbox.get(timeout=self._spare_s)()
 
     def _wait_for(self, joining: Many[Sequence]) -> None:
-        """Let streams wait a moment for those whose KV is on its way: it takes less than a step, and who misses one waits for it.
+        """Let streams wait a moment for those whose KV is on its way: mostly it takes less than the step that they would miss.
 
         They wait until they have lost as much time together as one that misses the step would. So the sum is at most twice what
         it could be if one knew how long the KV takes (Karlin et al., "Competitive Snoopy Caching", 1988).

@@ -107,7 +107,7 @@ class ModelRunner(Protocol):
         """There is nothing to compute for now: others may have the cores. The next step wants them back."""
 
     def are_cores_wanted(self) -> bool:
-        """Whether others have prompts to compute with the cores that `rest` gives them."""
+        """Whether others have long prompts to compute with the cores that `rest` gives them."""
 
     def export_blocks(self, blocks: Sequence[int]) -> None:
         """Make the pool memory hold these blocks' KV (GPU: copy to the host mirror; CPU: nothing to do)."""

@@ -56,7 +56,7 @@ class CoreBoard:
         return bool(self.rows[:, HAS_LONG_PROMPT].sum() - self.rows[self.row, HAS_LONG_PROMPT])
 
     def work(self, *, long_prompt: bool = False) -> None:
-        """There is something to compute: cores lent to others are wanted back. long_prompt: one that takes more steps than this."""
+        """There is something to compute: cores lent to others are wanted back. long_prompt: it goes on in the next step."""
         self.rows[self.row, AT_WORK] = 1
         self.rows[self.row, HAS_LONG_PROMPT] = long_prompt
 
