@@ -130,7 +130,11 @@ def _timed(call: Callable[[], object]) -> float:
 
 class Contender(Protocol):
     name: str
-    weights: str  # as model.weights
+
+    @property
+    def weights(self) -> str:
+        """As model.weights."""
+        ...
 
     def prefill(self, tokens: Sequence[int]) -> float:
         """Compute a prompt to its first token; returns the seconds that took."""
