@@ -100,7 +100,9 @@ def _onnxruntime(model: Path, threads: int) -> list[str]:
 
 def _llamacpp(matrices: GGMLQuantizationType, model: Path, threads: int) -> list[str]:
     bench = ENVIRONMENTS["llama.cpp"].program("llama-batched-bench")
-    return _program("llama.cpp", "llamacpp", str(bench), str(gguf_of(model, matrices)), str(threads))
+    # Repacked for AMX, 8 bits end in an illegal instruction where a hypervisor shows AMX and does not allow it.
+    options = ["--no-repack"] if matrices is GGMLQuantizationType.Q8_0 else []
+    return _program("llama.cpp", "llamacpp", str(bench), str(gguf_of(model, matrices)), str(threads), *options)
 
 
 def _program(environment: str, module: str, *arguments: str) -> list[str]:

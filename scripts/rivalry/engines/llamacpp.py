@@ -1,4 +1,4 @@
-"""llama.cpp, asked by scripts/rivalry/engines/calls.py. Usage: llama-batched-bench MODEL.gguf THREADS
+"""llama.cpp, asked by scripts/rivalry/engines/calls.py. Usage: llama-batched-bench MODEL.gguf THREADS [OPTION...]
 
 Each call is a run of llama.cpp's own benchmark, which loads the model and warms up, and computes prompts of its own.
 """
@@ -18,9 +18,9 @@ _BATCH = 2048  # tokens of a prompt computed at once, its default
 class LlamaCpp:
     """Implements calls.Engine. KV in float32, as the others have it; each sequence has its own."""
 
-    def __init__(self, program: str, model: str, threads: int) -> None:
+    def __init__(self, program: str, model: str, threads: int, options: Sequence[str]) -> None:
         self._command = [program, "-m", model, "-t", str(threads), "-tb", str(threads), "-b", str(_BATCH), "-ub", "512"]
-        self._command += ["-ctk", "f32", "-ctv", "f32", "--output-format", "jsonl"]
+        self._command += ["-ctk", "f32", "-ctv", "f32", "--output-format", "jsonl", *options]
 
     def generate(self, prompts: Sequence[Sequence[int]], steps: int) -> tuple[float, list[float]]:
         length, count = len(prompts[0]), len(prompts)
@@ -32,4 +32,4 @@ class LlamaCpp:
 
 if __name__ == "__main__":
     _answers = private_stdout()
-    answer_calls(LlamaCpp(sys.argv[1], sys.argv[2], int(sys.argv[3])), _answers)
+    answer_calls(LlamaCpp(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4:]), _answers)
