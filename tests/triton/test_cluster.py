@@ -181,4 +181,4 @@ def test_a_server_that_is_stopped_costs_the_requests_of_other_routers_nothing(cl
     answers = two.collect(*[f"u{i}" for i in range(8)])
     assert [answer.ids for answer in answers] == expected
     assert min(json.loads(answer.last("proof"))["attempts"] for answer in answers) > 1, "all were at the one that stopped"
-    wait_until_nothing_is_held(cluster.two, within_s=5)
+    wait_until_nothing_is_held(cluster.two, within_s=15)  # a canary's handoff to the one that stopped is given up by then
