@@ -278,8 +278,8 @@ class PagedEngine:
         They wait until they have lost as much time together as one that misses the step would. So the sum is at most twice what
         it could be if one knew how long the KV takes (Karlin et al., "Competitive Snoopy Caching", 1988).
         """
-        streams = self._scheduler.num_streams
-        if not streams or not joining:
+        streams = len(self._scheduler.streams()) if joining else 0
+        if not streams:
             return
         self._busy_since = None
         until = time.monotonic() + self._step_s / streams

@@ -34,10 +34,9 @@ class Scheduler:
         self.fetching: dict[RequestId, Sequence] = {}
         self.running: list[Sequence] = []
 
-    @property
-    def num_streams(self) -> int:
-        """That compute one token in the next step."""
-        return sum(1 for sequence in self.running if sequence.num_uncomputed == 1)
+    def streams(self) -> list[Sequence]:
+        """Those that compute one token in the next step, the oldest first."""
+        return sorted((s for s in self.running if s.num_uncomputed == 1), key=lambda s: s.order)
 
     def limit_steps(self, beside_streams: PromptTokens) -> None:
         """From now on steps with running streams compute at most so many prompt tokens."""
@@ -107,8 +106,7 @@ class Scheduler:
 
     def schedule(self) -> list[tuple[Sequence, int]]:
         """Sequences to compute now, each with its number of tokens. Empty when nobody can compute."""
-        streams = sorted((s for s in self.running if s.num_uncomputed == 1), key=lambda s: s.order)
-        batch = [(sequence, 1) for sequence in self._with_room(streams)]
+        batch = [(sequence, 1) for sequence in self._with_room(self.streams())]
         budget = self._step_tokens - len(batch)
         prompts = sorted((s for s in self.running if s.num_uncomputed > 1), key=lambda s: s.order)
         chunks = _chunks(prompts, budget)

@@ -28,6 +28,7 @@ from python_backends.core.step_model import StepModel, longest_step_ms, tokens_w
 
 _LATE = 0.02  # of the steps that are expected to take ...
 _FULL = 0.8  # ... at least so much of what they may
+_MOST_FULL = 1.01  # ... and at most: those that were given time to spare end where they may, give or take a rounding
 _RATE = 0.05
 _LEAST, _MOST = 0.4, 0.95  # of the target
 
@@ -72,7 +73,7 @@ class StepLimit:
         if step.decode_streams:
             shape = step.prefill_tokens, step.prefill_context, step.decode_streams, step.decode_context
             expected = self.lost_ms + self._model.step_ms(*shape)
-            if _FULL * self.step_ms <= expected <= 1.01 * self.step_ms:
+            if _FULL * self.step_ms <= expected <= _MOST_FULL * self.step_ms:
                 self._adapt(is_late=self.lost_ms + step.ms > self._itl_ms)
         self._model.learn(step)
 

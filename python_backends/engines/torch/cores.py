@@ -1,7 +1,8 @@
 """Cores that the workers of one host lend each other while they have nothing to compute.
 
 A worker has a share of the host's cores. While it has work it also uses the shares of workers that have none, divided
-among those that have; when an owner has work again, the borrower's threads leave at the next layer of its model.
+among those that have; when an owner has work again, the borrower's threads leave at the next layer of its model, or wait
+there for a core if its step is a long one.
 
 Who has work stands on a board, shared memory with a row per worker: int64 [rows, 8]: cores of its share, has work, has a
 prompt that takes more steps than one.

@@ -32,7 +32,7 @@ _SYS_FUTEX = 202 if _MACHINE == "x86_64" else 98
 _FUTEX_WAIT_PRIVATE, _FUTEX_WAKE_PRIVATE = 128, 129
 _SPINS = 1500  # about 20 us
 
-_NAP_US = 2000
+_NAP_US = 2000  # of a thread that waits for a core: waking up more often costs more than it wins
 
 _CLAIMED, _DONE, _SLEEPERS, _ENDED, _OVER, _PHASE_BYTES = 0, 8, 16, 24, 32, 64
 
