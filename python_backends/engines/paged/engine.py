@@ -320,7 +320,9 @@ class PagedEngine:
         for sequence, _ in batch:
             sequence.started = sequence.started or now
         shape = _shape(batch)
-        streams = sum(1 for sequence, count in batch if sequence.num_uncomputed == count == 1)
+        streaming = [sequence for sequence, count in batch if sequence.num_uncomputed == count == 1]
+        joined = [sequence for sequence in streaming if sequence.was_handed and not sequence.compute_ms]
+        streams = len(streaming)
         marginal = self._step_cost.marginal(streams) if streams else 1.0
         most_drafts = self._most_drafts(shape)
         slices = [self._slice(sequence, count, marginal, most_drafts) for sequence, count in batch]
@@ -349,7 +351,9 @@ class PagedEngine:
             sample = StepSample(*shape, ms=(self._busy_since - began) * 1e3, decode_tokens=got)
             self._steps.append(sample)
             if self._limit is not None:
-                self._limit.learn(sample, sum(piece.drafts for piece in slices))
+                longest_ms = self._step_s * 1e3  # KV that comes later than that is late whatever steps take
+                waits = [(self._busy_since - each.asked) * 1e3 for each in joined if each.transfer_ms <= longest_ms]
+                self._limit.learn(sample, sum(piece.drafts for piece in slices), waits)
                 if streams == len(batch) and not self._scheduler.waiting:
                     self._spare_s = self._limit.spare_ms(streams, shape[3]) / 1e3
         return True
@@ -457,7 +461,7 @@ class PagedEngine:
 
     def _take_in(self, request: GenerateRequest, ticket: bytes | None, *, prefill_only: bool) -> None:
         """On the caller's thread. Reading a grammar may take long: requests that have one come in by way of a thread for it."""
-        arrive = partial(self._arrive, request, ticket, prefill_only=prefill_only)
+        arrive = partial(self._arrive, request, ticket, time.monotonic(), prefill_only=prefill_only)
         if request.sampling.grammar is None:
             self._inbox.put(partial(arrive, None))
         else:
@@ -475,7 +479,13 @@ class PagedEngine:
         self._inbox.put(partial(arrive, made))
 
     def _arrive(
-        self, request: GenerateRequest, ticket: bytes | None, guide: Guide | BatonError | None, *, prefill_only: bool
+        self,
+        request: GenerateRequest,
+        ticket: bytes | None,
+        asked: float,
+        guide: Guide | BatonError | None,
+        *,
+        prefill_only: bool,
     ) -> None:
         if self._was_aborted(request.request_id):
             return
@@ -487,7 +497,7 @@ class PagedEngine:
             self._outputs.append(RequestFailed(request.request_id, *refusal))
             return
         sequence = self._sequence_of(request, prefill_only=prefill_only)
-        sequence.guide = guide
+        sequence.guide, sequence.asked = guide, asked
         if self._feed is not None:
             sequence.seeks_store = True
             self._feed.reused(sequence.hashes[: self._pool.match(sequence.reusable_hashes())])

@@ -9,6 +9,7 @@ Whoever advances `num_computed` (a step, a verified transfer, a prefix hit) has 
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -35,6 +36,7 @@ class Sequence:
     seeks_store: bool = False  # there are stores that may have what is not cached here
     prefetching: bool = False  # its blocks are on their way from a farther store to a nearer one, or were
     guide: Guide | None = None
+    asked: float = field(default_factory=time.monotonic)  # s: when the request came to this worker
 
     token_ids: list[int] = field(init=False)
     num_given: int = field(init=False)  # tokens that came with the request

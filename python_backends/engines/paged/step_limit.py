@@ -8,10 +8,13 @@ with Sarathi-Serve", OSDI 2024, choose a fixed number for a target by profiling 
 Guesses of streams' next tokens (speculation.py) are computed as prompt tokens are, and get what those leave.
 
 Steps take longer or shorter than predicted; by how much depends on what else the machine does. So what steps are kept to
-is a share of the target that is learned: of the steps that were to take about so long, each that takes longer than the
-target lowers it, and every other raises it a little, so that about one in fifty is too long (Robbins and Monro, "A
-Stochastic Approximation Method", 1951). Steps of many streams alone count, too: routers give a worker only as many streams
-as it takes no longer for (router/policy.py).
+is a share of the target that is learned: with steps that take about so long, every gap between a stream's tokens that is
+longer than the target lowers it, and every other raises it a little, so that about one in a hundred is too long (Robbins and
+Monro, "A Stochastic Approximation Method", 1951). Steps of many streams alone count, too: routers give a worker only as many
+streams as it takes no longer for (router/policy.py).
+
+Who comes from a prefill worker sits out the rest of a step, and its first gap is up to two of them. So steps of half the
+target may still be too long; then those gaps lower the share by themselves.
 
 Where workers share cores, streams that are faster than that let others have the cores between their steps.
 """
@@ -19,17 +22,17 @@ Where workers share cores, streams that are faster than that let others have the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import msgspec
 
 from python_backends.core.messages import StepSample
 from python_backends.core.step_model import StepModel, longest_step_ms, tokens_within
 
-_LATE = 0.02  # of the steps that are expected to take ...
+_LATE = 0.01  # of the gaps, with steps that are expected to take ...
 _FULL = 0.8  # ... at least so much of what they may
 _MOST_FULL = 1.01  # ... and at most: those that were given time to spare end where they may, give or take a rounding
-_RATE = 0.05
+_RATE = 0.1
 _LEAST, _MOST = 0.4, 0.95  # of the target
 
 
@@ -64,8 +67,11 @@ class StepLimit:
         """Between two steps of these streams alone, if the next is to end in time; 0 or less: none."""
         return self.step_ms - self._model.step_ms(0, 0, streams, context)
 
-    def learn(self, step: StepSample, drafts: int = 0) -> None:
-        """A step has been computed, with streams or without. drafts: guesses in it."""
+    def learn(self, step: StepSample, drafts: int = 0, joined_ms: Sequence[float] = ()) -> None:
+        """A step has been computed, with streams or without. drafts: guesses in it.
+
+        joined_ms: of each stream that has its first token here by it, from when it was handed over.
+        """
         if drafts:
             depth = step.decode_context / step.decode_streams
             tokens, pairs = step.prefill_tokens + drafts, step.prefill_context + drafts * depth
@@ -73,10 +79,14 @@ class StepLimit:
         if step.decode_streams:
             shape = step.prefill_tokens, step.prefill_context, step.decode_streams, step.decode_context
             expected = self.lost_ms + self._model.step_ms(*shape)
+            running = step.decode_streams - len(joined_ms)
+            late = sum(ms > self._itl_ms for ms in joined_ms)
             if _FULL * self.step_ms <= expected <= _MOST_FULL * self.step_ms:
-                self._adapt(is_late=self.lost_ms + step.ms > self._itl_ms)
+                self._adapt((late + running * (self.lost_ms + step.ms > self._itl_ms)) / step.decode_streams)
+            elif late and running:
+                self._adapt(late / step.decode_streams)
         self._model.learn(step)
 
-    def _adapt(self, *, is_late: bool) -> None:
-        share = self.step_ms / self._itl_ms * math.exp(_RATE * (_LATE - is_late))
+    def _adapt(self, late: float) -> None:
+        share = self.step_ms / self._itl_ms * math.exp(_RATE * (_LATE - late))
         self.step_ms = min(max(share, _LEAST), _MOST) * self._itl_ms

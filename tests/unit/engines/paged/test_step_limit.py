@@ -96,3 +96,24 @@ def test_streams_that_are_faster_than_the_target_have_time_to_spare(limit: StepL
     assert spare + step_ms == pytest.approx(limit.step_ms, rel=0.05)
     assert limit.step_ms < TARGET
     assert limit.spare_ms(60, 30_000) < 0, "their steps alone take longer"
+
+
+def test_who_joins_late_makes_steps_shorter(limit: StepLimit) -> None:
+    """A step of three quarters of the target is in time for those it was begun with, not for who waited for its turn."""
+    began = limit.step_ms
+    for _ in range(100):
+        limit.learn(_sample(0, 0, 60, 6000), joined_ms=[110.0, 80.0, 120.0])
+    lowered = limit.step_ms
+    assert lowered < 0.9 * began
+    for _ in range(100):
+        tokens = limit.prompt_tokens(8, 800, 500)
+        limit.learn(_sample(tokens, 500, 8, 800), joined_ms=[80.0])
+    assert lowered < limit.step_ms, "steps as long as they may be, and nobody is late"
+
+
+def test_who_joins_alone_teaches_nothing(limit: StepLimit) -> None:
+    """Nobody's step was waited for."""
+    began = limit.step_ms
+    for _ in range(50):
+        limit.learn(_sample(0, 0, 1, 100), joined_ms=[500.0])
+    assert limit.step_ms == began
