@@ -2,11 +2,13 @@
 
 Every host has its own address, ports, host name and /etc/hosts, so processes on it find, listen and connect as they would on a
 machine or in a pod. Links are veth pairs to a bridge. Packets are dropped by netfilter and held back by tc's token bucket,
-which kernels without netem have, too. What a network makes is gone after `close`.
+which kernels without netem have, too. What a network makes is gone after `close`. What one left behind that was killed is
+removed by the next, its processes first: they would take cores and answer in the place of others.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
@@ -14,6 +16,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +24,8 @@ import pytest
 
 from tests.tools import require_program
 
+_LOCKS = Path("/run/baton-test-networks")  # a file for each network, locked by the process whose it is as long as that lives
+_NAMESPACE = re.compile(r"(baton\d+)-")
 _TIMEOUT_S = 30.0
 _STOP_S = 25.0
 
@@ -43,6 +48,40 @@ def _run(*command: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
     assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
     return done.stdout
+
+
+def remove_abandoned() -> None:
+    """End the processes of networks whose owner is gone, and remove their namespaces."""
+    listed = [line.split()[0] for line in _run("ip", "netns", "list").splitlines()]
+    found = [(namespace, match[1]) for namespace in listed if (match := _NAMESPACE.match(namespace))]
+    owned = {network for network in {network for _, network in found} if _is_owned(network)}
+    for namespace in [namespace for namespace, network in found if network not in owned]:
+        for pid in _run("ip", "netns", "pids", namespace).split():
+            with suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+        _remove(namespace)
+
+
+def _remove(namespace: str) -> None:
+    subprocess.run(["ip", "netns", "del", namespace], timeout=_TIMEOUT_S, check=False)
+    shutil.rmtree(Path("/etc/netns") / namespace, ignore_errors=True)
+
+
+def _own(network: str) -> int:
+    """A descriptor whose closing, or this process's end, tells others that nobody has the network any more."""
+    _LOCKS.mkdir(exist_ok=True)
+    lock = os.open(_LOCKS / network, os.O_CREAT | os.O_RDWR)
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return lock
+
+
+def _is_owned(network: str) -> bool:
+    try:
+        os.close(_own(network))
+    except BlockingIOError:
+        return True
+    (_LOCKS / network).unlink()
+    return False
 
 
 @dataclass(frozen=True)
@@ -96,6 +135,8 @@ class Network:
         self._switch = f"{self._id}-sw"
         self._hosts: dict[str, Host] = {}
         self._names: dict[str, list[Host]] = {}
+        remove_abandoned()
+        self._lock = _own(self._id)
         _run("ip", "netns", "add", self._switch)
         _run("ip", "-n", self._switch, "link", "add", "br0", "type", "bridge")
         _run("ip", "-n", self._switch, "link", "set", "br0", "up")
@@ -118,9 +159,10 @@ class Network:
 
     def close(self) -> None:
         for host in self._hosts.values():
-            subprocess.run(["ip", "netns", "del", host.namespace], timeout=_TIMEOUT_S, check=False)
-            shutil.rmtree(Path("/etc/netns") / host.namespace, ignore_errors=True)
-        subprocess.run(["ip", "netns", "del", self._switch], timeout=_TIMEOUT_S, check=False)
+            _remove(host.namespace)
+        _remove(self._switch)
+        (_LOCKS / self._id).unlink()
+        os.close(self._lock)
 
     # --- trouble ---
 
