@@ -16,7 +16,6 @@ from python_backends.core.block_hash import block_hashes
 from python_backends.core.config import Deployment, EngineConfig, RouterConfig, TransferConfig, WorkerConfig
 from python_backends.core.errors import BatonError
 from python_backends.core.messages import Work
-from python_backends.core.step_model import longest_step_ms
 from python_backends.core.types import BlockHash, LeaseEnd, RequestId, Role, SamplingParams, WorkerId
 from router.detokenizer import Detokenizer
 from router.fleet import WorkerView
@@ -175,7 +174,7 @@ class Simulation:
             self._workload.block_size,
             self.result.itl,
             Random(f"{scenario.seed}/{role.value}/{number}"),
-            step_ms=0.0 if role is Role.PREFILL else longest_step_ms(scenario.router.slo.itl_ms),
+            itl_ms=0.0 if role is Role.PREFILL else scenario.router.slo.itl_ms,
         )
         self.workers[worker.id] = worker
         worker.join(self.house, self.workers)

@@ -35,6 +35,7 @@ from python_backends.core.messages import (
 )
 from python_backends.core.step_model import tokens_within
 from python_backends.core.types import BlockHash, Epoch, FinishReason, KVReport, RequestId, Role, WorkerId, WorkerLoad
+from python_backends.engines.paged.step_limit import StepAllowance
 from python_backends.kv.block_pool import BlockPool
 from router.house import House
 from scripts.simulation.hardware import Rates
@@ -44,6 +45,7 @@ from scripts.simulation.workload import SILENT, Tokens
 _FINGERPRINT = "simulated"
 _MOST_STEPS_AT_ONCE = 1024  # so that growing contexts are seen
 _MOST_SAMPLES = 4  # told at once
+_MOMENT_S = 1e-6  # what happens at the same time has happened then
 
 
 class _Sequence:
@@ -92,11 +94,11 @@ class SimulatedWorker:
         block_size: int,
         itl: Histogram,
         random: Random,
-        step_ms: float = 0.0,
+        itl_ms: float = 0.0,
     ) -> None:
         """block_size: of the workload's hashes. itl: milliseconds between tokens, of all workers together.
 
-        step_ms: WorkerLoad's.
+        itl_ms: the target between tokens; 0: none.
         """
         self.id = WorkerId(name)
         self.role = role
@@ -109,7 +111,7 @@ class SimulatedWorker:
         self._itl = itl
         self._random = random
         self._layout = KVLayout(1, 1, max(rates.token_bytes // 8, 1), block_size, "float32")  # any of this size
-        self._step_ms = step_ms
+        self._allowance = StepAllowance(itl_ms) if itl_ms else None
         num_blocks = max(rates.pool_tokens // block_size, 2)
         self.total_blocks = num_blocks
         self._pool = BlockPool(num_blocks, np.zeros(num_blocks, np.uint64))
@@ -132,6 +134,8 @@ class SimulatedWorker:
         self._link_free = 0.0
         self._outputs: list[Output] = []
         self._samples: list[StepSample] = []
+        self._pause: asyncio.TimerHandle | None = None  # until which streams wait for who joins them
+        self._lost_ms = 0.0  # by such a pause before the step under way
         # the step under way, or several of streams alone
         self._timer: asyncio.TimerHandle | None = None
         self._has_left = False
@@ -170,7 +174,7 @@ class SimulatedWorker:
             total_blocks=pool.total_blocks,
             active_leases=len(self._leases),
             busy_s=self.busy_s,
-            step_ms=self._step_ms,
+            step_ms=self._allowance.step_ms if self._allowance else 0.0,
         )
 
     def heartbeat(self) -> Heartbeat:
@@ -195,6 +199,8 @@ class SimulatedWorker:
 
     def leave(self) -> None:
         """End as a worker does whose server is stopped: what it has made so far is said, and nothing more."""
+        if self._pause is not None:
+            self._pause.cancel()
         if self._timer is not None:
             self._timer.cancel()
             ms = (self._loop.time() - self._since) * 1e3
@@ -244,7 +250,8 @@ class SimulatedWorker:
     def _interrupt(self) -> None:
         """There is something for the next step: of several steps under way, the present one is to be the last."""
         if self._timer is None:
-            self._begin()
+            if self._pause is None:
+                self._begin()
         elif self._count > 1:
             passed_ms = (self._loop.time() - self._since) * 1e3
             count = max(self._steps_in(passed_ms), 1)
@@ -256,7 +263,18 @@ class SimulatedWorker:
     def _begin(self) -> None:
         """Start the next step, if there is anything to compute."""
         self._timer = None
-        self._admit()
+        coming = self._admit()
+        if not coming or not self._streams:
+            self._compute_step(0.0)
+            return
+        # As the paged engine's streams do: until they have lost as much together as one that misses the step would.
+        now, step_ms = self._loop.time(), self._rates.step_ms(0, 0, self._streams, self._context)
+        until = min(max(coming) + _MOMENT_S, now + step_ms / 1e3 / self._streams)
+        self._pause = self._loop.call_at(until, self._compute_step, (until - now) * 1e3)
+
+    def _compute_step(self, lost_ms: float) -> None:
+        """lost_ms: how long streams have waited for who joins them."""
+        self._pause, self._lost_ms = None, lost_ms
         for sequence in self._ready:
             self._join(sequence)
         self._ready = []
@@ -283,10 +301,12 @@ class SimulatedWorker:
         """What the next step computes of prompts, as engines/paged/scheduler.py has it."""
         most = max(self._engine.step_tokens - self._streams, 1)
         chunks = _chunks(self._prompts, most)
-        while chunks and self._step_ms and self._streams:
+        while chunks and self._allowance and self._streams:
             tokens, pairs = _prompt_shape(chunks)
             depth = pairs / tokens - tokens / 2
-            fitting = tokens_within(self._rates, self._step_ms, self._streams, self._context, depth, most)
+            fitting = tokens_within(
+                self._rates, self._allowance.step_ms - self._lost_ms, self._streams, self._context, depth, most
+            )
             if fitting >= tokens:
                 break
             chunks = _chunks(self._prompts, fitting)
@@ -310,10 +330,19 @@ class SimulatedWorker:
     def _advance_streams(self, count: int, ms: float) -> None:
         streams = self._streams
         new = [sequence for sequence in self._new if not sequence.gone]
-        self._itl.add(ms, count * streams - len(new))
-        for sequence in new:  # their token before came from another worker, or with the end of the prompt
-            self._itl.add((self._since - sequence.last_token) * 1e3 + ms, 1)
+        gap_ms, running = self._lost_ms + ms, streams - len(new)
+        self._itl.add(gap_ms, running)
+        self._itl.add(ms, (count - 1) * streams)
+        joined = [(self._since - sequence.last_token) * 1e3 + ms for sequence in new]
+        for joined_ms in joined:  # their token before came from another worker, or with the end of the prompt
+            self._itl.add(joined_ms, 1)
         self._new = []
+        if self._allowance:
+            expected_ms = ms / self._slowness
+            waits = [wait for wait, sequence in zip(joined, new, strict=True) if sequence.report.transfer_ms <= ms]
+            self._allowance.learn(self._lost_ms + expected_ms, gap_ms, streams, waits)
+            for _ in range(count - 1):
+                self._allowance.learn(expected_ms, ms, streams, ())
         self._steps += count
         self._context += count * streams
         self._grown += count * streams
@@ -412,17 +441,19 @@ class SimulatedWorker:
 
     # --- who computes ---
 
-    def _admit(self) -> None:
-        """Give blocks to what waits, in order, as far as they go."""
+    def _admit(self) -> list[float]:
+        """Give blocks to what waits, in order, as far as they go. Returns when the KV comes that is fetched from now on, s."""
+        coming = []
         while self._waiting and self._occupied() < self._engine.max_batch:
             sequence = self._waiting[0]
             if not self._take_blocks(sequence):
-                return
+                break
             del self._waiting[0]
-            if sequence.ticket is not None:
-                self._fetch(sequence, sequence.ticket)
-            else:
+            if sequence.ticket is None:
                 self._compute(sequence)
+            elif (arrival := self._fetch(sequence, sequence.ticket)) is not None:
+                coming.append(arrival)
+        return coming
 
     def _compute(self, sequence: _Sequence) -> None:
         sequence.began = sequence.began or self._loop.time()
@@ -452,8 +483,11 @@ class SimulatedWorker:
         for lease_id in [lease_id for lease_id, (expiry, _) in self._leases.items() if expiry < now]:
             self._pool.release(self._leases.pop(lease_id)[1])
 
-    def _fetch(self, sequence: _Sequence, ticket: bytes) -> None:
-        """Begin a transfer; when the KV is not there any more, or would come too late, the prompt is computed here."""
+    def _fetch(self, sequence: _Sequence, ticket: bytes) -> float | None:
+        """Begin a transfer; when the KV is not there any more, or would come too late, the prompt is computed here.
+
+        Returns when the transfer ends or is given up, s; None if it does not begin.
+        """
         sequence.ticket = None
         source, _, lease_id = ticket.decode().partition(" ")
         peer = self._peers.get(WorkerId(source))
@@ -462,7 +496,7 @@ class SimulatedWorker:
         if lease is None or lease[0] < now:
             self._refuse(sequence, RefusalReason.EXPIRED)
             self._compute(sequence)
-            return
+            return None
         num_bytes = (sequence.left - 1) * self._rates.token_bytes
         latest = now + self._transfer.timeout_s
         arrival = max(self._link_free, now) + num_bytes / self._rates.link_bytes_per_ms / 1e3 + self._rates.link_ms / 1e3
@@ -472,6 +506,7 @@ class SimulatedWorker:
             self._loop.call_at(latest, self._missed, sequence)
         else:
             self._loop.call_at(arrival, self._fetched, sequence, num_bytes, (arrival - now) * 1e3)
+        return min(arrival, latest)
 
     def _refuse(self, sequence: _Sequence, reason: RefusalReason) -> None:
         sequence.report = KVReport(sequence.reused, 0, sequence.left - 1, digest=reason.value, transport="simulated")

@@ -36,20 +36,52 @@ _RATE = 0.1
 _LEAST, _MOST = 0.4, 0.95  # of the target
 
 
+class StepAllowance:
+    """How long steps with streams may take: a share of the target that is learned.
+
+    step_ms: now.
+    """
+
+    def __init__(self, itl_ms: float) -> None:
+        """itl_ms: the target between tokens, more than 0."""
+        self.step_ms = longest_step_ms(itl_ms)
+        self._itl_ms = itl_ms
+
+    def learn(self, expected_ms: float, gap_ms: float, streams: int, joined_ms: Sequence[float]) -> None:
+        """A step with so many streams has been computed.
+
+        gap_ms: what those had between two tokens that had one in the step before, and expected_ms what they were to have.
+        joined_ms: of each of the others, from when it was handed over to its first token.
+        """
+        running = streams - len(joined_ms)
+        late = sum(ms > self._itl_ms for ms in joined_ms)
+        if _FULL * self.step_ms <= expected_ms <= _MOST_FULL * self.step_ms:
+            self._adapt((late + running * (gap_ms > self._itl_ms)) / streams)
+        elif late and running:
+            self._adapt(late / streams)
+
+    def _adapt(self, late: float) -> None:
+        share = self.step_ms / self._itl_ms * math.exp(_RATE * (_LATE - late))
+        self.step_ms = min(max(share, _LEAST), _MOST) * self._itl_ms
+
+
 class StepLimit:
     """Belongs to the engine's thread.
 
-    step_ms: what steps with streams are kept to now. lost_ms: how much of it the streams of the next one have waited since
-    their last step; who uses it sets it.
+    lost_ms: how much of what a step may take the streams of the next one have waited since their last; who uses it sets it.
     """
 
     def __init__(self, itl_ms: float, step_tokens: int, calibration: Iterable[StepSample]) -> None:
         """itl_ms: the target between tokens, more than 0."""
-        self.step_ms = longest_step_ms(itl_ms)
         self.lost_ms = 0.0
-        self._itl_ms = itl_ms
+        self._allowance = StepAllowance(itl_ms)
         self._step_tokens = step_tokens
         self._model = StepModel(calibration)
+
+    @property
+    def step_ms(self) -> float:
+        """What steps with streams are kept to now."""
+        return self._allowance.step_ms
 
     def prompt_tokens(self, streams: int, context: int, depth: float) -> int:
         """Beside so many streams of `context` tokens together, of prompts of which `depth` tokens are computed on average."""
@@ -78,15 +110,6 @@ class StepLimit:
             step = msgspec.structs.replace(step, prefill_tokens=tokens, prefill_context=pairs)
         if step.decode_streams:
             shape = step.prefill_tokens, step.prefill_context, step.decode_streams, step.decode_context
-            expected = self.lost_ms + self._model.step_ms(*shape)
-            running = step.decode_streams - len(joined_ms)
-            late = sum(ms > self._itl_ms for ms in joined_ms)
-            if _FULL * self.step_ms <= expected <= _MOST_FULL * self.step_ms:
-                self._adapt((late + running * (self.lost_ms + step.ms > self._itl_ms)) / step.decode_streams)
-            elif late and running:
-                self._adapt(late / step.decode_streams)
+            expected_ms = self.lost_ms + self._model.step_ms(*shape)
+            self._allowance.learn(expected_ms, self.lost_ms + step.ms, step.decode_streams, joined_ms)
         self._model.learn(step)
-
-    def _adapt(self, late: float) -> None:
-        share = self.step_ms / self._itl_ms * math.exp(_RATE * (_LATE - late))
-        self.step_ms = min(max(share, _LEAST), _MOST) * self._itl_ms

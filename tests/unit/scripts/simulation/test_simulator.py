@@ -87,6 +87,14 @@ def test_a_handed_over_request_waits_for_its_kv_between_the_first_tokens() -> No
     assert result.ways == {"remote": 1}
 
 
+def test_streams_wait_a_moment_for_who_joins_them() -> None:
+    """Its KV comes 3.5 ms after the step in which it was asked for: it does not wait for all of the next one as well."""
+    slow = msgspec.structs.replace(SIMPLE, coefficients=(100.0, 0.0, 0.0, 1.0, 0.0))
+    result, _ = run(scenario({P: 1, D: 1}, "always-remote", slow), load((0.0, 500, 20), (0.45, 500, 10)))
+    assert result.itl.quantile(1.0) < 100 + 3.5 + 102
+    assert result.itl.quantile(0.5) == pytest.approx(102, rel=0.02)
+
+
 def test_a_long_prompt_is_computed_in_chunks_which_streams_wait_for() -> None:
     result, _ = run(scenario({A: 1}), load((0.0, 10, 100), (0.2, 2500, 1)))
     assert result.itl.quantile(1.0) == pytest.approx(10 + 99.9 + 1, rel=0.02)
