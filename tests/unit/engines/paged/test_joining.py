@@ -7,10 +7,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
+import msgspec
 import pytest
 
-from python_backends.core.config import Deployment, EngineConfig, FakeConfig, WorkerConfig
+from python_backends.core.config import Deployment, EngineConfig, FakeConfig, RouterConfig, SloConfig, WorkerConfig
 from python_backends.core.messages import Output, PrefillDone, TokenChunk
+from python_backends.core.step_model import longest_step_ms
 from python_backends.core.types import Epoch, GenerateRequest, RequestId, Role, SamplingParams
 from python_backends.engines.fake import FakeRunner
 from python_backends.engines.paged.engine import PagedEngine
@@ -79,13 +81,28 @@ def _request(name: str, prompt: list[int], outputs: Sequence[int] = (), max_toke
     return GenerateRequest(RequestId(name), prompt, sampling, time.monotonic() + 60, output_ids=list(outputs))
 
 
-def test_who_is_handed_over_during_a_step_is_in_the_next_one(handed: PrefillDone) -> None:
+def _joined(handed: PrefillDone, deployment: Deployment) -> tuple[PagedEngine, SlowRunner]:
+    """One stream ran, the other was handed over when a step had just begun, and has its first token here. Closed."""
     runner, heard = SlowRunner(), Heard()
-    engine = PagedEngine(DEPLOYMENT, DECODE, runner, Epoch(2), KEY)
+    engine = PagedEngine(deployment, DECODE, runner, Epoch(2), KEY)
     engine.start(heard.hear)
     runner.sizes.clear()  # of the calibration
     runner.meanwhile = lambda: engine.decode(_request("joins", PROMPT, [handed.token_id]), handed.ticket)
     engine.decode(_request("runs", [5, 6, 7]), None)
     heard.wait(TokenChunk, "joins")
     engine.close()
+    return engine, runner
+
+
+def test_who_is_handed_over_during_a_step_is_in_the_next_one(handed: PrefillDone) -> None:
+    _, runner = _joined(handed, DEPLOYMENT)
     assert runner.sizes[:5] == [1, 1, 1, 1, 2]
+
+
+@pytest.mark.parametrize(("target_s", "is_late"), [(1.6 * STEP_S, True), (4 * STEP_S, False)])
+def test_steps_within_the_target_are_too_long_for_who_waits_for_two(
+    handed: PrefillDone, target_s: float, is_late: bool
+) -> None:
+    slo = SloConfig(itl_ms=target_s * 1e3)
+    engine, _ = _joined(handed, msgspec.structs.replace(DEPLOYMENT, router=RouterConfig(slo=slo)))
+    assert (engine.load().step_ms < longest_step_ms(slo.itl_ms)) is is_late
