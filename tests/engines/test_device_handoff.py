@@ -15,7 +15,7 @@ from python_backends.core.messages import Lent
 from python_backends.core.types import Epoch, RequestId, Role
 from python_backends.engines.paged.engine import PagedEngine
 from python_backends.engines.torch.runner import TorchRunner
-from tests.engines.bench import KEY, EngineBench, make_request
+from tests.engines.bench import KEY, EngineBench, make_request, memory_of
 from tests.engines.host_device import HostDevice
 from tests.engines.tiny_model import VOCAB, write_tiny_llama
 
@@ -62,8 +62,7 @@ def test_the_text_is_that_of_one_engine_and_the_host_saw_no_kv(make: Make) -> No
     assert (report.transport, report.digest, report.recomputed_tokens) == ("cuda_ipc", "verified", 0)
     assert report.received_tokens == len(PROMPT)
     for bench in (prefill, decode):
-        assert isinstance(bench.engine, PagedEngine)
-        assert not bench.engine._require_memory().blocks.any(), "KV was copied to the host"
+        assert not memory_of(bench.engine).blocks.any(), "KV was copied to the host"
     text, report = handed_over(prefill, decode, "b", PROMPT[::-1])
     assert report.digest == "verified"
     assert device.num_open == 1

@@ -29,7 +29,7 @@ from python_backends.core.types import BlockHash, Epoch, RequestId, Role
 from python_backends.engines.base import create_engine
 from python_backends.engines.paged.engine import PagedEngine
 from python_backends.kv.store.base import StoreTier
-from tests.engines.bench import EngineBench, make_request
+from tests.engines.bench import EngineBench, make_request, memory_of
 from tests.engines.tiny_model import VOCAB, write_tiny_llama
 from tests.kv.redis_server import RedisServer
 
@@ -384,6 +384,6 @@ def test_bytes_in_the_pool_are_those_of_the_first_worker(make: Make) -> None:
     pools = [engine for engine in engines if isinstance(engine, PagedEngine)]
     hashes = pools[0]._pool.hashes()
     for hash_ in hashes:
-        blocks = [engine._require_memory().blocks[engine._pool.reuse([hash_])[0]] for engine in pools]
+        blocks = [memory_of(engine).blocks[engine._pool.reuse([hash_])[0]] for engine in pools]
         assert np.array_equal(*blocks)
     assert len(hashes) == 4

@@ -15,13 +15,13 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from collections.abc import Sequence as Many
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 
-from python_backends.core.block_hash import block_hashes, chain_root, content_hash
+from python_backends.core.block_hash import chain_root
 from python_backends.core.config import Deployment, WorkerConfig
 from python_backends.core.errors import BatonError, ConfigError, EngineFailure, HandoffRefused, RefusalReason, TritonCode
-from python_backends.core.handoff import TICKET_VERSION, KVHandoff, seal, unseal
+from python_backends.core.handoff import KVHandoff, seal
 from python_backends.core.messages import Followed, KVReady, Lent, Output, PrefillDone, RequestFailed, StepSample, TokenChunk
 from python_backends.core.types import (
     BlockHash,
@@ -39,29 +39,27 @@ from python_backends.core.types import (
 )
 from python_backends.engines.base import CacheChange, EngineInfo, OnOutputs
 from python_backends.engines.paged.calibration import calibrate
+from python_backends.engines.paged.fetches import Fetches
 from python_backends.engines.paged.guide import Guide, Guides
+from python_backends.engines.paged.publishing import Publisher
 from python_backends.engines.paged.runner import Draw, ModelRunner, Sampled, Slice
 from python_backends.engines.paged.scheduler import Scheduler
 from python_backends.engines.paged.sequence import Sequence
 from python_backends.engines.paged.speculation import StepCost
 from python_backends.engines.paged.step_limit import StepLimit
 from python_backends.engines.paged.store_feed import StoreFeed
+from python_backends.engines.paged.store_loads import StoreLoads
+from python_backends.engines.paged.tickets import TicketDesk
 from python_backends.kv.block_pool import BlockPool
-from python_backends.kv.lease import LeaseTable
 from python_backends.kv.memory import PoolMemory
 from python_backends.kv.store import create_stores
 from python_backends.kv.store.pace import Pace
 from python_backends.kv.store.stores import Loaded, Stores
 from python_backends.kv.transfer import create_transport
 from python_backends.kv.transfer.base import Fetched
-from python_backends.kv.transfer.conversion import fetch_converted
 
 log = logging.getLogger(__name__)
 
-_FETCH_THREADS = 2
-_LOAD_THREADS = 2  # reading from the stores
-_PREFETCH_S = 2.0  # given to bringing one waiting prompt's blocks nearer
-_PREFETCH_MOST = 16  # prompts of the queue that are prefetched
 _REMEMBERED_ABORTS = 10_000  # aborts that overtook their request
 _IDLE_WAKE_S = 0.25  # how often an idle engine looks at deadlines
 _LEAST_PAUSE_S = 0.01  # between steps: others have to notice that they have the cores
@@ -88,7 +86,6 @@ class PagedEngine:
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._outputs: list[Output] = []
         self._aborted: OrderedDict[RequestId, None] = OrderedDict()
-        self._used_leases: OrderedDict[str, float] = OrderedDict()  # lease id -> when its ticket expires anyway
         self._step_cost = StepCost()
         self._arrivals = 0
         self._reset_events = True
@@ -104,17 +101,14 @@ class PagedEngine:
         self._busy_s = 0.0
         self._busy_since: float | None = None  # monotonic, s: end of the last step, if this one follows at once
         self._thread: threading.Thread | None = None
-        self._fetchers = ThreadPoolExecutor(_FETCH_THREADS, thread_name_prefix="fetch")
-        self._loaders = ThreadPoolExecutor(_LOAD_THREADS, thread_name_prefix="load")
-        self._prefetcher = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
         self._guide_makers = ThreadPoolExecutor(1, thread_name_prefix="grammar")
         self._memory: PoolMemory | None = None
-        # What a prefill worker hands over is digested while the next chunk is computed, not between the last and the ticket.
-        self._digester = ThreadPoolExecutor(1, thread_name_prefix="digest") if self._role is Role.PREFILL else None
         self._compute_pace = Pace()  # prompt tokens
         self._loan_pace = Pace()  # bytes
         self._stores: Stores | None = None
         self._feed: StoreFeed | None = None
+        self._loads: StoreLoads | None = None
+        self._started = ExitStack()  # to be closed, of what `start` has made
 
     # --- the Engine contract -------------------------------------------------------------------------------------------
 
@@ -141,15 +135,9 @@ class PagedEngine:
         self._on_outputs = on_outputs
         self._memory = memory
         self._pool = BlockPool(memory.num_blocks, memory.generations)
-        self._leases = LeaseTable(self._pool, on_end=self._transport.release)
         self._scheduler = Scheduler(self._pool, layout.block_size, self._config.max_batch, self._config.step_tokens)
         self._runner.attach(memory)
         self._transport.attach(memory, self._role)
-        self._stores = create_stores(self._store, layout, self._runner.fingerprint, memory, self._key, self._compute_pace)
-        if self._stores is not None:
-            early = self._store.fill == "publish"
-            digest_of = (lambda block: None) if self._transport.on_device else self._pool.digest_of
-            self._feed = StoreFeed(self._stores, self._pool, memory, self._runner.export_blocks, digest_of, early=early)
         max_context = min(self._max_context or self._runner.max_positions, self._runner.max_positions)
         self.info = EngineInfo(
             layout=layout,
@@ -160,7 +148,39 @@ class PagedEngine:
             family=self._runner.fingerprint_of(layout.relatives(self._transfer.rounding)),
         )
         self._guides = Guides(self._runner.tokenizer_path, self._runner.vocab_size, self._runner.eos_token_ids)
+        self._open_to_others(memory)
+        self._stores = create_stores(self._store, layout, self._runner.fingerprint, memory, self._key, self._compute_pace)
+        if self._stores is not None:
+            self._use(self._stores, memory)
         self._snapshot()
+
+    def _open_to_others(self, memory: PoolMemory) -> None:
+        """What other workers get from here, and what is taken from them."""
+        layout = self.info.layout
+        self._tickets = TicketDesk(self._worker, self._key, layout, self._transfer.rounding, self._runner.fingerprint_of)
+        self._publisher = Publisher(
+            self._worker,
+            self._epoch,
+            self.info,
+            self._pool,
+            memory,
+            self._transport,
+            self._runner.export_blocks,
+            self._transfer.lease_s,
+            call=self._inbox.put,
+            ahead=self._role is Role.PREFILL,
+        )
+        self._started.callback(self._publisher.close)
+        timeout_s = self._transfer.timeout_s
+        self._fetches = Fetches(self._transport, memory, layout, timeout_s, self._inbox.put, self._end_fetch)
+        self._started.callback(self._fetches.close)
+
+    def _use(self, stores: Stores, memory: PoolMemory) -> None:
+        early = self._store.fill == "publish"
+        digest_of = (lambda block: None) if self._transport.on_device else self._pool.digest_of
+        self._feed = StoreFeed(stores, self._pool, memory, self._runner.export_blocks, digest_of, early=early)
+        self._loads = StoreLoads(stores, self._store, self._pool, self._inbox.put, self._end_load)
+        self._started.callback(self._loads.close)
 
     def prefill(self, request: GenerateRequest) -> None:
         self._take_in(request, None, prefill_only=True)
@@ -201,10 +221,8 @@ class PagedEngine:
         return self._stores.counts() if self._stores is not None else {}
 
     def locate(self, hashes: Many[BlockHash], on_located: Callable[[int], None]) -> None:
-        stores = self._stores
-        if stores is not None:
-            deadline = time.monotonic() + self._store.locate_timeout_s
-            self._loaders.submit(lambda: on_located(stores.locate(hashes, deadline)))
+        if self._loads is not None:
+            self._loads.locate(hashes, on_located)
 
     # --- the StepReporter contract -------------------------------------------------------------------------------------
 
@@ -224,13 +242,7 @@ class PagedEngine:
             self._thread.join(timeout=30)
             self._thread = None
         self._guide_makers.shutdown(wait=True, cancel_futures=True)
-        self._fetchers.shutdown(wait=True, cancel_futures=True)
-        self._loaders.shutdown(wait=True, cancel_futures=True)
-        if self._digester is not None:
-            self._digester.shutdown(wait=True, cancel_futures=True)
-        self._prefetcher.shutdown(wait=True, cancel_futures=True)
-        if self._stores is not None:
-            self._stores.close()
+        self._started.close()
         self._transport.close()
         self._runner.close()
         if self._memory is not None:
@@ -255,7 +267,8 @@ class PagedEngine:
         joining = self._scheduler.admit()
         for sequence in joining:
             self._begin_fetch(sequence)
-        self._prefetch_waiting()
+        if self._loads is not None:
+            self._loads.prefetch(self._scheduler.waiting)
         self._deliver()  # what has ended or arrived does not wait for the step
         self._wait_for(joining)
         busy = self._step()
@@ -302,7 +315,7 @@ class PagedEngine:
 
     def _idle_timeout(self) -> float | None:
         """Seconds until something may fall due; None (for ever) when nothing is here at all."""
-        expiry = self._leases.next_expiry()
+        expiry = self._publisher.leases.next_expiry()
         if expiry is not None:
             return min(max(expiry - time.monotonic(), 0.0) + 0.01, _IDLE_WAKE_S)
         return _IDLE_WAKE_S if any(True for _ in self._scheduler.all()) else None
@@ -433,8 +446,8 @@ class PagedEngine:
         stored, removed = self._pool.take_changes()
         if self._feed is not None:
             self._feed.changed(stored, removed)
-        if stored and self._digester is not None:
-            self._digest_ahead(self._digester, stored)
+        if stored:
+            self._publisher.stored(stored)
         if self._reset_events:
             self._reset_events = False
             return CacheChange(stored=list(self._pool.hashes()), removed=[], reset=True)
@@ -452,7 +465,7 @@ class PagedEngine:
             cached_blocks=pool.cached_blocks,
             held_blocks=pool.held_blocks,
             total_blocks=pool.total_blocks,
-            active_leases=self._leases.active,
+            active_leases=self._publisher.leases.active,
             busy_s=self._busy_s,
             step_ms=self._limit.step_ms if self._limit is not None else 0.0,
         )
@@ -534,7 +547,7 @@ class PagedEngine:
     def _abort(self, request_id: RequestId) -> None:
         sequence = self._scheduler.find(request_id)
         if sequence is None:
-            if not self._leases.release_request(request_id):
+            if not self._publisher.leases.release_request(request_id):
                 self._aborted[request_id] = None
                 if len(self._aborted) > _REMEMBERED_ABORTS:
                     self._aborted.popitem(last=False)
@@ -547,16 +560,15 @@ class PagedEngine:
             self._scheduler.remove(sequence)
 
     def _release(self, lease_id: str) -> None:
-        self._leases.release(lease_id)
+        self._publisher.leases.release(lease_id)
 
     def _end_overdue(self) -> None:
         now = time.monotonic()
-        self._leases.expire(now)
+        self._publisher.leases.expire(now)
         for sequence in [s for s in self._scheduler.all() if s.request.deadline <= now and not s.doomed]:
             self._abort(sequence.id)
             self._outputs.append(RequestFailed(sequence.id, TritonCode.UNAVAILABLE, "the request's deadline passed", False))
-        while self._used_leases and next(iter(self._used_leases.values())) < time.time():
-            self._used_leases.popitem(last=False)
+        self._tickets.forget_expired(time.time())
 
     def _fail_batch(self, batch: list[tuple[Sequence, int]], error: Exception) -> None:
         code = error.code if isinstance(error, BatonError) else TritonCode.INTERNAL
@@ -575,13 +587,13 @@ class PagedEngine:
             self._outputs.append(
                 RequestFailed(sequence.id, TritonCode.UNAVAILABLE, f"worker {self._worker} is shutting down", True)
             )
-        self._leases.close()
+        self._publisher.leases.close()
         self._deliver()
 
     # --- prefill: publish ----------------------------------------------------------------------------------------------
 
     def _finish_prefill(self, sequence: Sequence, sampled: Sampled, finish: FinishReason | None) -> None:
-        handoff = None if finish else self._publish(sequence)
+        handoff = None if finish else self._publisher.publish(sequence)
         self._scheduler.remove(sequence)
         self._outputs.append(
             PrefillDone(
@@ -598,84 +610,13 @@ class PagedEngine:
             )
         )
 
-    def _publish(self, sequence: Sequence) -> KVHandoff:
-        """Put the given tokens' KV under a lease and describe it. The lease takes over a reference of each block."""
-        size = sequence.block_size
-        blocks = sequence.blocks[: self.info.layout.blocks_for(sequence.num_given)]
-        self._pool.retain(blocks)
-        given = sequence.token_ids[: sequence.num_given]
-        content = content_hash(given, sequence.hashes[: sequence.num_given // size], size, sequence.root)
-        return self._describe(sequence.id, blocks, sequence.num_given, content)
-
-    def _describe(self, request_id: RequestId, blocks: list[int], num_tokens: int, content: BlockHash) -> KVHandoff:
-        """The ticket for blocks that hold so many tokens; a new lease takes over one reference of each."""
-        memory = self._require_memory()
-        size = self.info.layout.block_size
-        if not self._transport.on_device:  # a block with a digest is in the pool memory already
-            self._runner.export_blocks([block for block in blocks if self._pool.digest_of(block) is None])
-        lease_id = self._leases.grant(request_id, blocks, self._transfer.lease_s)
-        published = self._transport.publish(memory, blocks, lease_id)
-        return KVHandoff(
-            version=TICKET_VERSION,
-            transport=self._transport.name,
-            source=self._worker,
-            epoch=self._epoch,
-            lease_id=lease_id,
-            expires_at=time.time() + self._transfer.lease_s,
-            layout=self.info.layout,
-            fingerprint=self.info.fingerprint,
-            num_tokens=num_tokens,
-            blocks=blocks,
-            generations=[int(memory.generations[block]) for block in blocks],
-            digests=self._digests(blocks, num_full=num_tokens // size),
-            locator=published.locator,
-            opaque=published.opaque,
-            content=content,
-        )
-
-    def _digests(self, blocks: list[int], num_full: int) -> list[bytes]:
-        """Those of full blocks, the first ones, are kept: a prefix that is handed over often is digested once."""
-        known = {block: digest for block in blocks[:num_full] if (digest := self._pool.digest_of(block)) is not None}
-        unknown = [block for block in blocks if block not in known]
-        made = dict(zip(unknown, self._transport.digests(self._require_memory(), unknown), strict=True))
-        for block in blocks[:num_full]:
-            if block in made:
-                self._pool.set_digest(block, made[block])
-        return [known[block] if block in known else made[block] for block in blocks]
-
-    def _digest_ahead(self, digester: ThreadPoolExecutor, hashes: Many[BlockHash]) -> None:
-        found = [(hash_, self._pool.find(hash_)) for hash_ in hashes]
-        blocks = [(hash_, block) for hash_, block in found if block is not None and self._pool.digest_of(block) is None]
-        if not self._transport.on_device:
-            self._runner.export_blocks([block for _, block in blocks])
-        generations = self._require_memory().generations
-        digester.submit(self._make_digests, [(hash_, block, int(generations[block])) for hash_, block in blocks])
-
-    def _make_digests(self, blocks: list[tuple[BlockHash, int, int]]) -> None:
-        """On the digesting thread."""
-        memory = self._require_memory()
-        digests = self._transport.digests(memory, [block for _, block, _ in blocks])
-        made = [(*block, digest) for block, digest in zip(blocks, digests, strict=True)]
-        self._inbox.put(partial(self._take_digests, made))
-
-    def _take_digests(self, made: list[tuple[BlockHash, int, int, bytes]]) -> None:
-        """Keep those of blocks that nobody has reused since."""
-        generations = self._require_memory().generations
-        for hash_, block, generation, digest in made:
-            if self._pool.find(hash_) == block and generations[block] == generation:
-                self._pool.set_digest(block, digest)
-
     # --- lending and borrowing -----------------------------------------------------------------------------------------
 
     def _lend(self, request_id: RequestId, hashes: Many[BlockHash]) -> None:
-        """Publish cached blocks for another worker. A block's hash stands for all tokens up to its end."""
-        count = self._pool.match(hashes)
-        if count == 0:
-            self._outputs.append(Lent(request_id, 0))
-            return
-        blocks = self._pool.reuse(hashes[:count])
-        handoff = self._describe(request_id, blocks, count * self.info.layout.block_size, hashes[count - 1])
-        self._outputs.append(Lent(request_id, handoff.num_tokens, seal(handoff, self._key), handoff.lease_id))
+        """Publish cached blocks for another worker."""
+        loan = self._publisher.lend(request_id, hashes)
+        lent = Lent(request_id, loan.num_tokens, seal(loan, self._key), loan.lease_id) if loan else Lent(request_id, 0)
+        self._outputs.append(lent)
 
     def _read_loan(self, sequence: Sequence, ticket: bytes) -> None:
         """Check a ticket for the first blocks. Without it they are computed, as if nobody had offered them."""
@@ -685,17 +626,10 @@ class PagedEngine:
     def _takes_loan(self, sequence: Sequence, ticket: bytes) -> bool:
         """Whether the ticket is good for the sequence's first blocks, which are then to be fetched."""
         try:
-            loan = unseal(ticket, self._key, time.time())
-            sequence.lease_id = loan.lease_id
-            self._check_origin(loan, convert=False)
-            blocks, rest = divmod(loan.num_tokens, sequence.block_size)
-            if rest or not 0 < blocks <= len(sequence.reusable_hashes()) or loan.content != sequence.hashes[blocks - 1]:
-                raise HandoffRefused(RefusalReason.FOREIGN_CONTENT, "KV of other tokens")
+            self._tickets.take_loan(sequence, ticket)
         except HandoffRefused as refused:
             log.warning("request %s: the loan is of no use: %s", sequence.id, refused)
             return False
-        self._used_leases[loan.lease_id] = loan.expires_at
-        sequence.handoff = loan
         return True
 
     def _accept_loan(self, sequence: Sequence, loan: KVHandoff, num_blocks: int, taken_ms: float) -> None:
@@ -738,75 +672,26 @@ class PagedEngine:
         sequence.was_handed = True
         sequence.fetched = Fetched(self._transport.name)
         try:
-            handoff = unseal(ticket, self._key, time.time())
-            sequence.lease_id = handoff.lease_id
-            self._check_ticket(sequence, handoff)
+            self._tickets.take_handoff(sequence, ticket)
         except HandoffRefused as refused:
             self._refused(sequence, refused)
             self._outputs.append(KVReady(sequence.id, sequence.lease_id, self._report(sequence)))
-        else:
-            self._used_leases[handoff.lease_id] = handoff.expires_at
-            sequence.handoff = handoff
-
-    def _check_origin(self, handoff: KVHandoff, *, convert: bool) -> None:
-        """`convert`: KV of another layout is good, too, where it can be converted."""
-        theirs, ours = handoff.layout, self.info.layout
-        differ = theirs.obstacle(ours, self._transfer.rounding) if convert else theirs.differences(ours)
-        if differ or handoff.fingerprint != self._runner.fingerprint_of(theirs):
-            what = f"its KV and that of {self._worker} differ in {differ}" if differ else "KV of another model or version"
-            detail = f"{handoff.source}: {what}; set model.* and engine.block_size alike on both sides"
-            raise HandoffRefused(RefusalReason.FOREIGN_FINGERPRINT, detail)
-        if handoff.lease_id in self._used_leases:
-            raise HandoffRefused(RefusalReason.REPLAYED, "this ticket was used before")
-
-    def _check_ticket(self, sequence: Sequence, handoff: KVHandoff) -> None:
-        self._check_origin(handoff, convert=True)
-        covered = handoff.num_tokens
-        tokens, size, root = sequence.token_ids[:covered], handoff.layout.block_size, sequence.root
-        hashes = sequence.hashes[: covered // size]
-        if handoff.layout != self.info.layout:  # its hashes are of its own fingerprint and block size
-            root = chain_root(handoff.fingerprint, sequence.request.salt)
-            hashes = block_hashes(tokens, size, root)
-        content = content_hash(tokens, hashes, size, root)
-        if covered != sequence.num_given - 1 or content != handoff.content:
-            raise HandoffRefused(RefusalReason.FOREIGN_CONTENT, "KV of other tokens")
 
     def _begin_fetch(self, sequence: Sequence) -> None:
-        """Fetch the handed blocks that are not cached here. The blocks belong to the transfer until it returns."""
+        """Fetch the handed blocks that are not cached here."""
         handoff = sequence.handoff
         if handoff is None:
-            self._begin_load(sequence)
+            self._load_from_stores(sequence)
             return
         wanted = range(sequence.num_published, self.info.layout.blocks_for(handoff.num_tokens))
         if not (sequence.was_handed or sequence.follows or self._loan_pays(len(wanted))):
             refused = HandoffRefused(RefusalReason.TRANSFER_FAILED, "computing is faster")
-            self._inbox.put(partial(self._end_fetch, sequence, 0, 0.0, refused))
+            self._fetches.end(sequence, refused)
             return
-        if not wanted:
-            self._inbox.put(partial(self._end_fetch, sequence, 0, 0.0, Fetched(self._transport.name)))
-            return
-        targets = [sequence.blocks[i] for i in wanted]
-        sequence.transfer = self._fetchers.submit(self._fetch, sequence, handoff, list(wanted), targets)
-
-    def _fetch(self, sequence: Sequence, handoff: KVHandoff, wanted: list[int], targets: list[int]) -> None:
-        """On a transfer thread: move and verify the bytes, then tell the engine's thread."""
-        began = time.monotonic()
-        outcome: Fetched | HandoffRefused
-        try:
-            memory, deadline = self._require_memory(), began + self._transfer.timeout_s
-            exact = not sequence.was_handed  # who borrows hands it on, and has others find it
-            if handoff.layout == self.info.layout:
-                outcome = self._transport.fetch(handoff, wanted, memory, targets, deadline, exact=exact)
-            else:
-                first, ours = wanted[0] * sequence.block_size, self.info.layout
-                outcome = fetch_converted(self._transport, handoff, first, ours, memory, targets, deadline, exact=exact)
-        except HandoffRefused as error:
-            outcome = error
-        except Exception as error:  # a sequence must never be lost because a transport has a bug
-            log.exception("transfer failed")
-            outcome = HandoffRefused(RefusalReason.TRANSFER_FAILED, repr(error))
-        taken_ms = (time.monotonic() - began) * 1e3
-        self._inbox.put(partial(self._end_fetch, sequence, len(wanted), taken_ms, outcome))
+        if wanted:
+            sequence.transfer = self._fetches.begin(sequence, handoff, wanted)
+        else:
+            self._fetches.end(sequence, Fetched(self._transport.name))
 
     def _end_fetch(self, sequence: Sequence, num_blocks: int, taken_ms: float, outcome: Fetched | HandoffRefused) -> None:
         handoff = sequence.handoff
@@ -827,7 +712,7 @@ class PagedEngine:
             self._accept(sequence, handoff, num_blocks, taken_ms)
         self._outputs.append(KVReady(sequence.id, sequence.lease_id, self._report(sequence)))
         if sequence.may_be_stored:
-            self._begin_load(sequence)
+            self._load_from_stores(sequence)
         else:
             self._scheduler.fetched(sequence)
 
@@ -875,38 +760,9 @@ class PagedEngine:
 
     # --- reading from the stores ---------------------------------------------------------------------------------------
 
-    def _begin_load(self, sequence: Sequence) -> None:
-        """Look for the uncached full blocks in the stores. The blocks belong to the reading thread until it is done."""
-        span = slice(sequence.num_published, len(sequence.reusable_hashes()))
-        sequence.transfer = self._loaders.submit(self._load_blocks, sequence, sequence.hashes[span], sequence.blocks[span])
-
-    def _prefetch_waiting(self) -> None:
-        """A prompt that must wait for its turn uses the time: what the farther stores have of it comes nearer."""
-        if self._stores is None or not self._stores.can_prefetch:
-            return
-        for sequence in self._scheduler.waiting[:_PREFETCH_MOST]:
-            if sequence.may_be_stored and not sequence.prefetching:
-                sequence.prefetching = True
-                hashes = sequence.reusable_hashes()
-                self._prefetcher.submit(self._prefetch, hashes[self._pool.match(hashes) :])
-
-    def _prefetch(self, hashes: list[BlockHash]) -> None:
-        """On the prefetching thread."""
-        try:
-            assert self._stores is not None
-            self._stores.prefetch(hashes, time.monotonic() + _PREFETCH_S)
-        except Exception:  # nobody waits for it
-            log.exception("prefetching failed")
-
-    def _load_blocks(self, sequence: Sequence, hashes: list[BlockHash], targets: list[int]) -> None:
-        """On a reading thread."""
-        loaded = Loaded()
-        try:
-            assert self._stores is not None
-            loaded = self._stores.load(hashes, targets, time.monotonic() + self._store.read_timeout_s)
-        except Exception:  # a sequence must never be lost because a store has a bug
-            log.exception("reading from the stores failed")
-        self._inbox.put(partial(self._end_load, sequence, loaded))
+    def _load_from_stores(self, sequence: Sequence) -> None:
+        assert self._loads is not None, "without stores no sequence looks for any"
+        sequence.transfer = self._loads.begin(sequence)
 
     def _end_load(self, sequence: Sequence, loaded: Loaded) -> None:
         if sequence.doomed:
@@ -939,10 +795,6 @@ class PagedEngine:
             rounded=sequence.fetched.rounded,
             prefix=sequence.prefix,
         )
-
-    def _require_memory(self) -> PoolMemory:
-        assert self._memory is not None, "start() comes first"
-        return self._memory
 
 
 def _shape(batch: list[tuple[Sequence, int]]) -> tuple[int, float, int, int]:
