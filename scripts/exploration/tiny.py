@@ -27,7 +27,6 @@ from python_backends.engines.base import OnOutputs
 from python_backends.engines.paged.engine import PagedEngine
 from python_backends.engines.paged.runner import Sampled, Slice, accepted, draws_of
 from python_backends.engines.paged.speculation import StepCost
-from python_backends.kv.lease import LeaseTable
 from python_backends.kv.memory import PoolMemory
 from python_backends.kv.transfer.base import Arrived, CheckedTransport, Published, check_time, failed
 from scripts.exploration.clock import VirtualTime
@@ -264,14 +263,15 @@ class TinyEngine(PagedEngine):
         self._transport = self.transport
         self._step_cost = _CheapGuesses()
         self.transfers = Errands(woken)
-        self._fetchers = cast(Any, self.transfers)
-        self._digester = None
 
     def start(self, on_outputs: OnOutputs) -> None:
         memory = HeapMemory(self._num_blocks, self.tiny.layout.block_bytes, self._epoch)
         self._pools[memory.locator] = memory
         self._furnish(memory, on_outputs)
-        self._leases = LeaseTable(self._pool, self._clock.monotonic, self._transport.release)
+        self.leases = self._publisher.leases
+        self.leases._clock = self._clock.monotonic
+        self._publisher._digester = None
+        self._fetches._threads = cast(Any, self.transfers)
 
     def turn(self) -> bool:
         """Returns whether there was anything to compute."""
@@ -296,7 +296,7 @@ class TinyEngine(PagedEngine):
     def holds(self, request_id: RequestId) -> bool:
         """Whether a request has a lease, or is here and not only until its transfer returns."""
         sequence = self._scheduler.find(request_id)
-        return request_id in self._leases._of_request or (sequence is not None and not sequence.doomed)
+        return request_id in self.leases._of_request or (sequence is not None and not sequence.doomed)
 
     # --- what must be so at any time ---
 
@@ -307,7 +307,7 @@ class TinyEngine(PagedEngine):
         owned: Counter[int] = Counter()
         for sequence in scheduler.all():
             owned.update(sequence.blocks)
-        for lease in self._leases._leases.values():
+        for lease in self.leases._leases.values():
             owned.update(lease.blocks)
         assert owned == pool._references, f"owners and references differ: {owned} {pool._references}"
         assert all(not sequence.blocks for sequence in scheduler.waiting), "a waiting sequence holds blocks"
@@ -318,7 +318,7 @@ class TinyEngine(PagedEngine):
         """Nothing is held, and nothing is remembered that would be remembered for ever."""
         self.check()
         assert self._pool.held_blocks == 0, f"leak: {self._pool.held_blocks} blocks held at the end"
-        assert self._leases.active == 0, "leak: a lease at the end"
+        assert self.leases.active == 0, "leak: a lease at the end"
         assert self.idle, "a request is still here"
 
     def _check_write(self, batch: Sequence[Slice]) -> None:

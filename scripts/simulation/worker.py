@@ -70,6 +70,8 @@ class _Sequence:
         self.told = len(request.output_ids)  # tokens of the output that the router knows
         self.has_tokens = bool(request.output_ids)  # the client got some, here or elsewhere
         self.last_token = now  # s; when that was: of a handed-over stream the arrival
+        self.queued_s = 0.0  # for the end of the step that was under way when it came
+        self.fetched_at = 0.0  # s
         self.joined_at = -1  # the count of steps when it became a stream
         self.gone = False
 
@@ -135,6 +137,7 @@ class SimulatedWorker:
         self._outputs: list[Output] = []
         self._samples: list[StepSample] = []
         self._pause: asyncio.TimerHandle | None = None  # until which streams wait for who joins them
+        self._came_in_pause = False  # somebody who has to wait for one step, and not for more
         self._lost_ms = 0.0  # by such a pause before the step under way
         # the step under way, or several of streams alone
         self._timer: asyncio.TimerHandle | None = None
@@ -205,7 +208,7 @@ class SimulatedWorker:
             self._timer.cancel()
             ms = (self._loop.time() - self._since) * 1e3
             self.busy_s += ms / 1e3
-            if not self._chunks and (done := self._steps_in(ms) - 1) > 0:
+            if self._streams and not self._chunks and (done := self._steps_in(ms) - 1) > 0:
                 self._advance_streams(done, ms / (done + 1))
         for _, sequence in self._last_steps:
             if not sequence.gone and self._steps > sequence.joined_at:
@@ -245,13 +248,17 @@ class SimulatedWorker:
         sequence = _Sequence(work, self._arrivals, sent)
         self._live[sequence.id] = sequence
         insort(self._waiting, sequence)
+        was_busy = self._timer is not None
         self._interrupt()
+        if was_busy and self._timer is not None:
+            sequence.queued_s = self._timer.when() - self._loop.time()
 
     def _interrupt(self) -> None:
         """There is something for the next step: of several steps under way, the present one is to be the last."""
-        if self._timer is None:
-            if self._pause is None:
-                self._begin()
+        if self._pause is not None:
+            self._came_in_pause = True
+        elif self._timer is None:
+            self._begin()
         elif self._count > 1:
             passed_ms = (self._loop.time() - self._since) * 1e3
             count = max(self._steps_in(passed_ms), 1)
@@ -275,10 +282,13 @@ class SimulatedWorker:
     def _compute_step(self, lost_ms: float) -> None:
         """lost_ms: how long streams have waited for who joins them."""
         self._pause, self._lost_ms = None, lost_ms
+        came_in_pause, self._came_in_pause = self._came_in_pause, False
         for sequence in self._ready:
             self._join(sequence)
         self._ready = []
         if not self._prompts and not self._streams:
+            if came_in_pause:
+                self._begin()
             return
         noise = self._rates.noise
         self._slowness = math.exp(self._random.gauss(0, noise)) if noise else 1.0
@@ -293,7 +303,7 @@ class SimulatedWorker:
             count = min(self._last_steps[0][0] - self._steps, _MOST_STEPS_AT_ONCE)
             if self._streams > 1:  # one alone is not preempted, however long it gets
                 count = min(count, self._room() // self._streams)
-            self._count = max(count, 1)
+            self._count = 1 if came_in_pause else max(count, 1)
             ms = self._streams_ms(self._count)
         self._timer = self._loop.call_at(self._since + ms / 1e3, self._end)
 
@@ -333,16 +343,13 @@ class SimulatedWorker:
         gap_ms, running = self._lost_ms + ms, streams - len(new)
         self._itl.add(gap_ms, running)
         self._itl.add(ms, (count - 1) * streams)
-        joined = [(self._since - sequence.last_token) * 1e3 + ms for sequence in new]
-        for joined_ms in joined:  # their token before came from another worker, or with the end of the prompt
-            self._itl.add(joined_ms, 1)
+        for sequence in new:  # their token before came from another worker, or with the end of the prompt
+            self._itl.add((self._since - sequence.last_token) * 1e3 + ms, 1)
         self._new = []
         if self._allowance:
-            expected_ms = ms / self._slowness
-            waits = [wait for wait, sequence in zip(joined, new, strict=True) if sequence.report.transfer_ms <= ms]
-            self._allowance.learn(self._lost_ms + expected_ms, gap_ms, streams, waits)
-            for _ in range(count - 1):
-                self._allowance.learn(expected_ms, ms, streams, ())
+            handed = [sequence for sequence in new if sequence.report.digest == "verified"]
+            waits = [(sequence.queued_s + self._since - sequence.fetched_at) * 1e3 + ms for sequence in handed]
+            self._learn(self._allowance, count, ms, waits)
         self._steps += count
         self._context += count * streams
         self._grown += count * streams
@@ -354,6 +361,16 @@ class SimulatedWorker:
                 del self._live[sequence.id]
         while self._grown > 0 and self._room() < 0 and self._streams > 1:
             self._preempt()
+
+    def _learn(self, allowance: StepAllowance, count: int, ms: float, joined_ms: Sequence[float]) -> None:
+        """So many steps of streams, each of so many ms, have been made. joined_ms: see StepAllowance.learn."""
+        expected_ms = ms / self._slowness
+        allowance.learn(self._lost_ms + expected_ms, self._lost_ms + ms, self._streams, joined_ms)
+        for _ in range(count - 1):
+            before = allowance.step_ms
+            allowance.learn(expected_ms, ms, self._streams, ())
+            if allowance.step_ms == before:  # as it will be by all the others
+                return
 
     def _advance_prompt(self, sequence: _Sequence, count: int) -> None:
         sequence.computed += count
@@ -534,6 +551,7 @@ class SimulatedWorker:
             return
         sequence.report = KVReport(sequence.reused, sequence.left - 1, 0, 0, num_bytes, ms, 0.0, "verified", "simulated")
         sequence.computed = sequence.length - 1
+        sequence.fetched_at = self._loop.time()
         self._publish(sequence)
         sequence.computed += 1
         self._outputs.append(KVReady(sequence.id, None, sequence.report))

@@ -11,8 +11,6 @@ from typing import Any
 from python_backends.core.messages import KVReady, Output, PrefillDone, RequestFailed, TokenChunk
 from python_backends.core.types import GenerateRequest, KVReport, RequestId, SamplingParams
 from python_backends.engines.base import CacheChange, Engine
-from python_backends.engines.paged.engine import PagedEngine
-from python_backends.kv.memory import PoolMemory
 
 KEY = b"k" * 32
 TIMEOUT_S = 60.0
@@ -107,10 +105,3 @@ class EngineBench:
         load = self.engine.load()
         held = load.held_blocks, load.active_leases, load.running_requests, load.queued_requests
         return not any(held) and load.free_blocks + load.cached_blocks == load.total_blocks
-
-
-def memory_of(engine: object) -> PoolMemory:
-    """The pool memory of a started paged engine."""
-    assert isinstance(engine, PagedEngine)
-    assert engine._memory is not None
-    return engine._memory

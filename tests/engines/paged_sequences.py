@@ -6,6 +6,7 @@ import random
 from dataclasses import dataclass, field
 
 from python_backends.core.types import Epoch, SamplingParams
+from python_backends.engines.paged.engine import PagedEngine
 from python_backends.engines.paged.runner import Draw, Slice
 from python_backends.engines.torch.runner import TorchRunner
 from python_backends.kv.memory import PoolMemory
@@ -58,3 +59,10 @@ class SequencePool:
 
 def greedy_draw() -> Draw:
     return Draw(SamplingParams(temperature=0, seed=0), [], [], [])
+
+
+def memory_of(engine: object) -> PoolMemory:
+    """The pool memory of a started paged engine."""
+    assert isinstance(engine, PagedEngine)
+    assert engine._memory is not None
+    return engine._memory

@@ -15,8 +15,9 @@ from python_backends.core.messages import Lent
 from python_backends.core.types import Epoch, RequestId, Role
 from python_backends.engines.paged.engine import PagedEngine
 from python_backends.engines.torch.runner import TorchRunner
-from tests.engines.bench import KEY, EngineBench, make_request, memory_of
+from tests.engines.bench import KEY, EngineBench, make_request
 from tests.engines.host_device import HostDevice
+from tests.engines.paged_sequences import memory_of
 from tests.engines.tiny_model import VOCAB, write_tiny_llama
 
 BLOCK = 16

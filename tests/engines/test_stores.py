@@ -29,7 +29,8 @@ from python_backends.core.types import BlockHash, Epoch, RequestId, Role
 from python_backends.engines.base import create_engine
 from python_backends.engines.paged.engine import PagedEngine
 from python_backends.kv.store.base import StoreTier
-from tests.engines.bench import EngineBench, make_request, memory_of
+from tests.engines.bench import EngineBench, make_request
+from tests.engines.paged_sequences import memory_of
 from tests.engines.tiny_model import VOCAB, write_tiny_llama
 from tests.kv.redis_server import RedisServer
 

@@ -56,10 +56,15 @@ def remove_abandoned() -> None:
     found = [(namespace, match[1]) for namespace in listed if (match := _NAMESPACE.match(namespace))]
     owned = {network for network in {network for _, network in found} if _is_owned(network)}
     for namespace in [namespace for namespace, network in found if network not in owned]:
-        for pid in _run("ip", "netns", "pids", namespace).split():
+        listed_pids = subprocess.run(
+            ["ip", "netns", "pids", namespace], capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
+        )
+        for pid in listed_pids.stdout.split():
             with suppress(ProcessLookupError):
                 os.kill(int(pid), signal.SIGKILL)
         _remove(namespace)
+    for network in {network for _, network in found} - owned:
+        (_LOCKS / network).unlink(missing_ok=True)
 
 
 def _remove(namespace: str) -> None:
@@ -71,16 +76,22 @@ def _own(network: str) -> int:
     """A descriptor whose closing, or this process's end, tells others that nobody has the network any more."""
     _LOCKS.mkdir(exist_ok=True)
     lock = os.open(_LOCKS / network, os.O_CREAT | os.O_RDWR)
-    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise
     return lock
 
 
 def _is_owned(network: str) -> bool:
+    """Also of one without a lock: nobody knows whose it is."""
+    if not (_LOCKS / network).exists():
+        return True
     try:
         os.close(_own(network))
     except BlockingIOError:
         return True
-    (_LOCKS / network).unlink()
     return False
 
 
@@ -161,7 +172,7 @@ class Network:
         for host in self._hosts.values():
             _remove(host.namespace)
         _remove(self._switch)
-        (_LOCKS / self._id).unlink()
+        (_LOCKS / self._id).unlink(missing_ok=True)
         os.close(self._lock)
 
     # --- trouble ---

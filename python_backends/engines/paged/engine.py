@@ -334,7 +334,7 @@ class PagedEngine:
             sequence.started = sequence.started or now
         shape = _shape(batch)
         streaming = [sequence for sequence, count in batch if sequence.num_uncomputed == count == 1]
-        joined = [sequence for sequence in streaming if sequence.was_handed and not sequence.compute_ms]
+        joined = [each for each in streaming if each.refusal == "verified" and not each.compute_ms]
         streams = len(streaming)
         marginal = self._step_cost.marginal(streams) if streams else 1.0
         most_drafts = self._most_drafts(shape)
@@ -364,8 +364,7 @@ class PagedEngine:
             sample = StepSample(*shape, ms=(self._busy_since - began) * 1e3, decode_tokens=got)
             self._steps.append(sample)
             if self._limit is not None:
-                longest_ms = self._step_s * 1e3  # KV that comes later than that is late whatever steps take
-                waits = [(self._busy_since - each.asked) * 1e3 for each in joined if each.transfer_ms <= longest_ms]
+                waits = [(each.queued_s + self._busy_since - each.fetched_at) * 1e3 for each in joined]
                 self._limit.learn(sample, sum(piece.drafts for piece in slices), waits)
                 if streams == len(batch) and not self._scheduler.waiting:
                     self._spare_s = self._limit.spare_ms(streams, shape[3]) / 1e3
@@ -474,13 +473,13 @@ class PagedEngine:
 
     def _take_in(self, request: GenerateRequest, ticket: bytes | None, *, prefill_only: bool) -> None:
         """On the caller's thread. Reading a grammar may take long: requests that have one come in by way of a thread for it."""
-        arrive = partial(self._arrive, request, ticket, time.monotonic(), prefill_only=prefill_only)
+        arrive = partial(self._arrive, request, ticket, prefill_only=prefill_only)
         if request.sampling.grammar is None:
-            self._inbox.put(partial(arrive, None))
+            self._inbox.put(partial(arrive, None, time.monotonic()))
         else:
             self._guide_makers.submit(self._make_guide, request, arrive)
 
-    def _make_guide(self, request: GenerateRequest, arrive: Callable[[Guide | BatonError], None]) -> None:
+    def _make_guide(self, request: GenerateRequest, arrive: Callable[[Guide | BatonError, float], None]) -> None:
         made: Guide | BatonError
         try:
             made = self._guides.make(request.sampling.grammar or "", request.output_ids)
@@ -489,17 +488,18 @@ class PagedEngine:
         except Exception as error:  # a request must never be lost because a library has a bug
             log.exception("grammar failed")
             made = EngineFailure(f"worker {self._worker}: grammar: {error}")
-        self._inbox.put(partial(arrive, made))
+        self._inbox.put(partial(arrive, made, time.monotonic()))
 
     def _arrive(
         self,
         request: GenerateRequest,
         ticket: bytes | None,
-        asked: float,
         guide: Guide | BatonError | None,
+        since: float,
         *,
         prefill_only: bool,
     ) -> None:
+        """since: monotonic, s, when this was put into the inbox."""
         if self._was_aborted(request.request_id):
             return
         if isinstance(guide, BatonError):
@@ -510,7 +510,7 @@ class PagedEngine:
             self._outputs.append(RequestFailed(request.request_id, *refusal))
             return
         sequence = self._sequence_of(request, prefill_only=prefill_only)
-        sequence.guide, sequence.asked = guide, asked
+        sequence.guide, sequence.queued_s = guide, time.monotonic() - since
         if self._feed is not None:
             sequence.seeks_store = True
             self._feed.reused(sequence.hashes[: self._pool.match(sequence.reusable_hashes())])

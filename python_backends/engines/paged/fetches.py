@@ -56,6 +56,7 @@ class Fetches:
 
     def end(self, sequence: Sequence, outcome: Fetched | HandoffRefused) -> None:
         """As if a transfer of nothing had ended so."""
+        sequence.fetched_at = time.monotonic()
         self._call(partial(self._on_fetched, sequence, 0, 0.0, outcome))
 
     def close(self) -> None:
@@ -79,5 +80,6 @@ class Fetches:
         except Exception as error:  # a sequence must never be lost because a transport has a bug
             log.exception("transfer failed")
             outcome = HandoffRefused(RefusalReason.TRANSFER_FAILED, repr(error))
-        taken_ms = (time.monotonic() - began) * 1e3
+        sequence.fetched_at = time.monotonic()
+        taken_ms = (sequence.fetched_at - began) * 1e3
         self._call(partial(self._on_fetched, sequence, len(wanted), taken_ms, outcome))

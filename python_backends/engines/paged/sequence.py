@@ -9,7 +9,6 @@ Whoever advances `num_computed` (a step, a verified transfer, a prefix hit) has 
 
 from __future__ import annotations
 
-import time
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -36,7 +35,6 @@ class Sequence:
     seeks_store: bool = False  # there are stores that may have what is not cached here
     prefetching: bool = False  # its blocks are on their way from a farther store to a nearer one, or were
     guide: Guide | None = None
-    asked: float = field(default_factory=time.monotonic)  # s: when the request came to this worker
 
     token_ids: list[int] = field(init=False)
     num_given: int = field(init=False)  # tokens that came with the request
@@ -50,6 +48,8 @@ class Sequence:
 
     drafts: Drafts = field(default_factory=Drafts)
 
+    queued_s: float = 0.0  # until the engine's thread took the request in
+    fetched_at: float = 0.0  # monotonic, s: its handed KV was here, good or bad
     started: float = 0.0  # monotonic, s: first step
     compute_ms: float = 0.0  # from then to the first token sampled here
     reused_tokens: int = 0

@@ -50,8 +50,8 @@ class StepAllowance:
     def learn(self, expected_ms: float, gap_ms: float, streams: int, joined_ms: Sequence[float]) -> None:
         """A step with so many streams has been computed.
 
-        gap_ms: what those had between two tokens that had one in the step before, and expected_ms what they were to have.
-        joined_ms: of each of the others, from when it was handed over to its first token.
+        joined_ms: of each stream that has come from a prefill worker and has its first token here by it, what it has waited
+        for steps, this one included: not for its KV. The others had gap_ms between two tokens, and were to have expected_ms.
         """
         running = streams - len(joined_ms)
         late = sum(ms > self._itl_ms for ms in joined_ms)
@@ -102,7 +102,7 @@ class StepLimit:
     def learn(self, step: StepSample, drafts: int = 0, joined_ms: Sequence[float] = ()) -> None:
         """A step has been computed, with streams or without. drafts: guesses in it.
 
-        joined_ms: of each stream that has its first token here by it, from when it was handed over.
+        joined_ms: see StepAllowance.learn.
         """
         if drafts:
             depth = step.decode_context / step.decode_streams

@@ -111,8 +111,8 @@ def test_who_joins_late_makes_steps_shorter(limit: StepLimit) -> None:
     assert lowered < limit.step_ms, "steps as long as they may be, and nobody is late"
 
 
-def test_who_joins_alone_teaches_nothing(limit: StepLimit) -> None:
-    """Nobody's step was waited for."""
+def test_who_joins_a_short_step_that_nobody_else_is_in_teaches_nothing(limit: StepLimit) -> None:
+    """No stream's step was waited for."""
     began = limit.step_ms
     for _ in range(50):
         limit.learn(_sample(0, 0, 1, 100), joined_ms=[500.0])

@@ -95,6 +95,27 @@ def test_streams_wait_a_moment_for_who_joins_them() -> None:
     assert result.itl.quantile(0.5) == pytest.approx(102, rel=0.02)
 
 
+def test_who_comes_while_streams_wait_for_another_waits_for_one_step() -> None:
+    """Not for the many that streams alone would take at once."""
+    slow = msgspec.structs.replace(SIMPLE, coefficients=(100.0, 0.0, 0.0, 1.0, 0.0), link_ms=40.0)
+    arrivals = load((0.0, 500, 100), (0.45, 500, 90), (0.57, 500, 5))
+    result, _ = run(scenario({P: 2, D: 1}, "always-remote", slow), arrivals)
+    assert result.completed == 3
+    assert result.itl.quantile(1.0) < 3 * 103
+
+
+def test_streams_that_join_late_shorten_the_steps_that_workers_are_filled_up_to() -> None:
+    """First gaps are up to two steps, so steps of 80% of the target are too long for them."""
+    slo = SloConfig(ttft_ms=3000, itl_ms=100)
+    rates = msgspec.structs.replace(SIMPLE, coefficients=(30.0, 0.02, 0.0, 3.0, 0.0))
+    many = load(*((0.05 * number, 200, 40) for number in range(1500)))
+    result, simulation = run(scenario({P: 2, D: 2}, "always-remote", rates, slo), many)
+    steps = {name: worker.load().step_ms for name, worker in simulation.workers.items()}
+    assert max(ms for name, ms in steps.items() if name.startswith("decode")) < 0.75 * slo.itl_ms
+    assert result.itl.quantile(0.98) < slo.itl_ms
+    assert all(ms == 0 for name, ms in steps.items() if name.startswith("prefill"))
+
+
 def test_a_long_prompt_is_computed_in_chunks_which_streams_wait_for() -> None:
     result, _ = run(scenario({A: 1}), load((0.0, 10, 100), (0.2, 2500, 1)))
     assert result.itl.quantile(1.0) == pytest.approx(10 + 99.9 + 1, rel=0.02)
