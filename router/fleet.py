@@ -72,6 +72,7 @@ class WorkerView:
         self.resting = ""  # why it is given no new work by this router, though it is up
         self.spoke = 0.0  # when it last produced something, on the router's clock, s
         self.load_ms = 0.0  # what the workers of a role are ordered by
+        self.on_cores: list[WorkerView] = []  # this and others that lend each other cores, the fleet's; empty: there are none
 
     def exchanges_with(self, other: WorkerView) -> bool:
         """Whether one takes the other's KV, converted if need be."""
@@ -348,6 +349,7 @@ class Fleet:
         self.version = 0  # grows when a worker comes up or goes down, rests or resumes
         self._workers: dict[WorkerId, WorkerView] = {}
         self._over: set[Epoch] = set()
+        self._on_cores: dict[tuple[str, str], list[WorkerView]] = {}  # by host and Heartbeat.cores
         self._changed: asyncio.Future[None] | None = None
         self.on_probation = False  # whether the next life of a worker rests until somebody says `resume`
 
@@ -383,6 +385,7 @@ class Fleet:
             self.bury(known.epoch)
             worker.resting = "it was restarted and has not passed a canary yet" if self.on_probation else ""
         self._workers[heartbeat.worker] = worker
+        self._share_cores(worker, known)
         self.reorder(worker)
         self._wake()
         return True
@@ -418,7 +421,9 @@ class Fleet:
     def forget(self, worker: WorkerId) -> None:
         """It is none of the deployment's any more. Should it be heard again it is a new one."""
         self.lose(worker)
-        self._workers.pop(worker, None)
+        known = self._workers.pop(worker, None)
+        if known is not None and known in known.on_cores:
+            known.on_cores.remove(known)
 
     def bury(self, epoch: Epoch) -> None:
         """This life of a worker is over; what is still on its way from it does not bring it back."""
@@ -476,6 +481,13 @@ class Fleet:
             self._changed = asyncio.get_running_loop().create_future()
         # Not wait_for: before Python 3.12 it loses a cancellation that comes together with the change.
         await asyncio.wait({self._changed}, timeout=timeout)
+
+    def _share_cores(self, worker: WorkerView, former: WorkerView | None) -> None:
+        if former is not None and former in former.on_cores:
+            former.on_cores.remove(former)
+        if worker.heartbeat.cores:
+            worker.on_cores = self._on_cores.setdefault((worker.heartbeat.host, worker.heartbeat.cores), [])
+            worker.on_cores.append(worker)
 
     def _model_like(self, heartbeat: Heartbeat) -> StepModel | None:
         """Of the worker of this model that has told most."""

@@ -15,6 +15,10 @@ Power of Two Choices in Randomized Load Balancing", 2001): several routers that 
 What a worker finds in its stores counts as cached, except for the room that it takes. A prefill worker that lacks a long
 prefix which another worker's pool has borrows it; that counts as a fraction of computing it.
 
+Workers that lend each other cores (Heartbeat.cores) are faster alone than together. A prompt that is computed beside
+another's shares the cores with it until the shorter one is done; what the other loses counts as if this one lost it, and
+so does what streams beside it lose, as those of a local way.
+
 A hot prefix needs no rule: as long as queueing for it is cheaper than computing it elsewhere, it is queued for; then
 another worker computes it, and has it, too. Nor does a conversation: its last worker has most of the prompt.
 """
@@ -43,6 +47,7 @@ _NEAR = 1.03  # costs that differ less are the same ...
 _NEAR_MS = 0.5  # ... and so are these
 _TOKENS_VALUED = 10  # a millisecond more between tokens is worth so many to the first token
 _DELAY_VALUED = 0.05  # a running stream's delay against a delay of this request's first token; more ...
+_CORES_LOST = 0.5  # of a worker's speed while another computes on the same cores
 _LEAST_SLACK = 0.05  # ... the fuller the worker is, up to 1 / this: time spent there is missed by streams to come, as well
 
 
@@ -249,6 +254,8 @@ def _remote(query: Query, fleet: Fleet, decoders: Sequence[_Decoder], random: Ra
     for worker in _candidates(query, fleet, Role.PREFILL, random, decode.worker):
         borrowed = _borrowed(query, worker, lender)
         uncached, ttft, has_room = _first_token(query, worker, borrowed)
+        later, lost = _on_shared_cores(query, worker, ttft) if worker.on_cores else (0.0, 0.0)
+        ttft += later
         lacks = decode.lacks or (None if has_room and worker.has_kv_for(uncached + borrowed) else Room.PROMPT)
         options.append(
             _Option(
@@ -259,7 +266,7 @@ def _remote(query: Query, fleet: Fleet, decoders: Sequence[_Decoder], random: Ra
                 ttft,
                 decode.itl,
                 decode.peak,
-                ttft + decode.cost - _moved_meanwhile(worker, decode.worker, uncached, decode.uncached, ttft),
+                ttft + lost + decode.cost - _moved_meanwhile(worker, decode.worker, uncached, decode.uncached, ttft),
                 lacks,
                 query.slo,
                 lender.id if lender is not None and borrowed else None,
@@ -312,12 +319,13 @@ def _alone(query: Query, decoder: _Decoder, way: Way) -> _Option:
     """The worker computes the uncached rest of the prompt itself, and goes on."""
     worker, itl = decoder.worker, decoder.itl
     uncached, ttft, has_room = _first_token(query, worker)
+    later, lost = _on_shared_cores(query, worker, ttft) if worker.on_cores else (0.0, 0.0)
     streams = worker.streams
-    cost, peak = ttft + _TOKENS_VALUED * itl, 0.0
+    ttft += later
+    cost, peak = ttft + lost + _TOKENS_VALUED * itl, 0.0
     if streams:
         peak = _peak(worker, uncached, query.num_tokens)
-        delay = max(0.0, ttft - worker.hop_ms) * _share_lost(worker, peak)
-        cost += _DELAY_VALUED * streams * delay / max(1 - _pressure(query, worker, itl), _LEAST_SLACK)
+        cost += _value_of(query, worker, itl, max(0.0, ttft - worker.hop_ms) * _share_lost(worker, peak))
     lacks = None
     if not has_room or not decoder.has_room:
         lacks = Room.AGGREGATED if way is Way.AGGREGATED else Room.BOTH
@@ -340,6 +348,28 @@ def _first_token(query: Query, worker: WorkerView, borrowed: int = 0) -> tuple[i
     if borrowed:
         ms += worker.model.step_ms(borrowed / _LOAN_SHARE, 0, 0, 0)
     return uncached, worker.hop_ms + ms, has_room
+
+
+def _on_shared_cores(query: Query, worker: WorkerView, ms: float) -> tuple[float, float]:
+    """Of a prompt that takes so many ms where nobody else computes: how much longer it takes beside what others compute on
+    these cores, and the value of what they lose by it."""
+    later = lost = 0.0
+    for other in worker.on_cores:
+        if other is worker or not other.up:
+            continue
+        if other.prefill_tokens:
+            together = min(ms, other.model.step_ms(other.prefill_tokens, 0, 0, 0))
+            later += together
+            lost += together * len(other.prompts)
+        if other.streams:
+            itl = other.model.step_ms(0, 0, other.streams, other.context_tokens) / other.tokens_per_step
+            lost += _value_of(query, other, itl, ms * _CORES_LOST)
+    return later, lost
+
+
+def _value_of(query: Query, worker: WorkerView, itl: float, delay: float) -> float:
+    """Of so many ms that the worker's streams lose."""
+    return _DELAY_VALUED * worker.streams * delay / max(1 - _pressure(query, worker, itl), _LEAST_SLACK)
 
 
 def _pressure(query: Query, worker: WorkerView, itl: float) -> float:

@@ -188,6 +188,7 @@ class Heartbeat(msgspec.Struct, frozen=True, tag=True):
     warm_up: bool = False  # its first handoff with each other worker is slow: make one before clients do
     draining: bool = False  # it takes no new work
     family: str = ""  # equal in workers whose layouts differ and whose KV is converted; empty: it is not
+    cores: str = ""  # equal in workers of a host that lend each other cores: all are slower while several compute
 
 
 class Leaving(msgspec.Struct, frozen=True, tag=True):

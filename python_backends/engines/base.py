@@ -60,6 +60,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     max_batch: int  # requests in one step
     warm_up: bool = False  # the first handoff of each pair of workers is slow
     family: str = ""  # as in Heartbeat
+    cores: str = ""  # as in Heartbeat
 
 
 class Engine(Protocol):

@@ -45,6 +45,11 @@ class FakeRunner:
     def fingerprint_of(self, layout: KVLayout) -> str:
         return fingerprint(layout, "fake", "fake")
 
+    @property
+    def cores(self) -> str:
+        """See ModelRunner."""
+        return ""
+
     def start(self) -> None:
         """There is nothing to load."""
 

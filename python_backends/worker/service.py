@@ -199,6 +199,7 @@ class Worker:
             warm_up=info.warm_up,
             draining=self._drain.draining,
             family=info.family,
+            cores=info.cores,
         )
 
     def told(self, message: ToWorker) -> None:

@@ -81,6 +81,10 @@ class TinyRunner:
     def tokenizer_path(self) -> Path:
         raise AssertionError("no request has a grammar")
 
+    @property
+    def cores(self) -> str:
+        return ""
+
     def start(self) -> None:
         """There is nothing to load."""
 

@@ -146,6 +146,7 @@ class PagedEngine:
             step_tokens=self._config.step_tokens,
             max_batch=self._config.max_batch,
             family=self._runner.fingerprint_of(layout.relatives(self._transfer.rounding)),
+            cores=self._runner.cores,
         )
         self._guides = Guides(self._runner.tokenizer_path, self._runner.vocab_size, self._runner.eos_token_ids)
         self._open_to_others(memory)

@@ -85,6 +85,10 @@ class ModelRunner(Protocol):
     eos_token_ids: tuple[int, ...]
     vocab_size: int  # length of a row of logits
 
+    @property
+    def cores(self) -> str:
+        """The same in workers of one host that lend each other cores; empty: this one's are its own."""
+
     def tokenizer_path(self) -> Path:
         """The model's tokenizer.json; asked for when the first grammar comes. Raises ConfigError when there is none."""
 

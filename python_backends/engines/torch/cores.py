@@ -31,8 +31,14 @@ _MEMORY = "baton-cores"
 class CoreBoard:
     """One worker's view of the board. It belongs to the engine, which closes it."""
 
-    def __init__(self, rows: npt.NDArray[np.int64], row: int, share: int, membership: Membership | None = None) -> None:
-        """rows: the board, [workers, ROW_INTS]; `row` of it is this worker's. `membership` keeps it, and is closed with it."""
+    def __init__(
+        self, rows: npt.NDArray[np.int64], row: int, share: int, membership: Membership | None = None, name: str = ""
+    ) -> None:
+        """rows: the board, [workers, ROW_INTS]; `row` of it is this worker's. `membership` keeps it, and is closed with it.
+
+        name: the same for all that share these cores, on this host; empty: nobody else does.
+        """
+        self.name = name
         self.rows = rows
         self.row = row
         self.borrows = False  # from the first rest on: what is measured while loading is what the share alone can do
@@ -90,7 +96,7 @@ def shared_cores(names: Sequence[str], name: str, share: int, key: bytes, base: 
     place = base / f"cores-{mac(Domain.CORES, ' '.join(names).encode(), key)[:8].hex()}"
     membership = join(place, _MEMORY, lambda: _create(size), lambda fd: os.fstat(fd).st_size == size)
     rows = np.frombuffer(mmap.mmap(membership.fd, size), np.int64).reshape(len(names), ROW_INTS)
-    return CoreBoard(rows, names.index(name), share, membership)
+    return CoreBoard(rows, names.index(name), share, membership, place.name)
 
 
 def _create(size: int) -> int:

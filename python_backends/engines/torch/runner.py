@@ -204,6 +204,11 @@ class TorchRunner:
     def _computing(self) -> AbstractContextManager[None]:
         return nullcontext() if self._own_memory is None else self._own_memory.computing()
 
+    @property
+    def cores(self) -> str:
+        """See ModelRunner."""
+        return self._board.name
+
     def rest(self) -> None:
         """See ModelRunner."""
         self._board.rest()

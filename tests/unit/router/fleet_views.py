@@ -29,6 +29,7 @@ def heartbeat(
     follows: bool = False,
     step_ms: float = 0.0,
     family: str = "",
+    cores: str = "",
 ) -> Heartbeat:
     return Heartbeat(
         worker=WorkerId(name),
@@ -49,6 +50,7 @@ def heartbeat(
         lends=lends,
         follows=follows,
         family=family,
+        cores=cores,
     )
 
 
@@ -69,6 +71,7 @@ def put(
     follows: bool = False,
     step_ms: float = 0.0,
     family: str = "",
+    cores: str = "",
 ) -> WorkerView:
     """A worker that has so many streams, of `context` tokens in all, and prompts with these tokens to compute."""
     beat = heartbeat(
@@ -81,6 +84,7 @@ def put(
         follows=follows,
         step_ms=step_ms,
         family=family,
+        cores=cores,
     )
     fleet.hear(beat, 0.0)
     view = fleet.get(WorkerId(name))

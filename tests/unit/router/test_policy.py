@@ -97,6 +97,43 @@ def test_the_time_between_tokens_comes_first(fleet: Fleet) -> None:
     assert chosen(query(50, slo=Slo(itl_ms=20.0)), fleet).way is Way.LOCAL
 
 
+@pytest.mark.parametrize(("cores", "way"), [("", Way.REMOTE), ("c", Way.LOCAL)])
+def test_on_cores_that_they_share_a_long_prompt_waits_for_a_short_one(cores: str, way: Way) -> None:
+    """Beside the 12 ms of the other one it would take as much longer, and so would that."""
+    fleet = Fleet()
+    put(fleet, "p", P, cores=cores), put(fleet, "d", D, prompts=[100], cores=cores)
+    assert chosen(query(800), fleet).way is way
+
+
+@pytest.mark.parametrize(("cores", "ttft_ms"), [("", 23), ("c", 46)])
+def test_on_cores_that_they_share_a_short_prompt_does_not_wait_for_a_long_one(cores: str, ttft_ms: float) -> None:
+    """Together they lose less than it would by waiting."""
+    fleet = Fleet()
+    put(fleet, "p", P, cores=cores), put(fleet, "d", D, prompts=[800], cores=cores)
+    decision = chosen(query(), fleet)
+    assert (decision.way, round(decision.ttft_ms)) == (Way.REMOTE, ttft_ms)
+
+
+@pytest.mark.parametrize(("cores", "way"), [("", Way.REMOTE), ("c", Way.LOCAL)])
+def test_on_cores_that_they_share_streams_lose_by_either_way(cores: str, way: Way) -> None:
+    fleet = Fleet()
+    put(fleet, "p", P, coefficients=(2.0, 0.127, 0.0, 1.0, 0.0), cores=cores)
+    put(fleet, "d", D, streams=2, step_ms=16.0, cores=cores)
+    assert chosen(query(900, slo=Slo(itl_ms=20.0)), fleet).way is way
+
+
+def test_who_is_down_or_elsewhere_takes_no_cores() -> None:
+    fleet = Fleet()
+    put(fleet, "p", P, cores="c"), put(fleet, "d", D, cores="c"), put(fleet, "p2", P, prompts=[800], cores="other")
+    put(fleet, "p3", P, prompts=[800], cores="c", up=False)
+    assert round(chosen(query(wish=Wish.REMOTE), fleet).ttft_ms) == 23
+    fleet.forget(WorkerId("p3"))
+    put(fleet, "p4", P, prompts=[100], cores="c")
+    assert round(chosen(query(wish=Wish.LOCAL), fleet).ttft_ms) == 23 + 12
+    fleet.hear(heartbeat("p4", P, epoch=2, cores="c"), 0.0)
+    assert round(chosen(query(wish=Wish.LOCAL), fleet).ttft_ms) == 23, "its new life has nothing to do"
+
+
 def test_a_worker_that_keeps_its_steps_short_may_compute_a_prompt_beside_streams() -> None:
     """With the whole prompt in one step streams would wait 26 ms. Cut chunks take longer, but less than a long queue."""
 
