@@ -344,7 +344,11 @@ def _first_token(query: Query, worker: WorkerView, borrowed: int = 0) -> tuple[i
         ahead = worker.tokens_before(uncached, query.contended, may_overtake=has_room)
     beside = worker.prefill_tokens - ahead if worker.prefill_tokens > ahead else 0
     chunk = worker.chunk(cached + uncached / 2)
-    ms = prefill_ms(worker.model, chunk, uncached, cached, ahead, beside, worker.streams, worker.context_tokens)
+    work = chunk, uncached, cached, ahead, beside, worker.streams, worker.context_tokens
+    ms = prefill_ms(worker.model, *work)
+    for other in worker.on_cores:  # who was asked for little has learned little, and is as fast as others on these cores
+        if other is not worker and other.fingerprint == worker.fingerprint:
+            ms = min(ms, prefill_ms(other.model, *work))
     if borrowed:
         ms += worker.model.step_ms(borrowed / _LOAN_SHARE, 0, 0, 0)
     return uncached, worker.hop_ms + ms, has_room

@@ -117,9 +117,17 @@ def test_on_cores_that_they_share_a_short_prompt_does_not_wait_for_a_long_one(co
 @pytest.mark.parametrize(("cores", "way"), [("", Way.REMOTE), ("c", Way.LOCAL)])
 def test_on_cores_that_they_share_streams_lose_by_either_way(cores: str, way: Way) -> None:
     fleet = Fleet()
-    put(fleet, "p", P, coefficients=(2.0, 0.127, 0.0, 1.0, 0.0), cores=cores)
-    put(fleet, "d", D, streams=2, step_ms=16.0, cores=cores)
+    put(fleet, "p", P, coefficients=(2.0, 0.127, 0.0, 1.0, 0.0), fingerprint="other", family="f", cores=cores)
+    put(fleet, "d", D, streams=2, step_ms=16.0, family="f", cores=cores)
     assert chosen(query(900, slo=Slo(itl_ms=20.0)), fleet).way is way
+
+
+@pytest.mark.parametrize(("cores", "way"), [("", Way.REMOTE), ("c", Way.LOCAL)])
+def test_on_cores_that_they_share_nobody_is_taken_to_be_slower_for_having_had_less_to_do(cores: str, way: Way) -> None:
+    fleet = Fleet()
+    put(fleet, "p", P, cores=cores), put(fleet, "d", D, coefficients=(2.0, 0.2, 0.0, 1.0, 0.0), cores=cores)
+    decision = chosen(query(), fleet)
+    assert (decision.way, round(decision.ttft_ms)) == (way, 23)
 
 
 def test_who_is_down_or_elsewhere_takes_no_cores() -> None:
