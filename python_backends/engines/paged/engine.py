@@ -63,6 +63,7 @@ log = logging.getLogger(__name__)
 _REMEMBERED_ABORTS = 10_000  # aborts that overtook their request
 _IDLE_WAKE_S = 0.25  # how often an idle engine looks at deadlines
 _LEAST_PAUSE_S = 0.01  # between steps: others have to notice that they have the cores
+_HANDED_LATELY_S = 5.0  # who was handed a stream is soon handed another
 _UNTOLD_STEPS = 32  # steps kept for whoever asks how long they take
 
 
@@ -97,6 +98,7 @@ class PagedEngine:
         self._steps: deque[StepSample] = deque(maxlen=_UNTOLD_STEPS)
         self._step_s = 0.0  # that the last step took
         self._streams_since: float | None = None  # monotonic, s: end of the last step, if it had streams
+        self._handed_until = 0.0  # monotonic, s: more are expected to be handed over
         self._spare_s = 0.0  # that the streams of the last step can wait for the next one
         self._busy_s = 0.0
         self._busy_since: float | None = None  # monotonic, s: end of the last step, if this one follows at once
@@ -289,14 +291,16 @@ class PagedEngine:
     def _wait_for(self, joining: Many[Sequence]) -> None:
         """Let streams wait a moment for those whose KV is on its way: mostly it takes less than the step that they would miss.
 
-        They wait until they have lost as much time together as one that misses the step would. So the sum is at most twice what
-        it could be if one knew how long the KV takes (Karlin et al., "Competitive Snoopy Caching", 1988).
+        So do prompts, if a stream is among those. They wait until they have lost as much time together as one that misses the
+        step would. So the sum is at most twice what it could be if one knew how long the KV takes (Karlin et al., "Competitive
+        Snoopy Caching", 1988).
         """
-        streams = len(self._scheduler.streams()) if joining else 0
-        if not streams:
+        is_handed = any(sequence.was_handed for sequence in joining)
+        waiting = len(self._scheduler.running if is_handed else self._scheduler.streams()) if joining else 0
+        if not waiting:
             return
         self._busy_since = None
-        until = time.monotonic() + self._step_s / streams
+        until = time.monotonic() + self._step_s / waiting
         while any(sequence.id in self._scheduler.fetching for sequence in joining):
             try:
                 self._inbox.get(timeout=max(until - time.monotonic(), 0.0))()
@@ -327,7 +331,7 @@ class PagedEngine:
         began, self._busy_since = self._busy_since or now, None
         if self._limit is not None:
             self._limit.lost_ms = (began - self._streams_since) * 1e3 if self._streams_since is not None else 0.0
-        batch = self._scheduler.schedule()
+        batch = self._scheduler.schedule(expects_streams=now < self._handed_until)
         self._streams_since, self._spare_s = None, 0.0
         if not batch:
             return False
@@ -671,6 +675,7 @@ class PagedEngine:
     def _read_ticket(self, sequence: Sequence, ticket: bytes) -> None:
         """Check everything about the ticket that needs no bytes; a refused one means that the prompt is recomputed."""
         sequence.was_handed = True
+        self._handed_until = time.monotonic() + _HANDED_LATELY_S
         sequence.fetched = Fetched(self._transport.name)
         try:
             self._tickets.take_handoff(sequence, ticket)

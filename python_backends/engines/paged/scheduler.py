@@ -104,13 +104,16 @@ class Scheduler:
 
     # --- one step ---
 
-    def schedule(self) -> list[tuple[Sequence, int]]:
-        """Sequences to compute now, each with its number of tokens. Empty when nobody can compute."""
+    def schedule(self, *, expects_streams: bool = False) -> list[tuple[Sequence, int]]:
+        """Sequences to compute now, each with its number of tokens. Empty when nobody can compute.
+
+        expects_streams: steps are limited as beside streams, since one that came in the middle would wait for the end.
+        """
         batch = [(sequence, 1) for sequence in self._with_room(self.streams())]
         budget = self._step_tokens - len(batch)
         prompts = sorted((s for s in self.running if s.num_uncomputed > 1), key=lambda s: s.order)
         chunks = _chunks(prompts, budget)
-        if batch and chunks and self._beside_streams is not None:
+        if (batch or expects_streams) and chunks and self._beside_streams is not None:
             chunks = self._cut(chunks, prompts, len(batch), sum(sequence.num_computed for sequence, _ in batch))
         return batch + chunks
 

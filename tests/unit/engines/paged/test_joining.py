@@ -99,6 +99,20 @@ def test_who_is_handed_over_during_a_step_is_in_the_next_one(handed: PrefillDone
     assert runner.sizes[:5] == [1, 1, 1, 1, 2]
 
 
+def test_a_prompt_waits_for_a_stream_that_is_handed_over(handed: PrefillDone) -> None:
+    """It would have three more steps to make."""
+    deployment = msgspec.structs.replace(DEPLOYMENT, engine=msgspec.structs.replace(DEPLOYMENT.engine, step_tokens=64))
+    runner, heard = SlowRunner(), Heard()
+    engine = PagedEngine(deployment, DECODE, runner, Epoch(2), KEY)
+    engine.start(heard.hear)
+    runner.sizes.clear()  # of the calibration
+    runner.meanwhile = lambda: engine.decode(_request("joins", PROMPT, [handed.token_id]), handed.ticket)
+    engine.decode(_request("long", list(range(64 * 7))), None)
+    heard.wait(TokenChunk, "joins")
+    engine.close()
+    assert runner.sizes[:5] == [1, 1, 1, 1, 2]
+
+
 @pytest.mark.parametrize(("target_s", "is_late"), [(1.6 * STEP_S, True), (4 * STEP_S, False)])
 def test_steps_within_the_target_are_too_long_for_who_waits_for_two(
     handed: PrefillDone, target_s: float, is_late: bool

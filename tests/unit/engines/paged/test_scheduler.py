@@ -61,3 +61,10 @@ def test_without_streams_nobody_waits_so_nothing_is_cut() -> None:
     scheduler = _scheduler(_sequence("deep", 0, 4000, 3000))
     scheduler.limit_steps(lambda streams, context, depth: 1)
     assert [count for _, count in scheduler.schedule()] == [256]
+
+
+def test_where_streams_are_expected_steps_are_as_short_as_beside_them() -> None:
+    scheduler = _scheduler(_sequence("deep", 0, 4000, 3000))
+    assert [count for _, count in scheduler.schedule(expects_streams=True)] == [256], "there is no limit"
+    scheduler.limit_steps(lambda streams, context, depth: 100 if (streams, context) == (0, 0) else 256)
+    assert [count for _, count in scheduler.schedule(expects_streams=True)] == [100]
