@@ -422,8 +422,8 @@ class Fleet:
         """It is none of the deployment's any more. Should it be heard again it is a new one."""
         self.lose(worker)
         known = self._workers.pop(worker, None)
-        if known is not None and known in known.on_cores:
-            known.on_cores.remove(known)
+        if known is not None:
+            self._leave_cores(known)
 
     def bury(self, epoch: Epoch) -> None:
         """This life of a worker is over; what is still on its way from it does not bring it back."""
@@ -483,11 +483,17 @@ class Fleet:
         await asyncio.wait({self._changed}, timeout=timeout)
 
     def _share_cores(self, worker: WorkerView, former: WorkerView | None) -> None:
-        if former is not None and former in former.on_cores:
-            former.on_cores.remove(former)
+        if former is not None:
+            self._leave_cores(former)
         if worker.heartbeat.cores:
             worker.on_cores = self._on_cores.setdefault((worker.heartbeat.host, worker.heartbeat.cores), [])
             worker.on_cores.append(worker)
+
+    def _leave_cores(self, worker: WorkerView) -> None:
+        if worker in worker.on_cores:
+            worker.on_cores.remove(worker)
+            if not worker.on_cores:
+                del self._on_cores[worker.heartbeat.host, worker.heartbeat.cores]
 
     def _model_like(self, heartbeat: Heartbeat) -> StepModel | None:
         """Of the worker of this model that has told most."""

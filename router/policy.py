@@ -34,6 +34,7 @@ from typing import Protocol
 
 import msgspec
 
+from python_backends.core.step_model import StepModel
 from python_backends.core.types import Role, WorkerId
 from router.cost_model import prefill_ms
 from router.fleet import Fleet, WorkerView
@@ -161,6 +162,7 @@ class _Option:
 
 
 _RANK = attrgetter("rank")
+_PROMPTS = attrgetter("prompt_samples")
 
 
 def choose(query: Query, fleet: Fleet, random: Random) -> Choice | None:
@@ -182,7 +184,7 @@ def choose(query: Query, fleet: Fleet, random: Random) -> Choice | None:
         best.lender,
     )
     computes, cached = best.prefill or best.worker, query.num_tokens - best.uncached
-    alone = computes.hop_ms + prefill_ms(computes.model, computes.step_tokens, best.uncached, cached)
+    alone = computes.hop_ms + prefill_ms(_model(computes), computes.step_tokens, best.uncached, cached)
     return Choice(decision, lacks, query.num_tokens - query.cached.get(best.worker.id), alone)
 
 
@@ -344,14 +346,16 @@ def _first_token(query: Query, worker: WorkerView, borrowed: int = 0) -> tuple[i
         ahead = worker.tokens_before(uncached, query.contended, may_overtake=has_room)
     beside = worker.prefill_tokens - ahead if worker.prefill_tokens > ahead else 0
     chunk = worker.chunk(cached + uncached / 2)
-    work = chunk, uncached, cached, ahead, beside, worker.streams, worker.context_tokens
-    ms = prefill_ms(worker.model, *work)
-    for other in worker.on_cores:  # who was asked for little has learned little, and is as fast as others on these cores
-        if other is not worker and other.fingerprint == worker.fingerprint:
-            ms = min(ms, prefill_ms(other.model, *work))
+    ms = prefill_ms(_model(worker), chunk, uncached, cached, ahead, beside, worker.streams, worker.context_tokens)
     if borrowed:
         ms += worker.model.step_ms(borrowed / _LOAN_SHARE, 0, 0, 0)
     return uncached, worker.hop_ms + ms, has_room
+
+
+def _model(worker: WorkerView) -> StepModel:
+    """How long prompts take there. On cores that workers share they take everyone as long: whoever has computed most knows."""
+    alike = [other.model for other in worker.on_cores if other.up and other.fingerprint == worker.fingerprint]
+    return max(alike, key=_PROMPTS) if alike else worker.model
 
 
 def _on_shared_cores(query: Query, worker: WorkerView, ms: float) -> tuple[float, float]:
@@ -361,10 +365,11 @@ def _on_shared_cores(query: Query, worker: WorkerView, ms: float) -> tuple[float
     for other in worker.on_cores:
         if other is worker or not other.up:
             continue
-        if other.prefill_tokens:
-            together = min(ms, other.model.step_ms(other.prefill_tokens, 0, 0, 0))
+        tokens = other.prefill_tokens + other.foreign_tokens
+        if tokens:
+            together = min(ms, _model(other).step_ms(tokens, 0, 0, 0))
             later += together
-            lost += together * len(other.prompts)
+            lost += together * (len(other.prompts) + bool(other.foreign_tokens))
         if other.streams:
             itl = other.model.step_ms(0, 0, other.streams, other.context_tokens) / other.tokens_per_step
             lost += _value_of(query, other, itl, ms * _CORES_LOST)

@@ -83,13 +83,14 @@ def tokens_within(model: Steps, ms: float, streams: int, context: float, depth: 
 class StepModel:
     """Milliseconds of one worker's steps.
 
-    `coefficients`: of TERMS. `error`: running mean of |predicted - real| / real. `samples`: how many were learned.
+    `coefficients`: of TERMS. `error`: running mean of |predicted - real| / real. `samples`: how many were learned;
+    `prompt_samples`: of these, with prompts.
     """
 
     def __init__(self, calibration: Iterable[StepSample] = (), like: StepModel | None = None) -> None:
         """Begins with what calibration says; without any, with what is known of another worker (`like`)."""
         self.coefficients: list[float] = list(like.coefficients if like else _UNKNOWN)
-        self.samples = 0
+        self.samples = self.prompt_samples = 0
         self.error = 0.0
         self._passed_over = 0
         self._factors: list[float] = list(like._factors) if like else [1.0] * (2 * _FACTORS)  # as _size says
@@ -124,6 +125,7 @@ class StepModel:
         ms = min(sample.ms, _OUTLIER * expected) if known and expected > _LEAST_MS else sample.ms
         self.error += (_ERROR_RATE if known else 1 / (self.samples + 1)) * (abs(expected - ms) / ms - self.error)
         self.samples += 1
+        self.prompt_samples += bool(sample.prefill_tokens)
         (self._with_prompts if sample.prefill_tokens else self._without).add(_features(sample, ms))
         ratio = _bounded(ms / max(_linear(self._calibrated, shape), _LEAST_MS), 10.0)
         self._drift += max(_DRIFT_RATE, 1 / (self.samples + 1)) * (math.log(ratio) - self._drift)

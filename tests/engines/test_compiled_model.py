@@ -132,6 +132,7 @@ def test_cores_that_come_and_go_change_no_bit(directory: Path, tmp_path: Path) -
     names = ("prefill", "decode")
     prefill, decode = (shared_cores(names, name, 1, b"k" * 32, tmp_path) for name in names)
     served = Served(directory, board=prefill)
+    assert served.runner.cores == prefill.name
     tokens = _prompt(700, seed=5)
     first = PagedSequence(list(tokens))
     decode.work()

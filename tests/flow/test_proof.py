@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from python_backends.core.messages import Work
-from python_backends.core.types import FinishReason, SamplingParams
+from python_backends.core.types import FinishReason, SamplingParams, WorkerId
+from python_backends.engines.fake import FakeRunner
 from router.seams import Destination
 from router.types import Way, Wish
 from tests.flow.house import GREEDY, FlowHouse, deployment, prompt, reference
@@ -110,3 +111,13 @@ def _submitted(house: FlowHouse) -> list[str]:
 
     house.service._submit = watched
     return names
+
+
+def test_the_router_knows_who_lends_cores_to_whom(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeRunner, "cores", "board")
+    with FlowHouse(deployment(1, 1)) as flow:
+        prefill, decode = (flow.service.house.fleet.get(WorkerId(name)) for name in ("prefill_0", "decode_0"))
+        assert prefill is not None
+        assert decode is not None
+        assert prefill.on_cores is decode.on_cores
+        assert set(prefill.on_cores) == {prefill, decode}

@@ -295,8 +295,10 @@ class PagedEngine:
         step would. So the sum is at most twice what it could be if one knew how long the KV takes (Karlin et al., "Competitive
         Snoopy Caching", 1988).
         """
-        is_handed = any(sequence.was_handed for sequence in joining)
-        waiting = len(self._scheduler.running if is_handed else self._scheduler.streams()) if joining else 0
+        waiting = len(self._scheduler.streams()) if joining else 0
+        if not waiting and self._busy_since is not None:  # else the last step says nothing about the next one
+            joining = [sequence for sequence in joining if sequence.was_handed]
+            waiting = len(self._scheduler.running) if joining else 0
         if not waiting:
             return
         self._busy_since = None
@@ -364,7 +366,7 @@ class PagedEngine:
                 self._advance(sequence, count, piece.drafts, sampled)
             self._busy_since = time.monotonic()
             self._step_s = self._busy_since - now
-            self._streams_since = self._busy_since if streams else None
+            self._streams_since = self._busy_since if self._scheduler.streams() else None
             self._busy_s += self._busy_since - began
             sample = StepSample(*shape, ms=(self._busy_since - began) * 1e3, decode_tokens=got)
             self._steps.append(sample)

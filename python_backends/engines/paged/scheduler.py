@@ -39,7 +39,7 @@ class Scheduler:
         return sorted((s for s in self.running if s.num_uncomputed == 1), key=lambda s: s.order)
 
     def limit_steps(self, beside_streams: PromptTokens) -> None:
-        """From now on steps with running streams compute at most so many prompt tokens."""
+        """From now on steps with running streams, or where some are expected, compute at most so many prompt tokens."""
         self._beside_streams = beside_streams
 
     # --- moves between the three places ---

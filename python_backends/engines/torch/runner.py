@@ -85,6 +85,7 @@ class TorchRunner:
         self._max_batch = max_batch
         self._own_memory = device  # what computes, if it has a memory of its own
         self._executor: Executor | None = None
+        self._lends = False  # and borrows cores
         self._sampler: Sampler | None = None
         self._compile_lock: Path | None = None
         self._attached = False
@@ -144,6 +145,7 @@ class TorchRunner:
         precision = kept if precision == "auto" else precision
         kv_dtype = "float32" if self._config.kv_dtype == "auto" else self._config.kv_dtype
         self.layout = self._layout_of(architecture, kv_dtype, keys="columns")
+        self._lends = True
         self._executor = CompiledExecutor(checkpoint, architecture, self.layout, precision, self._board, cache_dir())
         exact = precision in ("float32", kept)
         return checkpoint.digest if exact or self._config.mixed_weights else f"{checkpoint.digest}/{precision}"
@@ -206,8 +208,8 @@ class TorchRunner:
 
     @property
     def cores(self) -> str:
-        """See ModelRunner."""
-        return self._board.name
+        """See ModelRunner. PyTorch's own operators keep to the threads that they began with."""
+        return self._board.name if self._lends else ""
 
     def rest(self) -> None:
         """See ModelRunner."""

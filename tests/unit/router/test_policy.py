@@ -125,9 +125,13 @@ def test_on_cores_that_they_share_streams_lose_by_either_way(cores: str, way: Wa
 @pytest.mark.parametrize(("cores", "way"), [("", Way.REMOTE), ("c", Way.LOCAL)])
 def test_on_cores_that_they_share_nobody_is_taken_to_be_slower_for_having_had_less_to_do(cores: str, way: Way) -> None:
     fleet = Fleet()
-    put(fleet, "p", P, cores=cores), put(fleet, "d", D, coefficients=(2.0, 0.2, 0.0, 1.0, 0.0), cores=cores)
-    decision = chosen(query(), fleet)
-    assert (decision.way, round(decision.ttft_ms)) == (way, 23)
+    worked = put(fleet, "p", P, cores=cores)
+    worked.model.prompt_samples = 100
+    put(fleet, "d", D, coefficients=(2.0, 0.2, 0.0, 1.0, 0.0), cores=cores).model.prompt_samples = 1
+    made = choice(query(), fleet)
+    assert (made.decision.way, round(made.decision.ttft_ms), round(made.alone_ms)) == (way, 23, 23)
+    worked.model.coefficients = [2.0, 0.3, 0.0, 1.0, 0.0]
+    assert round(chosen(query(wish=Wish.REMOTE), fleet).ttft_ms) == 63, "what it has learned counts, for better or worse"
 
 
 def test_who_is_down_or_elsewhere_takes_no_cores() -> None:
@@ -135,7 +139,8 @@ def test_who_is_down_or_elsewhere_takes_no_cores() -> None:
     put(fleet, "p", P, cores="c"), put(fleet, "d", D, cores="c"), put(fleet, "p2", P, prompts=[800], cores="other")
     put(fleet, "p3", P, prompts=[800], cores="c", up=False)
     assert round(chosen(query(wish=Wish.REMOTE), fleet).ttft_ms) == 23
-    fleet.forget(WorkerId("p3"))
+    put(fleet, "p5", P, prompts=[800], cores="c")
+    fleet.forget(WorkerId("p5"))
     put(fleet, "p4", P, prompts=[100], cores="c")
     assert round(chosen(query(wish=Wish.LOCAL), fleet).ttft_ms) == 23 + 12
     fleet.hear(heartbeat("p4", P, epoch=2, cores="c"), 0.0)

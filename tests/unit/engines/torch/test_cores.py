@@ -38,6 +38,14 @@ def test_a_worker_alone_has_its_own() -> None:
     assert _now(board) == board.most == 3
 
 
+def test_they_have_a_name_that_nobody_else_has(boards: list[CoreBoard], tmp_path: Path) -> None:
+    stranger = shared_cores(NAMES, "prefill", 2, b"x" * 32, tmp_path)
+    stranger.close()
+    assert len({board.name for board in boards}) == 1
+    assert boards[0].name not in ("", stranger.name)
+    assert own_cores(2).name == ""
+
+
 def test_who_rests_lends_and_has_it_back_at_once(boards: list[CoreBoard]) -> None:
     prefill, _, decode, _ = boards
     prefill.work()
