@@ -348,7 +348,9 @@ class SimulatedWorker:
         self._new = []
         if self._allowance:
             handed = [sequence for sequence in new if sequence.report.digest == "verified"]
-            waits = [(sequence.queued_s + self._since - sequence.fetched_at) * 1e3 + ms for sequence in handed]
+            moved = [each.report.transfer_ms if each.report.transfer_ms < ms else 0.0 for each in handed]
+            steps = [(each.queued_s + self._since - each.fetched_at) * 1e3 + ms for each in handed]
+            waits = [one + other for one, other in zip(moved, steps, strict=True)]
             self._learn(self._allowance, count, ms, waits)
         self._steps += count
         self._context += count * streams

@@ -371,11 +371,18 @@ class PagedEngine:
             sample = StepSample(*shape, ms=(self._busy_since - began) * 1e3, decode_tokens=got)
             self._steps.append(sample)
             if self._limit is not None:
-                waits = [(each.queued_s + self._busy_since - each.fetched_at) * 1e3 for each in joined]
+                waits = [self._joining_ms(each) for each in joined]
                 self._limit.learn(sample, sum(piece.drafts for piece in slices), waits)
                 if streams == len(batch) and not self._scheduler.waiting:
                     self._spare_s = self._limit.spare_ms(streams, shape[3]) / 1e3
         return True
+
+    def _joining_ms(self, sequence: Sequence) -> float:
+        """What a stream has waited that now has its first token here: for steps, and for its KV unless that took longer than
+        one, and would be late whatever steps take."""
+        assert self._busy_since is not None
+        waited_ms = (sequence.queued_s + self._busy_since - sequence.fetched_at) * 1e3
+        return waited_ms + (sequence.transfer_ms if sequence.transfer_ms < self._step_s * 1e3 else 0.0)
 
     def _most_drafts(self, shape: tuple[int, float, int, int]) -> int:
         """For each stream."""

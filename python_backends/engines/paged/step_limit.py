@@ -51,7 +51,7 @@ class StepAllowance:
         """A step with so many streams has been computed.
 
         joined_ms: of each stream that has come from a prefill worker and has its first token here by it, what it has waited
-        for steps, this one included: not for its KV. The others had gap_ms between two tokens, and were to have expected_ms.
+        for steps, this one included. The others had gap_ms between two tokens, and were to have expected_ms.
         """
         running = streams - len(joined_ms)
         late = sum(ms > self._itl_ms for ms in joined_ms)
