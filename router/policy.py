@@ -48,8 +48,8 @@ _NEAR = 1.03  # costs that differ less are the same ...
 _NEAR_MS = 0.5  # ... and so are these
 _TOKENS_VALUED = 10  # a millisecond more between tokens is worth so many to the first token
 _DELAY_VALUED = 0.05  # a running stream's delay against a delay of this request's first token; more ...
-_CORES_LOST = 0.5  # of a worker's speed while another computes on the same cores
 _LEAST_SLACK = 0.05  # ... the fuller the worker is, up to 1 / this: time spent there is missed by streams to come, as well
+_CORES_LOST = 0.5  # of a worker's speed while another computes on the same cores
 
 
 class Cached(Protocol):
@@ -256,7 +256,7 @@ def _remote(query: Query, fleet: Fleet, decoders: Sequence[_Decoder], random: Ra
     for worker in _candidates(query, fleet, Role.PREFILL, random, decode.worker):
         borrowed = _borrowed(query, worker, lender)
         uncached, ttft, has_room = _first_token(query, worker, borrowed)
-        later, lost = _on_shared_cores(query, worker, ttft) if worker.on_cores else (0.0, 0.0)
+        later, lost = _on_shared_cores(query, worker, ttft)
         ttft += later
         lacks = decode.lacks or (None if has_room and worker.has_kv_for(uncached + borrowed) else Room.PROMPT)
         options.append(
@@ -321,7 +321,7 @@ def _alone(query: Query, decoder: _Decoder, way: Way) -> _Option:
     """The worker computes the uncached rest of the prompt itself, and goes on."""
     worker, itl = decoder.worker, decoder.itl
     uncached, ttft, has_room = _first_token(query, worker)
-    later, lost = _on_shared_cores(query, worker, ttft) if worker.on_cores else (0.0, 0.0)
+    later, lost = _on_shared_cores(query, worker, ttft)
     streams = worker.streams
     ttft += later
     cost, peak = ttft + lost + _TOKENS_VALUED * itl, 0.0

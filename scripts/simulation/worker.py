@@ -347,10 +347,7 @@ class SimulatedWorker:
             self._itl.add((self._since - sequence.last_token) * 1e3 + ms, 1)
         self._new = []
         if self._allowance:
-            handed = [sequence for sequence in new if sequence.report.digest == "verified"]
-            moved = [each.report.transfer_ms if each.report.transfer_ms < ms else 0.0 for each in handed]
-            steps = [(each.queued_s + self._since - each.fetched_at) * 1e3 + ms for each in handed]
-            waits = [one + other for one, other in zip(moved, steps, strict=True)]
+            waits = [self._joining_ms(sequence, ms) for sequence in new if sequence.report.digest == "verified"]
             self._learn(self._allowance, count, ms, waits)
         self._steps += count
         self._context += count * streams
@@ -363,6 +360,11 @@ class SimulatedWorker:
                 del self._live[sequence.id]
         while self._grown > 0 and self._room() < 0 and self._streams > 1:
             self._preempt()
+
+    def _joining_ms(self, sequence: _Sequence, ms: float) -> float:
+        """What a stream has waited that has its first token here by a step of `ms`; see PagedEngine._joining_ms."""
+        moved_ms = sequence.report.transfer_ms
+        return (sequence.queued_s + self._since - sequence.fetched_at) * 1e3 + ms + (moved_ms if moved_ms < ms else 0.0)
 
     def _learn(self, allowance: StepAllowance, count: int, ms: float, joined_ms: Sequence[float]) -> None:
         """So many steps of streams, each of so many ms, have been made. joined_ms: see StepAllowance.learn."""
