@@ -18,6 +18,7 @@ import msgspec
 
 from python_backends.core.config import RouterConfig
 from python_backends.core.errors import BatonError, QueueFull, Unavailable
+from router.censored_mean import CensoredMean
 from router.clock import Clock
 from router.fair_queue import FairQueue
 from router.types import Slo, Wish
@@ -31,6 +32,7 @@ _LEAST_RETRY_S = 0.1
 _LEAST_RATE = 1e-3  # tokens per ms
 _RATE_MEMORY_MS = 10_000.0  # how far back the measured rate goes
 _RATE_PRIOR_MS = 2_000.0  # so long it is the predicted one
+_STAY_RATE = 0.05
 _ON_TIME = 0.98  # share of the accepted requests that are to be on time
 _MARGIN_STEP = 0.05
 _MARGIN_RANGE = (0.7, 4.0)
@@ -49,6 +51,10 @@ class Guest(Protocol):
 
     def start(self) -> bool:
         """Go to a worker if one has room. Raises BatonError when that will never be."""
+
+    @property
+    def lacks_stream(self) -> bool:
+        """Whether it could not start because workers have all the streams they can take, and not for their prompts."""
 
     def forecast(self) -> Forecast | None:
         """Of the time to first token. None when nobody is there to serve it."""
@@ -75,6 +81,10 @@ class Admission:
         self._queue: FairQueue[Place] = FairQueue()
         self._pumping = False
         self._rate = _Rate(clock, capacity)
+        self._full = False  # who waits does so until streams end
+        self._stay_s = CensoredMean(_STAY_RATE)  # how long requests are at workers
+        self._at_workers = 0
+        self._seen_at = clock.now()  # the time until which `_stay_s` knows of them
         self._margin = _FIRST_MARGIN
         self._margins: defaultdict[int, float] = defaultdict(lambda: 1.0)  # beyond that, by size of prompt in powers of two
         self._tenants: Counter[str] = Counter()  # their part of queued_tokens
@@ -139,10 +149,9 @@ class Admission:
 
     def _check_wait(self, place: Place, forecast: Forecast, slo: Slo) -> float | None:
         """Raises QueueFull when waiting would make the first token late. Returns when it is due, ms; None: at no time."""
-        ahead = self._queue.ahead(place.tokens, place.flow, place.priority)
-        if not slo.ttft_ms or not ahead:
+        wait_ms = self._wait_ms(place) if slo.ttft_ms else 0.0
+        if not wait_ms:
             return None
-        wait_ms = ahead / self._rate.tokens_per_ms()
         margin = self._margin_of(place.tokens)
         hopeless = forecast.alone_ms > slo.ttft_ms
         allowed_ms = slo.ttft_ms * _HOPELESS_SHARE if hopeless else slo.ttft_ms - forecast.now_ms * margin
@@ -155,6 +164,34 @@ class Admission:
                 retry_s,
             )
         return None if hopeless else slo.ttft_ms
+
+    def _wait_ms(self, place: Place) -> float:
+        """Until it is the place's turn and there is room; as long as nobody waits there is room for prompts at once.
+
+        Where streams have to end first, they do so as often as by Little's law: as many in the time that one stays as there
+        are.
+        """
+        ahead = self._queue.ahead(place.tokens, place.flow, place.priority)
+        if self._full and self._at_workers:
+            self._count_stay()
+            share = ahead / self._queue.cost if self._queue else 0.0
+            return (share * self.waiting + 1) * self._stay_s.value / self._at_workers * 1e3
+        return ahead / self._rate.tokens_per_ms()
+
+    def _went(self) -> None:
+        """A request is at a worker from now on."""
+        self._count_stay()
+        self._at_workers += 1
+
+    def _left(self) -> None:
+        self._count_stay()
+        self._at_workers -= 1
+        self._stay_s.end()
+
+    def _count_stay(self) -> None:
+        now = self._clock.now()
+        self._stay_s.add(self._at_workers * (now - self._seen_at))
+        self._seen_at = now
 
     def _margin_of(self, tokens: int) -> float:
         return _within(self._margin * self._margins[tokens.bit_length()], _MARGIN_RANGE)
@@ -184,6 +221,7 @@ class Place:
         self._counted = 0
         self._since = admission._clock.now()
         self._due_ms: float | None = None  # after arrival, when the first token is to be there
+        self._is_at_worker = False
         self._guest: Guest | None = None
         self._turn: asyncio.Future[None] | None = None
         self._wish = Wish.AUTO
@@ -211,7 +249,7 @@ class Place:
         admission = self._admission
         if again:
             self.priority = _AT_FRONT
-        if not admission._queue.has(self.priority) and guest.start():
+        if not admission._queue.has(self.priority) and self._start(guest):
             return
         forecast = guest.forecast()
         if forecast is not None and not again:
@@ -244,7 +282,7 @@ class Place:
         if self._turn.done():
             return True
         try:
-            if not self._guest.start():
+            if not self._start(self._guest):
                 return False
         except BatonError as error:
             self._turn.set_exception(error)
@@ -252,6 +290,16 @@ class Place:
         self._admission._rate.released(self.tokens)
         self._turn.set_result(None)
         return True
+
+    def _start(self, guest: Guest) -> bool:
+        """Whether it has gone to a worker."""
+        if guest.start():
+            if not self._is_at_worker:
+                self._is_at_worker = True
+                self._admission._went()
+            return True
+        self._admission._full = guest.lacks_stream
+        return False
 
     def _kind(self) -> tuple[Wish, bool]:
         return self._wish, self.tokens > self._admission._long_prompt
@@ -272,6 +320,8 @@ class Place:
         if not self._left:
             self._left = True
             self._admission.requests -= 1
+            if self._is_at_worker:
+                self._admission._left()
 
 
 class _Rate:

@@ -16,6 +16,7 @@ from python_backends.core.messages import Heartbeat, StepSample
 from python_backends.core.step_model import StepModel, tokens_within
 from python_backends.core.types import Epoch, Role, WorkerId
 from router.cost_model import LinkModel
+from router.kv_room import KvRoom
 
 _FIRST_HOP_MS = 2.0  # until it is known
 _HOP_RATE = 0.1
@@ -52,15 +53,13 @@ class WorkerView:
         self.long_prompt = long_prompt(heartbeat.step_tokens)
         self.block_size = heartbeat.layout.block_size
         self.token_bytes = heartbeat.layout.token_bytes
-        self.pool_tokens = heartbeat.load.total_blocks * heartbeat.layout.block_size
+        self.kv = KvRoom(heartbeat.load, heartbeat.layout.block_size)
         self.requests = 0  # routed here and not ended
         self.streams = 0  # those whose prompt is computed
         self.prompts: dict[Charge, int] = {}  # prompts to be computed here, oldest first, with the tokens left of each
         self._crowd: tuple[int, bool] | None = None  # `crowd` and `has_long`, until the prompts change
         self.prefill_tokens = 0  # their sum
         self.context_tokens = 0  # prompts and outputs of the requests here
-        self.kv_tokens = 0  # what they will need of the pool beyond what was cached
-        self.held_tokens = heartbeat.load.held_blocks * self.block_size  # of the pool, as the last heartbeat said
         self.foreign_tokens = 0  # prompt tokens that other routers wait for here, as the last heartbeat said
         self.foreign_requests = 0
         self.tells_steps = bool(heartbeat.calibration)  # or its rates are learned from the times of requests
@@ -100,18 +99,18 @@ class WorkerView:
         crowd, has_long = self.crowd()
         return crowd < self.prefill_window and (tokens <= self.long_prompt or not has_long)
 
-    def takes_stream(self, kv_tokens: int) -> bool:
-        """kv_tokens: that the request will need of the pool."""
-        return self.requests < self.max_batch and self.has_kv_for(kv_tokens)
+    def takes_stream(self, prompt_tokens: int = 1, output_tokens: int = 0) -> bool:
+        """prompt_tokens: that are not in the pool. output_tokens: expected."""
+        return self.requests < self.max_batch and self.has_kv_for(prompt_tokens, output_tokens)
 
     def beat(self, heartbeat: Heartbeat, now: float) -> None:
         """What is there and not from here, other routers have sent; or it came back from another worker."""
         self.heartbeat, self.heard = heartbeat, now
         load = heartbeat.load
         self.step_ms = load.step_ms
-        self.held_tokens = load.held_blocks * self.block_size
         self.foreign_tokens = max(load.queued_tokens - self.prefill_tokens, 0)
         self.foreign_requests = max(load.queued_requests + load.running_requests - self.requests, 0)
+        self.kv.beat(load, self.requests, self.foreign_requests)
 
     def crowd(self) -> tuple[int, bool]:
         """Prompt tokens in the way of a new prompt, and whether there is a long one.
@@ -189,12 +188,34 @@ class WorkerView:
             oldest = next(iter(self.prompts))
             self.prompts[oldest] += missed
 
-    def has_kv_for(self, tokens: int) -> bool:
-        """Whether so many more tokens fit into the pool, as far as its size is known. One request always does."""
-        if not self.pool_tokens:
-            return True
-        held = self.held_tokens if self.held_tokens > self.kv_tokens else self.kv_tokens
-        return self.requests == 0 or held + tokens <= self.pool_tokens
+    def has_kv_for(self, prompt_tokens: int, output_tokens: int = 0) -> bool:
+        """Whether the pool will hold a request more. See takes_stream."""
+        return self.kv.fits(prompt_tokens, output_tokens, self.requests, self.foreign_requests)
+
+    def kv_share(self) -> float:
+        """Of the pool, that the requests here will hold together."""
+        return self.kv.share(self.requests, self.foreign_requests)
+
+    def longest_step_ms(self, asked_ms: float) -> float:
+        """Of streams alone, where it was asked for so much; 0: there is no limit.
+
+        A worker whose steps are often late says that they are to be shorter. Where even a single stream takes longer,
+        keeping others away would not help.
+        """
+        return min(asked_ms, self.step_ms) if self.step_ms else asked_ms
+
+    def fill(self, longest_ms: float) -> float:
+        """How much it has of the streams that it can take: of its batch, of its KV pool, or of the time of a step, whichever
+        is nearest to its end. 1: all; more where the pool will not hold what it has.
+
+        longest_ms: what a step of streams alone may take; 0: there is no limit.
+        """
+        requests = self.requests + self.foreign_requests
+        full = max(requests / self.max_batch, self.kv_share())
+        longest, least = self.longest_step_ms(longest_ms), self.model.step_ms(0, 0, 0, 0)
+        if requests and longest > self.model.step_ms(0, 0, 1, self.context_tokens / requests):
+            full = max(full, (self.model.step_ms(0, 0, requests, self.context_tokens) - least) / (longest - least))
+        return full
 
     def chunk(self, depth: float) -> int:
         """Tokens of a step that computes prompts beside the streams that are here, theirs included.
@@ -242,16 +263,19 @@ class WorkerView:
 class Charge:
     """One request's load on one worker. A charge to an earlier life of the worker is void."""
 
-    def __init__(self, fleet: Fleet, worker: WorkerView | None, prefill_tokens: int, context: int, kv_tokens: int) -> None:
+    def __init__(
+        self, fleet: Fleet, worker: WorkerView | None, prefill_tokens: int, context: int, kv_tokens: int, output_tokens: int
+    ) -> None:
         """See Fleet.charge."""
         self._fleet = fleet
         self._worker = worker
         self._context = context
-        self._kv_tokens = kv_tokens
+        self._kv = (kv_tokens, output_tokens)
+        self._grown = 0
         if worker is not None:
             worker.requests += 1
             worker.context_tokens += context
-            worker.kv_tokens += kv_tokens
+            worker.kv.take(kv_tokens, output_tokens)
             if prefill_tokens:
                 worker.queue(self, prefill_tokens)
             else:
@@ -268,7 +292,7 @@ class Charge:
     def grow(self, tokens: int) -> None:
         """The request has so many more tokens."""
         if self._worker is not None:
-            self._context += tokens
+            self._grown += tokens
             self._worker.context_tokens += tokens
 
     def undo(self) -> None:
@@ -280,8 +304,8 @@ class Charge:
                 worker.drop(self)
             else:
                 worker.streams -= 1
-            worker.context_tokens -= self._context
-            worker.kv_tokens -= self._kv_tokens
+            worker.context_tokens -= self._context + self._grown
+            worker.kv.give_back(*self._kv, self._grown)
             self._fleet.reorder(worker)
             self._fleet.on_room()
 
@@ -444,13 +468,15 @@ class Fleet:
     def silent(self, since: float) -> list[WorkerView]:
         return [worker for worker in self.up() if worker.heard < since]
 
-    def charge(self, worker: WorkerId, prefill_tokens: int, context: int = 0, kv_tokens: int = 0) -> Charge:
+    def charge(
+        self, worker: WorkerId, prefill_tokens: int, context: int = 0, kv_tokens: int = 0, output_tokens: int = 0
+    ) -> Charge:
         """Count a request as load of this life of a worker.
 
-        prefill_tokens: of its prompt, to be computed there. context: all its tokens. kv_tokens: those that the pool will
-        have to find room for in the end, the expected output among them.
+        prefill_tokens: of its prompt, to be computed there. context: all its tokens. kv_tokens: those of them that are not
+        in its pool. output_tokens: that are expected to follow.
         """
-        return Charge(self, self._workers.get(worker), prefill_tokens, context, kv_tokens)
+        return Charge(self, self._workers.get(worker), prefill_tokens, context, kv_tokens, output_tokens)
 
     def stepped(self, worker: WorkerId, steps: Sequence[StepSample]) -> None:
         """A worker says what it has computed: learn from it, and count its prompts down."""

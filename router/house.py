@@ -32,6 +32,7 @@ from python_backends.core.messages import (
 from python_backends.core.step_model import longest_step_ms
 from python_backends.core.types import GenerateRequest, LeaseEnd, RequestId, Role, WorkerId
 from router.admission import SHUTTING_DOWN, Admission
+from router.censored_mean import CensoredMean
 from router.clock import Clock
 from router.detokenizer import Detokenizer
 from router.fleet import Fleet, WorkerView, long_prompt
@@ -92,7 +93,8 @@ class House:
         self.quarantine = Quarantine(self.config.max_attempts, self.config.max_worker_deaths, self.clock.now)
         self.admission = Admission(self.config, self.clock, self._tokens_per_ms, long_prompt(deployment.engine.step_tokens))
         self.fleet.on_room = self.admission.room_changed
-        self.output_tokens = float(self.config.default_max_tokens)  # expected of a request
+        self.output_tokens = CensoredMean(_OUTPUT_RATE, self.config.default_max_tokens)  # of a request
+        self.longest_step_ms = longest_step_ms(self.config.slo.itl_ms)  # of streams alone; 0: there is no target
         self.lost_at = 0.0  # monotonic s, when a worker was lost last
         self.detokenizer = detokenizer
         self._hasher = hasher
@@ -114,8 +116,8 @@ class House:
 
     def snapshot(self, states: Mapping[State, int]) -> Snapshot:
         """`states`: how many live requests are in each."""
-        door = self.admission
-        return Snapshot(states, door.requests, door.waiting, door.queued_tokens, len(self.index), list(self.fleet))
+        door, workers = self.admission, list(self.fleet)
+        return Snapshot(states, door.requests, door.waiting, door.queued_tokens, len(self.index), workers, self.longest_step_ms)
 
     @property
     def trouble(self) -> str:
@@ -196,10 +198,9 @@ class House:
             )
         hits = [worker for members in self._members for worker in match.deepest(members, _HITS)]
         hits += [worker for worker in stored or () if worker not in hits][: _HITS * len(Role)]
-        output = min(max_tokens, int(self.output_tokens))
+        output = min(max_tokens, int(self.output_tokens.value))
         contended = self.admission.waiting > 0
-        longest_ms = longest_step_ms(self.config.slo.itl_ms)
-        query = Query(len(prompt), match, hits, wish, slo, output, contended, avoid, stored or {}, longest_ms)
+        query = Query(len(prompt), match, hits, wish, slo, output, contended, avoid, stored or {}, self.longest_step_ms)
         return choose(query, self.fleet, self._random)
 
     # --- what takes a question to a worker ---
@@ -289,10 +290,6 @@ class House:
         """Whether a worker is up that can take a prompt of so many tokens to its end."""
         ranked = self.fleet.ranked
         return any(num_tokens < worker.max_context for role in (Role.DECODE, Role.AGGREGATED) for worker in ranked[role])
-
-    def ended(self, output_tokens: int) -> None:
-        """A request has ended well, after so many tokens."""
-        self.output_tokens += _OUTPUT_RATE * (output_tokens - self.output_tokens)
 
     def _look_at_fleet(self) -> None:
         """Once whenever a worker comes or goes."""

@@ -118,6 +118,11 @@ FAMILIES: tuple[Family, ...] = (
     ),
     _counter("baton_worker_starts_total", "Lives of the worker that this router has seen begin", *_WORKER),
     _gauge("baton_worker_requests", "Requests at the worker, by state; running is its batch", *_WORKER, "state"),
+    _gauge(
+        "baton_worker_fill_ratio",
+        "Part that the worker has of the streams it can take: of its batch, its KV pool or its steps' time, the fullest",
+        *_WORKER,
+    ),
     _gauge("baton_worker_queued_tokens", "Prompt tokens the worker has yet to compute", *_WORKER),
     _counter("baton_worker_busy_seconds_total", "Time in which the worker has computed", *_WORKER),
     _gauge("baton_router_requests", "Requests in the router"),
@@ -290,6 +295,9 @@ class Meter:
             self._set("baton_live_requests", snapshot.states.get(state, 0), state=state.value)
         for worker in snapshot.workers:
             self._look_at(worker)
+            if worker.role is not Role.PREFILL:
+                fill = worker.fill(snapshot.longest_step_ms) if worker.up else 0.0
+                self._set("baton_worker_fill_ratio", _rounded(fill), worker=worker.id, role=worker.role.value)
             if self._models_due <= 0:
                 self._look_at_model(worker)
         self._models_due = _MODELS_EVERY if self._models_due <= 0 else self._models_due - 1

@@ -83,6 +83,9 @@ class Room(Enum):
     AGGREGATED = "aggregated"  # an aggregated worker that does
 
 
+_TOGETHER = (Room.BOTH, Room.AGGREGATED)
+
+
 class Choice(msgspec.Struct, frozen=True):
     """Where to go. `lacks` is None when the request can go there now.
 
@@ -91,7 +94,9 @@ class Choice(msgspec.Struct, frozen=True):
 
     decision: RouteDecision
     lacks: Room | None
+    full: bool  # what it lacks is a place for its stream
     missing: int  # prompt tokens that the decode worker has not cached
+    output_tokens: int  # expected
     alone_ms: float  # to the first token if the worker had nothing else to do
 
 
@@ -106,17 +111,9 @@ class _Decoder:
         streams = worker.requests + worker.foreign_requests + 1
         step_ms = worker.model.step_ms(0, 0, streams, worker.context_tokens + query.num_tokens)
         self.itl = step_ms / worker.tokens_per_step  # ms between tokens with this stream
-        longest_ms = _longest_step_ms(query, worker)
+        longest_ms = worker.longest_step_ms(query.longest_step_ms)
         keeps_up = not longest_ms or step_ms <= longest_ms or worker.model.step_ms(0, 0, 1, query.num_tokens) > longest_ms
-        self.has_room = (streams == 1 or keeps_up) and worker.takes_stream(self.missing + query.output_tokens)
-
-
-def _longest_step_ms(query: Query, worker: WorkerView) -> float:
-    """Of streams alone; 0: there is no limit. A worker whose steps are often late says that they are to be shorter.
-
-    Where even a single stream takes longer, keeping others away would not help.
-    """
-    return min(query.longest_step_ms, worker.step_ms) if worker.step_ms else query.longest_step_ms
+        self.has_room = (streams == 1 or keeps_up) and worker.takes_stream(self.missing, query.output_tokens)
 
 
 class _Option:
@@ -185,7 +182,9 @@ def choose(query: Query, fleet: Fleet, random: Random) -> Choice | None:
     )
     computes, cached = best.prefill or best.worker, query.num_tokens - best.uncached
     alone = computes.hop_ms + prefill_ms(_model(computes), computes.step_tokens, best.uncached, cached)
-    return Choice(decision, lacks, query.num_tokens - query.cached.get(best.worker.id), alone)
+    missing = query.num_tokens - query.cached.get(best.worker.id)
+    full = lacks is Room.STREAM or (lacks in _TOGETHER and best.worker.takes_prompt(best.uncached))
+    return Choice(decision, lacks, full, missing, query.output_tokens, alone)
 
 
 def _is_worth_queueing(best: _Option, options: Sequence[_Option]) -> bool:
@@ -198,7 +197,7 @@ def has_room(lacked: Room, fleet: Fleet) -> bool:
     """Whether it is worth asking `choose` again for a request that lacked this."""
     role = {Room.PROMPT: Role.PREFILL, Room.AGGREGATED: Role.AGGREGATED}.get(lacked, Role.DECODE)
     return any(
-        (lacked is Room.STREAM or worker.takes_prompt()) and (lacked is Room.PROMPT or worker.takes_stream(1))
+        (lacked is Room.STREAM or worker.takes_prompt()) and (lacked is Room.PROMPT or worker.takes_stream())
         for worker in islice(fleet.ranked[role], _LOOKED_AT)
     )
 
@@ -383,9 +382,7 @@ def _value_of(query: Query, worker: WorkerView, itl: float, delay: float) -> flo
 
 def _pressure(query: Query, worker: WorkerView, itl: float) -> float:
     """How near a worker is to having all the streams it can: its time is the dearer."""
-    full = worker.requests / worker.max_batch
-    if worker.pool_tokens:
-        full = max(full, worker.kv_tokens / worker.pool_tokens)
+    full = max(worker.requests / worker.max_batch, worker.kv_share())
     return max(full, itl / query.slo.itl_ms) if query.slo.itl_ms else full
 
 

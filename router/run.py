@@ -87,6 +87,7 @@ class Run:
         self._forecast: Forecast | None = None
         self._stored: Mapping[WorkerId, int] = {}  # see House.look_in_stores
         self._lacks: Room | None = None  # when it was last decided
+        self.lacks_stream = False
         self.deadline = arrival + (request.timeout_s or house.config.default_deadline_s)
         self.interruption: BatonError = Cancelled("the request was cancelled")
         # held, and given back when the lifecycle says so
@@ -165,6 +166,7 @@ class Run:
             return False
         choice = self._choose()
         self._lacks = choice.lacks if choice else None
+        self.lacks_stream = choice is not None and choice.full
         if choice is None or self._lacks is not None:
             return False
         self._decision = decision = choice.decision
@@ -173,8 +175,7 @@ class Run:
         self._entry.routed(decision)
         fleet, num_tokens = self._house.fleet, len(self._prompt)
         here = 0 if decision.prefill else decision.prefill_tokens
-        kv_tokens = choice.missing + min(self._sampling.max_tokens, int(self._house.output_tokens))
-        self._decode_charge = fleet.charge(decision.decode, here, num_tokens, kv_tokens)
+        self._decode_charge = fleet.charge(decision.decode, here, num_tokens, choice.missing, choice.output_tokens)
         self._prefill_charge = None
         if decision.prefill:
             tokens = decision.prefill_tokens
@@ -315,6 +316,7 @@ class Run:
         if self._decode_charge is not None:
             self._decode_charge.grow(len(chunk.token_ids))
         self._output_ids += chunk.token_ids
+        self._house.output_tokens.add(len(chunk.token_ids))
         self._budget.progress(len(self._output_ids))
         self._account.tokens(len(self._output_ids), chunk.report)
         gap_s = self._entry.tokens(len(chunk.token_ids))
@@ -347,7 +349,6 @@ class Run:
             self._reply.send(piece)
             return
         proof = msgspec.structs.replace(self._account.proof(), request_id=self._id, trace_id=self._entry.trace_id)
-        self._house.ended(len(self._output_ids))
         self._reply.send(msgspec.structs.replace(piece, proof=proof))
         self._house.observer.ended(self._house.journal.end(self._entry, Outcome.OK, proof=proof))
 
@@ -420,6 +421,8 @@ class Run:
             self._give_back(held)
         if self.ended:
             self._budget.leave()
+            if self._decode_charge is not None:
+                self._house.output_tokens.end()
         self._entry.state = self.state
 
     def _give_back(self, held: Held) -> None:

@@ -73,6 +73,7 @@ class Snapshot:
     queued_tokens: int
     index_blocks: int
     workers: Sequence[WorkerView]
+    longest_step_ms: float = 0.0  # of streams alone, where the deployment has a target between tokens; 0: it has none
 
 
 class Observer(Protocol):

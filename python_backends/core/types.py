@@ -202,6 +202,7 @@ class WorkerLoad(msgspec.Struct, frozen=True):
     queued_requests: int = 0
     queued_tokens: int = 0  # prompt tokens not yet computed
     running_requests: int = 0
+    output_tokens: int = 0  # of the requests here, made since they came or to come, for which held_blocks have room
     free_blocks: int = 0  # never used or evicted
     cached_blocks: int = 0  # unused now, kept for prefix hits, evictable
     held_blocks: int = 0  # owned by requests and leases

@@ -188,13 +188,9 @@ class Scaler:
     def waiting_tokens(self) -> float | None:
         return float(self._fleet.house.admission.queued_tokens)
 
-    def decode_requests(self) -> float | None:
-        return float(sum(worker.requests for worker in self._of(Role.DECODE)))
-
-    def decode_kv_held_ratio(self) -> float | None:
-        workers = self._of(Role.DECODE)
-        total = sum(worker.total_blocks for worker in workers)
-        return sum(worker.held_blocks for worker in workers) / total if total else None
+    def decode_full_workers(self) -> float | None:
+        house = self._fleet.house
+        return sum(view.fill(house.longest_step_ms) for view in house.fleet.up() if view.role is Role.DECODE)
 
     def router_requests(self) -> float | None:
         return float(self._fleet.house.admission.requests)
@@ -204,8 +200,7 @@ METRICS: Mapping[str, Callable[[Scaler], float | None]] = {
     "baton_prefill_queued_tokens": Scaler.prefill_queued_tokens,
     "baton_prefill_busy_ratio": Scaler.prefill_busy_ratio,
     "baton_waiting_prompt_tokens": Scaler.waiting_tokens,
-    "baton_decode_requests": Scaler.decode_requests,
-    "baton_decode_kv_held_ratio": Scaler.decode_kv_held_ratio,
+    "baton_decode_full_workers": Scaler.decode_full_workers,
     "baton_router_requests": Scaler.router_requests,
     "baton_router_queued_tokens": Scaler.waiting_tokens,
 }

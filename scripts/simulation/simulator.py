@@ -222,6 +222,7 @@ class Simulation:
                 await asyncio.sleep(pause)
                 for worker in workers[start : start + size]:
                     if worker.id in self.workers:
+                        worker.tell_progress()
                         self.house.hear_heartbeat(worker.heartbeat(), self._clock.now())
                 self.result.most_waiting = max(self.result.most_waiting, self.house.admission.waiting)
 

@@ -3,7 +3,7 @@
 Batching, chunking, prefix cache and KV room are those of the paged engine (engines/paged/scheduler.py), and the block pool
 is the very same. Steps in which only streams run are taken many at once, up to the next event that changes anything: that
 is what lets thousands of workers run in minutes. Times between tokens are counted here, by step; of a stream's tokens the
-router hears the first at once and the others with the last.
+router hears the first at once and the others with the last, of long answers also some between.
 """
 
 from __future__ import annotations
@@ -45,11 +45,13 @@ from scripts.simulation.workload import SILENT, Tokens
 _FINGERPRINT = "simulated"
 _MOST_STEPS_AT_ONCE = 1024  # so that growing contexts are seen
 _MOST_SAMPLES = 4  # told at once
+_TOLD_STEPS = 1024  # at least, between two times that the router is told how far streams are ...
+_TOLD_SHARE = 8  # ... and so large a part of what they have made
 _MOMENT_S = 1e-6  # what happens at the same time has happened then
 
 
 class _Sequence:
-    """One request in the worker. `length`: tokens known, of which the KV of `computed` is here."""
+    """One request in the worker. `given`: tokens it came with. `length`: those known; the KV of `computed` is here."""
 
     def __init__(self, work: Work, arrival: int, now: float) -> None:
         request = work.request
@@ -59,7 +61,7 @@ class _Sequence:
         self.order = (request.priority, arrival)
         prompt: object = request.prompt_ids
         self.hashes: Sequence[BlockHash] = prompt.hashes if isinstance(prompt, Tokens) else []
-        self.length = request.num_tokens
+        self.length = self.given = request.num_tokens
         self.output = request.sampling.max_tokens - len(request.output_ids)  # tokens yet to be made
         self.computed = 0
         self.published = 0  # blocks that are findable
@@ -130,8 +132,10 @@ class SimulatedWorker:
         self._last_steps: list[tuple[int, _Sequence]] = []  # heap: at which count of steps a stream has its last token
         self._new: list[_Sequence] = []  # streams that have not made a step yet
         self._context = 0  # tokens of the streams
+        self._given = 0  # ... that they came with
         self._grown = 0  # ... beyond what their blocks hold; negative when there is room left in them
         self._steps = 0  # that streams have made
+        self._told = 0  # ... when the router was told of them all
         self._leases: dict[str, tuple[float, list[int]]] = {}  # expiry in s, blocks
         self._link_free = 0.0
         self._outputs: list[Output] = []
@@ -171,6 +175,7 @@ class SimulatedWorker:
             queued_requests=len(self._waiting) + self._fetching,
             queued_tokens=sum(sequence.left for sequence in (*self._waiting, *self._prompts)),
             running_requests=len(self._prompts) + self._streams,
+            output_tokens=self._context - self._given,
             free_blocks=pool.free_blocks,
             cached_blocks=pool.cached_blocks,
             held_blocks=self.held_blocks,
@@ -199,6 +204,17 @@ class SimulatedWorker:
             events_sequence=self._events,
             calibration=self._calibration,
         )
+
+    def tell_progress(self) -> None:
+        """Of long answers now and then, since the router learns from it how long they get. Each telling costs an event."""
+        steps = self._steps - self._told
+        if steps < _TOLD_STEPS or steps * self._streams * _TOLD_SHARE < self._context - self._given:
+            return
+        self._told = self._steps
+        for _, sequence in self._last_steps:
+            if not sequence.gone and self._steps > sequence.joined_at:
+                self._say_tokens(sequence, None)
+        self._tell()
 
     def leave(self) -> None:
         """End as a worker does whose server is stopped: what it has made so far is said, and nothing more."""
@@ -579,6 +595,7 @@ class SimulatedWorker:
         sequence.joined_at = self._steps
         self._streams += 1
         self._context += sequence.length
+        self._given += sequence.given
         self._grown += sequence.length - len(sequence.blocks) * self._size
         self._new.append(sequence)
         heapq.heappush(self._last_steps, (self._steps + sequence.output, sequence))
@@ -586,6 +603,7 @@ class SimulatedWorker:
     def _say_tokens(self, sequence: _Sequence, finish: FinishReason | None) -> None:
         """Tell the router of all tokens made since the sequence joined."""
         made = self._steps - sequence.joined_at
+        sequence.joined_at = self._steps
         sequence.length += made
         sequence.output -= made
         self._outputs.append(_chunk(sequence, made, finish))
@@ -593,6 +611,7 @@ class SimulatedWorker:
     def _leave(self, sequence: _Sequence) -> None:
         self._streams -= 1
         self._context -= sequence.length
+        self._given -= sequence.given
         self._grown -= sequence.length - len(sequence.blocks) * self._size
         self._pool.release(sequence.blocks)
         sequence.blocks = []

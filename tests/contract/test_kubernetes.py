@@ -160,16 +160,13 @@ def test_scaling_counts_workers_once_and_only_living_ones(tmp_path: Path) -> Non
     series: list[tuple[str, object]] = []
     for router in ("a", "b"):
         series.append((f'baton_router_queued_tokens{{namespace="n",pod="{router}"}}', 400))
-        for worker, up, busy, running, held in (("x", 1, 0.5, 7, 30), ("y", 1, 0.8, 5, 60), ("z", 0, 1, 99, 0)):
+        for worker, up, busy, fill in (("x", 1, 0.5, 0.25), ("y", 1, 0.8, 0.75), ("z", 0, 1, 1)):
             for role in ("prefill", "decode"):
                 labels = f'namespace="n",pod="{router}",worker="{role}@{worker}",role="{role}"'
                 series += [
                     (f"baton_worker_up{{{labels}}}", up),
                     (f"baton_worker_busy_seconds_total{{{labels}}}", f"0+{15 * busy}x20"),
-                    (f'baton_worker_requests{{{labels},state="running"}}', running),
-                    (f'baton_worker_requests{{{labels},state="queued"}}', 1),
-                    (f'baton_kv_blocks{{{labels},state="held"}}', held),
-                    (f'baton_kv_blocks{{{labels},state="free"}}', 100 - held if up else 0),
+                    (f"baton_worker_fill_ratio{{{labels}}}", fill),
                 ]
     test = {
         "rule_files": ["rules.yaml"],
@@ -186,8 +183,7 @@ def test_scaling_counts_workers_once_and_only_living_ones(tmp_path: Path) -> Non
                     for name, value in (
                         ("baton_prefill_busy_ratio", 0.65),
                         ("baton_waiting_prompt_tokens", 800),
-                        ("baton_decode_requests", 14),
-                        ("baton_decode_kv_held_ratio", 0.45),
+                        ("baton_decode_full_workers", 1),
                     )
                 ],
             }

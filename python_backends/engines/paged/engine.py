@@ -474,6 +474,7 @@ class PagedEngine:
             queued_requests=len(scheduler.waiting) + len(scheduler.fetching),
             queued_tokens=sum(s.num_uncomputed for s in scheduler.all() if s.num_uncomputed > 1),
             running_requests=len(scheduler.running),
+            output_tokens=sum(len(s.token_ids) - s.num_given for s in scheduler.running),
             free_blocks=pool.free_blocks,
             cached_blocks=pool.cached_blocks,
             held_blocks=pool.held_blocks,

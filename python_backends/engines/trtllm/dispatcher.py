@@ -90,12 +90,14 @@ class Dispatcher:
     def load(self) -> WorkerLoad:
         """Blocks are counted as this worker gives them out: TensorRT-LLM doesn't tell which of its own are free."""
         computing = [leg.job for leg in self._legs if leg.job is not None and not leg.heard and not leg.in_transit]
+        decoding = [leg.job for leg in self._legs if leg.job is not None and not leg.job.prefill_only]
         held = self._held_blocks()
         total = max(self._limits.total_blocks, held)
         return WorkerLoad(
             queued_requests=len(self._waiting),
             queued_tokens=sum(len(job.token_ids) for job in (*self._waiting, *computing)),
             running_requests=len(self._jobs) - len(self._waiting),
+            output_tokens=sum(job.max_new for job in decoding),
             free_blocks=total - held,
             held_blocks=held,
             total_blocks=total,

@@ -40,6 +40,7 @@ class Visitor:
         self.slo = Slo()
         self.verdict: BatonError | float = 60.0
         self.broken: BatonError | None = None
+        self.lacks_stream = False
         self._forecast = forecast
 
     def start(self) -> bool:
@@ -429,6 +430,63 @@ def test_the_rate_is_measured_while_somebody_waits() -> None:
         for task in crowd:
             task.cancel()
         await asyncio.wait(crowd)
+
+    run(scenario)
+
+
+def test_where_streams_have_to_end_first_the_wait_is_told_by_how_long_they_stay() -> None:
+    """Ten at workers, of which one ends each second, and prompts that would be computed in no time."""
+
+    async def scenario() -> None:
+        admission, workers = door(tokens_per_ms=1000.0), Workers(room=30)
+        clock = admission._clock
+        assert isinstance(clock, Time)
+        inside = [place(admission) for _ in range(10)]
+        for each in inside:
+            await each.turn(Visitor(workers))
+            each.first_token()
+        for _ in range(20):
+            clock.seconds += 1.0
+            inside.pop(0).leave()
+            inside.append(place(admission))
+            await inside[-1].turn(Visitor(workers))
+            inside[-1].first_token()
+        workers.room = 0
+
+        async def come(ttft_ms: float) -> asyncio.Task[None]:
+            visitor = with_slo(workers, ttft_ms, Forecast(50, 50))
+            visitor.lacks_stream = True
+            task = asyncio.create_task(place(admission).turn(visitor))
+            await turns()
+            return task
+
+        first = await come(2000)
+        assert not first.done()
+        second = await come(2000)
+        with pytest.raises(QueueFull, match="the target is 2000 ms"):
+            await second
+        third = await come(4000)
+        assert not third.done()
+        assert admission.waiting == 2
+        for task in (first, third):
+            task.cancel()
+        await asyncio.wait({first, third})
+
+    run(scenario)
+
+
+def test_before_any_stream_has_ended_nobody_is_let_in_to_wait_for_ever() -> None:
+    async def scenario() -> None:
+        admission, workers = door(tokens_per_ms=1000.0), Workers(room=10)
+        clock = admission._clock
+        assert isinstance(clock, Time)
+        for _ in range(10):
+            await place(admission).turn(Visitor(workers))
+        clock.seconds += 60.0
+        visitor = with_slo(workers, 8000, Forecast(50, 50))
+        visitor.lacks_stream = True
+        with pytest.raises(QueueFull):
+            await place(admission).turn(visitor)
 
     run(scenario)
 

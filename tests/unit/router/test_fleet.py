@@ -82,7 +82,7 @@ def test_charges_count_and_are_undone_once() -> None:
     fleet.hear(heartbeat(), now=1.0)
     (worker,) = fleet.up()
     first, second = fleet.charge(D, 10, context=30, kv_tokens=20), fleet.charge(D, 5, context=5, kv_tokens=5)
-    assert (worker.requests, worker.prefill_tokens, worker.context_tokens, worker.kv_tokens) == (2, 15, 35, 25)
+    assert (worker.requests, worker.prefill_tokens, worker.context_tokens, worker.kv_share()) == (2, 15, 35, 25 / 16000)
     assert worker.streams == 0
     for _ in range(2):
         first.prefilled()
@@ -93,7 +93,7 @@ def test_charges_count_and_are_undone_once() -> None:
         first.undo()
         second.undo()
     first.grow(7)
-    assert (worker.requests, worker.prefill_tokens, worker.context_tokens, worker.kv_tokens) == (0, 0, 0, 0)
+    assert (worker.requests, worker.prefill_tokens, worker.context_tokens, worker.kv_share()) == (0, 0, 0, 0)
 
 
 def test_a_charge_to_an_earlier_life_is_void() -> None:
@@ -161,7 +161,7 @@ def test_the_tokens_ahead_are_those_of_the_prompts(events: list[tuple[str, int]]
         assert 0 <= worker.streams <= worker.requests
     for charge in charges:
         charge.undo()
-    assert (worker.requests, worker.prefill_tokens, worker.context_tokens, worker.kv_tokens) == (0, 0, 0, 0)
+    assert (worker.requests, worker.prefill_tokens, worker.context_tokens, worker.kv_share()) == (0, 0, 0, 0)
 
 
 def test_the_least_loaded_come_first_as_loads_change() -> None:
@@ -190,7 +190,7 @@ def test_of_many_near_equals_a_few_are_drawn_and_the_unable_are_skipped() -> Non
     assert len({worker.id for worker in ranking.few(99, lambda worker: True, Random(0))}) == 51
 
 
-def test_kv_room_is_what_is_charged_or_what_is_reported_whichever_is_more() -> None:
+def test_kv_room_is_what_neither_requests_from_here_nor_others_have() -> None:
     fleet = Fleet()
     worker = put(fleet, "d", Role.DECODE, total_blocks=10)  # 160 tokens
     assert worker.has_kv_for(1000)  # one request may always come
@@ -344,3 +344,28 @@ def test_a_worker_that_keeps_its_steps_short_computes_less_of_a_prompt_beside_st
     assert kept.chunk(0.0) == 8 + 100
     assert kept.prefill_rate() < put(fleet, "idle", Role.DECODE, step_ms=20.0).prefill_rate()
     assert put(fleet, "alone", Role.DECODE, step_ms=20.0).chunk(0.0) == 256, "nobody waits"
+
+
+@pytest.mark.parametrize(
+    ("streams", "blocks", "longest_ms", "fill"),
+    [
+        (4, 0, 0.0, 4 / 8),  # of its batch
+        (4, 5, 0.0, 4 * 16 / 80),  # of its pool
+        (4, 0, 7.0, 4 / 5),  # a step of 2 ms and 1 for each: of five streams
+        (4, 0, 2.5, 4 / 8),  # which no stream keeps, so nobody is kept away for it
+        (0, 5, 7.0, 0.0),
+        (12, 0, 0.0, 12 / 8),
+    ],
+)
+def test_a_worker_is_as_full_as_what_is_fullest(streams: int, blocks: int, longest_ms: float, fill: float) -> None:
+    worker = put(Fleet(), "d", Role.DECODE, total_blocks=blocks)
+    worker.requests = streams
+    worker.kv.take(16 * streams, 0)
+    assert worker.fill(longest_ms) == pytest.approx(fill)
+
+
+def test_a_worker_whose_steps_are_often_late_is_full_sooner() -> None:
+    worker = put(Fleet(), "d", Role.DECODE, streams=4, step_ms=6.0)
+    assert worker.fill(7.0) == pytest.approx(4 / 4)
+    worker.foreign_requests = 2
+    assert worker.fill(7.0) == pytest.approx(6 / 4)

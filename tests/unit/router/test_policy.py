@@ -402,9 +402,9 @@ def test_a_decode_worker_takes_only_what_its_batch_and_its_pool_hold(fleet: Flee
     assert choice(query(wish=Wish.LOCAL), fleet).lacks is Room.BOTH
     assert not has_room(Room.STREAM, fleet)
     charge.undo()
-    fleet.charge(decode.id, 0, 0, kv_tokens=98).undo()
+    decode.kv.take(97, 0)
     assert choice(query(wish=Wish.REMOTE), fleet).lacks is None
-    decode.kv_tokens += 98
+    decode.kv.take(1, 0)
     assert choice(query(wish=Wish.REMOTE), fleet).lacks is Room.STREAM
     assert choice(query(200, {"d": 16}, wish=Wish.REMOTE), fleet).lacks is None  # what is cached needs no room
 

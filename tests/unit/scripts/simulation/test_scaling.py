@@ -21,7 +21,7 @@ from scripts.simulation.workload import Arrival, Day, Workload, generate
 GPU = Rates((39.0, 0.16, 9e-6, 0.25, 2.8e-4), 131_072, 420_000, 4e7, 0.5, 1.0)  # a slow one: few requests keep it busy
 ENGINE = EngineConfig(step_tokens=512, max_batch=16)
 BUSY = Metric("External", "baton_prefill_busy_ratio", 0.7, per_pod=False)
-STREAMS = Metric("External", "baton_decode_requests", 12.0)
+FULL = Metric("External", "baton_decode_full_workers", 0.7)
 
 
 def spec(name: str, *metrics: Metric, down_s: float = 60.0, most: int = 20) -> Spec:
@@ -29,7 +29,7 @@ def spec(name: str, *metrics: Metric, down_s: float = 60.0, most: int = 20) -> S
     return replace(plain, down=Rules(down_s, plain.down.policies))
 
 
-SPECS = {"prefill": spec("prefill", BUSY), "decode": spec("decode", STREAMS)}
+SPECS = {"prefill": spec("prefill", BUSY), "decode": spec("decode", FULL)}
 
 
 def run(workload: Workload, begin: Mapping[str, int], specs: Mapping[str, Spec] | None = None) -> tuple[Result, Simulation]:
@@ -69,11 +69,12 @@ def test_a_fleet_follows_its_load_up_and_down() -> None:
     door = simulation.house.admission
     assert (door.requests, door.queued_tokens, door.waiting) == (0, 0, 0)
     for view in simulation.house.fleet:
-        assert (view.requests, view.streams, view.prefill_tokens, view.kv_tokens) == (0, 0, 0, 0)
+        assert (view.requests, view.streams, view.prefill_tokens) == (0, 0, 0)
+        assert (view.kv._prompts, view.kv._expected) == (0, 0)
 
 
 def test_a_pod_takes_its_time_to_start_and_to_be_seen_to_be_needed() -> None:
-    """16 streams want two workers of 12; what is so after 15 s is seen at 30 s, and a start takes until 70 s."""
+    """16 streams fill a worker, and 0.7 is wanted; what is so after 15 s is seen at 30 s, and a start takes until 70 s."""
     workload = Workload("burst", [Arrival(0.0, 100, 20_000) for _ in range(16)], 256)
     result, _ = run(workload, {"prefill": 1, "decode": 1})
     assert result.timeline[0].pods["decode"] == 2

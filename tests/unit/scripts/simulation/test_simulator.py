@@ -59,7 +59,8 @@ def assert_nothing_held(simulation: Simulation) -> None:
     door = simulation.house.admission
     assert (door.requests, door.queued_tokens, door.waiting) == (0, 0, 0)
     for view in simulation.house.fleet:
-        assert (view.requests, view.streams, view.prefill_tokens, view.context_tokens, view.kv_tokens) == (0, 0, 0, 0, 0)
+        assert (view.requests, view.streams, view.prefill_tokens, view.context_tokens) == (0, 0, 0, 0)
+        assert (view.kv._prompts, view.kv._expected) == (0, 0)
     for worker in simulation.workers.values():
         load = worker.heartbeat().load
         assert (load.held_blocks, load.running_requests, load.queued_requests) == (0, 0, 0), worker.id
