@@ -53,7 +53,7 @@ class KvRoom:
 
     def fits(self, prompt: int, output: int, own: int, others: int) -> bool:
         """Whether the pool will hold one more, as far as its size is known. A request always fits where there is no other."""
-        if not self.pool_tokens or not own:
+        if not self.pool_tokens or not (own or others):
             return True
         most = self._most(self._prompts + prompt, self._expected + output, own + 1, others, output)
         return most <= self.pool_tokens

@@ -76,6 +76,13 @@ def test_what_others_sent_there_is_seen_and_taken_to_grow_as_ones_own() -> None:
     assert kv.share(1, 3) > 3 * alone
 
 
+def test_a_pool_that_others_have_filled_is_full() -> None:
+    kv = room(blocks=100, held=90)
+    assert kv.fits(200, 0, 0, 0), "leases alone keep nobody away"
+    assert not kv.fits(200, 0, 0, 3)
+    assert kv.fits(100, 10, 0, 3)
+
+
 def test_what_is_leased_and_shared_counts_as_held() -> None:
     kv = room(blocks=100, held=50)
     assert kv.share(0, 0) == 0.5
