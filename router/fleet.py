@@ -23,6 +23,7 @@ _HOP_RATE = 0.1
 _BURST_RATE = 0.05
 _WINDOW_STEPS = 2  # of prompts are given to a worker in advance, so that it never waits for more; the rest waits in the router
 FOLLOWED_TOKENS = 256  # fewer are not worth the messages
+_LAST = 1e6  # times its load counts that of a full worker
 _NEAR = 1.05  # loads that differ less are the same ...
 _NEAR_MS = 0.5  # ... and so are these
 
@@ -250,13 +251,18 @@ class WorkerView:
         self.hop_ms += _HOP_RATE * (max(ms, 0.0) - self.hop_ms)
 
     def weigh(self) -> float:
-        """Sets and returns `load_ms`: time until new work gets its turn, or what a step takes where streams run."""
+        """Sets and returns `load_ms`: time until new work gets its turn, or what a step takes where streams run.
+
+        Who can't have another stream comes after all who can, though its steps may be shorter, with streams that are young.
+        """
         tokens = self.prefill_tokens + self.foreign_tokens
         backlog = self.model.step_ms(tokens, 0, 0, 0) if tokens else 0.0
         if self.role is Role.PREFILL:
             self.load_ms = backlog
         else:
             self.load_ms = self.model.step_ms(0, 0, self.requests + self.foreign_requests, self.context_tokens) + backlog
+            if self.requests >= self.max_batch or not self.kv.fits_another(self.requests, self.foreign_requests):
+                self.load_ms *= _LAST
         return self.load_ms
 
 

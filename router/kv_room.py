@@ -58,6 +58,10 @@ class KvRoom:
         most = self._most(self._prompts + prompt, self._expected + output, own + 1, others, output)
         return most <= self.pool_tokens
 
+    def fits_another(self, own: int, others: int) -> bool:
+        """Whether it will hold one more of those that were sent there from here, as they are on average."""
+        return not own or self.fits(self._prompts // own, self._expected // own, own, others)
+
     def share(self, own: int, others: int) -> float:
         """Of the pool, that those there will hold together."""
         if not self.pool_tokens:

@@ -369,3 +369,22 @@ def test_a_worker_whose_steps_are_often_late_is_full_sooner() -> None:
     assert worker.fill(7.0) == pytest.approx(4 / 4)
     worker.foreign_requests = 2
     assert worker.fill(7.0) == pytest.approx(6 / 4)
+
+
+def test_who_has_no_room_for_another_stream_comes_last_however_short_its_steps_are() -> None:
+    """Streams that are young have short steps, and their whole answers to come."""
+    fleet = Fleet()
+    young, old = (
+        put(fleet, name, Role.DECODE, total_blocks=120, coefficients=(2.0, 0.1, 0.0, 1.0, 0.01)) for name in ("y", "o")
+    )
+    for _ in range(4):
+        fleet.charge(young.id, 0, 10, kv_tokens=10, output_tokens=400)
+    load = WorkerLoad(total_blocks=120, held_blocks=48, running_requests=3, output_tokens=700)
+    for _ in range(3):
+        fleet.charge(old.id, 0, 250, kv_tokens=10, output_tokens=400)
+    fleet.hear(heartbeat("o", total_blocks=120, load=load), 1.0)
+    assert old.model.step_ms(0, 0, 3, old.context_tokens) > young.model.step_ms(0, 0, 4, young.context_tokens)
+    assert not young.has_kv_for(10, 400)
+    assert old.has_kv_for(10, 400)
+    assert [worker.id for worker in fleet.ranked[Role.DECODE]] == ["o", "y"]
+    assert [worker.id for worker in fleet.ranked[Role.DECODE].few(1, lambda worker: True, Random(0))] == ["o"]

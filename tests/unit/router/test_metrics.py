@@ -8,11 +8,11 @@ import msgspec
 import pytest
 
 from python_backends.core.types import Role, StoreCounts, WorkerLoad
-from router.fleet import WorkerView
+from router.fleet import Fleet, WorkerView
 from router.metrics import FAMILIES, Change, Kind, Meter, exported_names
 from router.seams import Snapshot
 from router.types import Outcome, Way
-from tests.unit.router.fleet_views import heartbeat
+from tests.unit.router.fleet_views import heartbeat, put
 from tests.unit.router.journals import entry, remote_record
 
 
@@ -170,6 +170,21 @@ def test_a_worker_that_is_gone_holds_nothing() -> None:
     gone.up = False
     _refresh(meter, Snapshot({}, 0, 0, 0, 0, [gone]))
     assert port.values[held] == port.values['baton_leases{worker="decode",role="decode"}'] == 0
+
+
+def test_how_full_a_worker_is_is_told_of_those_that_have_streams() -> None:
+    meter, port = _metered()
+    fleet = Fleet()
+    decode, _ = put(fleet, "decode", Role.DECODE, streams=4), put(fleet, "prefill", Role.PREFILL)
+    full = 'baton_worker_fill_ratio{worker="decode",role="decode"}'
+    _refresh(meter, Snapshot({}, 0, 0, 0, 0, list(fleet)))
+    assert port.values[full] == 0.5, "of a batch of eight"
+    _refresh(meter, Snapshot({}, 0, 0, 0, 0, list(fleet), longest_step_ms=7.0))
+    assert port.values[full] == 0.8, "of five streams whose step takes so long"
+    assert not [key for key in port.values if key.startswith("baton_worker_fill_ratio") and "prefill" in key]
+    decode.up = False
+    _refresh(meter, Snapshot({}, 0, 0, 0, 0, list(fleet)))
+    assert port.values[full] == 0.0
 
 
 def test_names_have_units_and_nobody_is_there_twice() -> None:

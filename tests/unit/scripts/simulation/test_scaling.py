@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from random import Random
 
+import msgspec
 import pytest
 
 from python_backends.core.config import EngineConfig, RouterConfig, SloConfig
@@ -32,10 +33,17 @@ def spec(name: str, *metrics: Metric, down_s: float = 60.0, most: int = 20) -> S
 SPECS = {"prefill": spec("prefill", BUSY), "decode": spec("decode", FULL)}
 
 
-def run(workload: Workload, begin: Mapping[str, int], specs: Mapping[str, Spec] | None = None) -> tuple[Result, Simulation]:
+def run(
+    workload: Workload,
+    begin: Mapping[str, int],
+    specs: Mapping[str, Spec] | None = None,
+    rates: Rates = GPU,
+    ttft_ms: float = 0.0,
+) -> tuple[Result, Simulation]:
     scaling = Scaling(specs or SPECS, begin, start_s=40.0, metrics_age_s=15.0)
-    router = RouterConfig(mode="always-remote", max_requests=10**6, max_queued_tokens=10**9, slo=SloConfig())
-    setting = Scenario("scaled", {}, dict.fromkeys((Role.PREFILL, Role.DECODE), GPU), router, ENGINE, scaling=scaling)
+    slo = SloConfig(ttft_ms=ttft_ms)
+    router = RouterConfig(mode="always-remote", max_requests=10**6, max_queued_tokens=10**9, slo=slo)
+    setting = Scenario("scaled", {}, dict.fromkeys((Role.PREFILL, Role.DECODE), rates), router, ENGINE, scaling=scaling)
     loop = VirtualLoop()
     try:
         simulation = Simulation(setting, workload, VirtualClock(loop))
@@ -79,6 +87,19 @@ def test_a_pod_takes_its_time_to_start_and_to_be_seen_to_be_needed() -> None:
     result, _ = run(workload, {"prefill": 1, "decode": 1})
     assert result.timeline[0].pods["decode"] == 2
     assert ready(result, Role.DECODE)[:2] == [1, 2]
+
+
+def test_a_fleet_whose_pools_are_full_grows_although_nothing_waits() -> None:
+    """With a target for the first token the door refuses what would wait. Answers of 20,000 tokens, of which nine are in a
+    pool at a time; nobody waits, no batch is full and no pool is ever held for more than two thirds."""
+    small = msgspec.structs.replace(GPU, pool_tokens=100_000)
+    workload = Workload("long", [Arrival(4.0 * number, 100, 20_000) for number in range(900)], 256)
+    result, _ = run(workload, {"prefill": 1, "decode": 4}, SPECS | {"decode": spec("decode", FULL, most=99)}, small, 8000.0)
+    need = needs(workload, dict.fromkeys((Role.PREFILL, Role.DECODE), small), SloConfig(), ENGINE, 60.0)[Role.DECODE]
+    assert max(ready(result, Role.DECODE)) > 0.9 * max(need) > 20
+    half, end = result.timeline[30], result.timeline[59]
+    assert half.refused > 100, "at first there are too few"
+    assert end.refused - half.refused < 0.02 * (end.arrived - half.arrived)
 
 
 def test_in_overload_queues_are_in_the_router_and_a_rule_on_them_sees_it_when_one_on_workers_does_not() -> None:

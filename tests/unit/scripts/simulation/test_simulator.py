@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from random import Random
+from typing import Any
 
 import msgspec
 import pytest
 
 from python_backends.core.config import EngineConfig, RouterConfig, SloConfig, TransferConfig
-from python_backends.core.types import BlockHash, Role
+from python_backends.core.types import BlockHash, FinishReason, Role
 from scripts.simulation.clock import VirtualClock, VirtualLoop
 from scripts.simulation.hardware import Rates
 from scripts.simulation.simulator import Result, Scenario, Simulation, simulate
@@ -260,6 +261,24 @@ def test_conversations_come_back_to_who_has_them() -> None:
     shared = sum(len(arrival.hashes) for arrival in requests.arrivals) - len({b for a in requests.arrivals for b in a.hashes})
     available = shared * requests.block_size / sum(arrival.input_length for arrival in requests.arrivals)
     assert result.reused_tokens / result.input_tokens > 0.7 * available
+
+
+def test_of_long_answers_the_router_hears_before_they_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or it would take all to be short as long as none has ended."""
+    told: list[bool] = []
+    say = SimulatedWorker._say_tokens
+
+    def count(worker: SimulatedWorker, sequence: Any, finish: FinishReason | None) -> None:
+        told.append(finish is not None)
+        say(worker, sequence, finish)
+
+    monkeypatch.setattr(SimulatedWorker, "_say_tokens", count)
+    result, simulation = run(scenario({P: 1, D: 1}), load(*((0.1 * number, 100, 20_000) for number in range(4))))
+    assert result.completed == 4
+    assert result.output_tokens == 4 * 20_000
+    assert 4 * 5 < len(told) < 4 * 25
+    assert sum(told) == 4
+    assert simulation.house.output_tokens.value == pytest.approx(20_000 * 4 / 5, rel=0.1)  # and a first guess
 
 
 def test_a_thousand_workers_are_no_trouble() -> None:
