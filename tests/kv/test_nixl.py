@@ -36,6 +36,7 @@ from tests.kv.test_transports import (
     make_pool,
     nixl,
     outcome,
+    require_nixl,
     soon,
     start_owner,
     stop,
@@ -337,6 +338,7 @@ rig.close()
 
 def test_a_process_that_used_it_ends_in_order() -> None:
     """libibverbs, where it is installed without a device, makes processes end with a crash."""
+    require_nixl()
     ended = subprocess.run([sys.executable, "-c", PROCESS], timeout=60, capture_output=True)
     assert ended.returncode == 0, ended.stderr.decode()
     assert ended.stdout == b"", "NIXL talks on standard output"

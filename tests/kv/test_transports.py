@@ -133,13 +133,17 @@ def tcp(streams: int = 2, tls: TlsContexts | None = None, codec: str = "auto", r
     return TcpTransport(server, KEY, tls, streams, codec, rounding)
 
 
-def nixl(**settings: str) -> NixlTransport:
-    """`settings`: of UCX."""
+def require_nixl() -> None:
     if not is_installed():
         reason = "nixl is not installed; run .venv/bin/pip install --no-deps -r requirements-nixl.txt"
         if os.environ.get("CI"):
             pytest.fail(reason)
         pytest.skip(reason)
+
+
+def nixl(**settings: str) -> NixlTransport:
+    """`settings`: of UCX."""
+    require_nixl()
     importlib.import_module("nixl._api")  # loads torch: seconds that are no part of a transfer
     return NixlTransport(TransferServer("127.0.0.1", (), KEY, None, timeout_s=5.0), KEY, None, settings)
 
