@@ -214,7 +214,7 @@ class WorkerView:
         requests = self.requests + self.foreign_requests
         full = max(requests / self.max_batch, self.kv_share())
         longest, least = self.longest_step_ms(longest_ms), self.model.step_ms(0, 0, 0, 0)
-        if requests and longest > self.model.step_ms(0, 0, 1, self.context_tokens / requests):
+        if requests and longest > max(least, self.model.step_ms(0, 0, 1, self.context_tokens / requests)):
             full = max(full, (self.model.step_ms(0, 0, requests, self.context_tokens) - least) / (longest - least))
         return full
 
@@ -465,6 +465,11 @@ class Fleet:
     def is_up(self, worker: WorkerId) -> bool:
         known = self._workers.get(worker)
         return known is not None and known.up
+
+    def is_given_work(self, worker: WorkerId) -> bool:
+        """Whether work that was meant for it still goes there. A worker that drains finishes what it has been promised."""
+        known = self._workers.get(worker)
+        return known is not None and known.up and not known.resting
 
     def is_current(self, worker: WorkerId, epoch: Epoch) -> bool:
         """Whether a message of this life of the worker still counts."""

@@ -55,12 +55,17 @@ class KvRoom:
         """Whether the pool will hold one more, as far as its size is known. A request always fits where there is no other."""
         if not self.pool_tokens or not (own or others):
             return True
+        if not own:  # of how far those of others have yet to grow nothing is known here
+            return self._others + prompt + output <= self.pool_tokens
         most = self._most(self._prompts + prompt, self._expected + output, own + 1, others, output)
         return most <= self.pool_tokens
 
     def fits_another(self, own: int, others: int) -> bool:
-        """Whether it will hold one more of those that were sent there from here, as they are on average."""
-        return not own or self.fits(self._prompts // own, self._expected // own, own, others)
+        """Whether it will hold one more of those that are there, as these are on average."""
+        if own:
+            return self.fits(self._prompts // own, self._expected // own, own, others)
+        held = self._others // max(others, 1)  # half through, as they are on average
+        return self.fits(held, self._made // max(others, 1), 0, others)
 
     def share(self, own: int, others: int) -> float:
         """Of the pool, that those there will hold together."""

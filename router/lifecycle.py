@@ -63,7 +63,7 @@ HOLDS: dict[State, frozenset[Held]] = {
 
 LIVE = (State.QUEUED, State.ROUTED, State.PREFILLING, State.HANDING_OFF, State.DECODING)
 """States of a request that has not ended."""
-_AT_WORKER = (State.PREFILLING, State.HANDING_OFF, State.DECODING)
+_WITH_WORKER = (State.ROUTED, State.PREFILLING, State.HANDING_OFF, State.DECODING)
 
 TRANSITIONS: dict[tuple[State, Event], State] = {
     (State.QUEUED, Event.ROUTE): State.ROUTED,
@@ -76,7 +76,7 @@ TRANSITIONS: dict[tuple[State, Event], State] = {
     (State.DECODING, Event.TOKENS): State.DECODING,
     (State.DECODING, Event.FINISH): State.DONE,
     (State.DECODING, Event.STOP): State.DONE,
-    **{(state, Event.WORKER_LOST): State.QUEUED for state in _AT_WORKER},
+    **{(state, Event.WORKER_LOST): State.QUEUED for state in _WITH_WORKER},
     **{(state, Event.FAIL): State.FAILED for state in LIVE},
     **{(state, Event.CANCEL): State.CANCELLED for state in LIVE},
 }

@@ -35,7 +35,16 @@ from python_backends.core.messages import (
     RequestFailed,
     TokenChunk,
 )
-from python_backends.core.types import FinishReason, GenerateRequest, KVReport, LeaseEnd, RequestId, SamplingParams, WorkerId
+from python_backends.core.types import (
+    Epoch,
+    FinishReason,
+    GenerateRequest,
+    KVReport,
+    LeaseEnd,
+    RequestId,
+    SamplingParams,
+    WorkerId,
+)
 from router.account import Account
 from router.admission import Forecast, Place
 from router.fleet import Charge
@@ -72,7 +81,8 @@ class Run:
         self._wish = house.wish_of(request)
         self._life = Lifecycle()
         self._attempts = 0
-        self._avoid: set[WorkerId] = set()
+        self._lives: dict[WorkerId, Epoch] = {}  # to which work was sent
+        self._failed: dict[WorkerId, Epoch] = {}  # of these, which failed: another life of the worker may do better
         self._budget = RetryBudget(house.quarantine)
         self._worker_died = False  # in this attempt
         self._prompt_ids: list[int] = []
@@ -150,7 +160,7 @@ class Run:
     async def _pause_if_nobody_else(self) -> None:
         """If there is only the worker that failed just now: one that is being loaded or restarted needs a moment."""
         choice = self._choose()
-        if choice is not None and not self._avoid.isdisjoint({choice.decision.prefill, choice.decision.decode}):
+        if choice is not None and not self._avoid().isdisjoint({choice.decision.prefill, choice.decision.decode}):
             await asyncio.sleep(_RETRY_PAUSE_S * 2 ** min(self._attempts, _DOUBLINGS))
 
     async def _look_in_stores(self) -> Mapping[WorkerId, int]:
@@ -204,9 +214,15 @@ class Run:
 
     def _choose(self) -> Choice | None:
         """Where to go now. Raises InvalidRequest when the prompt is too long for all."""
-        choice = self._house.choose(self._prompt, self._wish, self.slo, self._sampling.max_tokens, self._avoid, self._stored)
+        left = self._sampling.max_tokens - len(self._output_ids)
+        choice = self._house.choose(self._prompt, self._wish, self.slo, left, self._avoid(), self._stored)
         self._forecast = Forecast(choice.decision.ttft_ms, choice.alone_ms) if choice else None
         return choice
+
+    def _avoid(self) -> set[WorkerId]:
+        """Workers that failed this request in the life that they are in."""
+        fleet = self._house.fleet
+        return {worker for worker, epoch in self._failed.items() if fleet.is_current(worker, epoch)} if self._failed else set()
 
     # --- at the workers ---
 
@@ -220,6 +236,7 @@ class Run:
 
     async def prefill(self, worker: WorkerId, loan: bytes | None = None) -> bytes | None:
         """Have the prompt computed, send the first token to the client. Returns the ticket for the KV."""
+        self._check_given(worker)
         request = self._generate_request("p")
         with self._following(worker) as following, self._house.mailroom.box(request.request_id, worker) as box:
             self._prefill_leg = (worker, request.request_id)
@@ -257,8 +274,7 @@ class Run:
 
     async def decode(self, worker: WorkerId, ticket: bytes | None) -> None:
         """Hand over, if there is a ticket, and relay tokens to the client until the last one."""
-        if not self._house.fleet.is_up(worker):  # since the route was chosen; nobody would tell the box
-            raise WorkerLost(f"worker {worker} was lost before its turn")
+        self._check_given(worker)
         request = self._generate_request("d")
         with self._house.mailroom.box(request.request_id, worker) as box:
             self._decode_leg = (worker, request.request_id)
@@ -361,8 +377,16 @@ class Run:
 
     # --- workers ---
 
+    def _check_given(self, worker: WorkerId) -> None:
+        """Raises WorkerLost when it was lost, or put to rest, since the route was chosen: nobody would tell the box."""
+        if not self._house.fleet.is_given_work(worker):
+            raise WorkerLost(f"worker {worker} was lost before its turn")
+
     def _submit(self, worker: WorkerId, work: PrefillWork | DecodeWork) -> None:
         assert self._decision is not None
+        view = self._house.fleet.get(worker)
+        assert view is not None
+        self._lives[worker] = view.epoch
         computes = isinstance(work, PrefillWork) or work.ticket is None
         self._lessons.submitted(worker, self._decision.prefill_tokens if computes else 0)
         self._house.calls.submit(worker, work)
@@ -384,7 +408,7 @@ class Run:
         output = await box.get()
         if not isinstance(output, RequestFailed):
             return output
-        self._avoid.add(box.worker)
+        self._failed[box.worker] = self._lives[box.worker]
         if box.not_taken and not box.worker_died:
             await asyncio.sleep(_DEATH_TOLD_S)
         self._worker_died = box.worker_died

@@ -198,3 +198,14 @@ def test_idle_workers_get_fewer_canaries() -> None:
         assert len(counts.canaries) - before <= len(house.workers) * (watched_s / 0.15 + 1)
         each = Counter(pair[:2] for pair in counts.pairs[pairs:])
         assert max(each.values(), default=0) <= watched_s / 0.8 + 1
+
+
+def test_a_worker_that_rests_is_not_given_what_was_meant_for_it_before() -> None:
+    """It is put to rest while another one computes the prompt: its canaries would not be the only ones to get no answer."""
+    with FlowHouse(_deployment()) as house:
+        answers = _asked(house, 6)
+        assert eventually(lambda: any(answer.state is State.PREFILLING for answer in answers), 5)
+        house.on_loop(lambda: house.service.house.rest(WorkerId("decode_0"), "the test says so"))
+        _assert_whole(answers)
+        house.on_loop(lambda: house.service.house.fleet.resume(WorkerId("decode_0")))
+        assert eventually(lambda: not house.held(0.0), 3), house.held(0.0)

@@ -278,7 +278,7 @@ def test_entries_that_lead_to_something_else_are_passed_over(join: Join, pool: P
     first = join()
     reader, writer = os.pipe()
     other = os.memfd_create(NODE_MEMORY, os.MFD_CLOEXEC)
-    for name in (f"{os.getpid()}.{reader}", f"{os.getpid()}.{other}", "999999999.3", "0.0", "x", "1.2.3"):
+    for name in (f"{os.getpid()}.{reader}", f"{os.getpid()}.{other}", "999999999.3", "0.0", "x", f"{os.getpid()}.2.3"):
         (first.place / name).symlink_to("/nowhere")
     put(first, pool, hashes(3))
     assert read_all(join(), pool, hashes(3)) == 3

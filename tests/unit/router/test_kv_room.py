@@ -80,7 +80,9 @@ def test_a_pool_that_others_have_filled_is_full() -> None:
     kv = room(blocks=100, held=90)
     assert kv.fits(200, 0, 0, 0), "leases alone keep nobody away"
     assert not kv.fits(200, 0, 0, 3)
-    assert kv.fits(100, 10, 0, 3)
+    assert kv.fits(100, 60, 0, 3)
+    assert not kv.fits_another(0, 3), "of 480 tokens, as those are"
+    assert room(blocks=100, held=60).fits_another(0, 3)
 
 
 def test_what_is_leased_and_shared_counts_as_held() -> None:

@@ -59,7 +59,7 @@ def test_cancel_and_fail_end_every_live_state_with_all_given_back(state: State, 
     assert not life.live
 
 
-@pytest.mark.parametrize("state", [State.PREFILLING, State.HANDING_OFF, State.DECODING])
+@pytest.mark.parametrize("state", [State.ROUTED, State.PREFILLING, State.HANDING_OFF, State.DECODING])
 def test_a_lost_worker_leads_back_to_the_queue_with_only_the_place(state: State) -> None:
     life = in_state(state)
     assert life.on(Event.WORKER_LOST) == HOLDS[state] - {Held.ADMISSION}
