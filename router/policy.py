@@ -215,6 +215,8 @@ def _options(query: Query, fleet: Fleet, random: Random) -> list[_Option]:
     if query.wish is Wish.REMOTE and options:
         return options
     options += [_alone(query, decoder, Way.LOCAL) for decoder in decoders]
+    if query.wish is Wish.AUTO and query.avoid:  # rather than fail again on the prefill worker that did, compute it elsewhere
+        options = [option for option in options if option.prefill is None or option.prefill.id not in query.avoid]
     if query.wish is Wish.AUTO:
         others = [worker for worker in aggregated if worker.id not in fleet.standby]
         options += [_alone(query, _Decoder(query, worker), Way.AGGREGATED) for worker in others]

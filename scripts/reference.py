@@ -142,7 +142,7 @@ _TRACE_EXAMPLE = """\
 $ scripts/trace chatcmpl-e2f513a8
 e53fa800a07ec86e.1  ok  51 prompt tokens, 20 produced, 352 ms
 trace  0af7651916cd43dd8448eb211c80319c
-why    51 of 51 tokens are uncached at decode (0 requests); prefill computes 51 after 0 ahead
+why    first token in 71 ms on prefill (0 of 51 tokens cached, 0 ahead), then 21.4 ms per token on decode; local 96 ms
 request            ████████████████████████████████████     363 ms
   front end        █                                       11.0 ms
     tokenize        ▏                                       0.6 ms

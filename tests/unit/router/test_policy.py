@@ -292,6 +292,14 @@ def test_workers_that_failed_the_request_are_avoided_if_there_are_others(fleet: 
     assert decision.decode in ("d0", "d1")
 
 
+def test_the_only_prefill_worker_is_not_asked_again_when_it_failed_the_request(fleet: Fleet) -> None:
+    put(fleet, "p", P), put(fleet, "d", D, streams=7, coefficients=SLOW_PREFILL)
+    assert chosen(query(), fleet).way is Way.REMOTE
+    assert chosen(query(avoid=["p"]), fleet).way is Way.LOCAL
+    assert chosen(query(avoid=["p", "d"]), fleet).way is Way.LOCAL
+    assert chosen(query(wish=Wish.REMOTE, avoid=["p"]), fleet).way is Way.REMOTE, "as asked"
+
+
 def test_a_prefill_worker_of_another_model_is_not_asked(fleet: Fleet) -> None:
     put(fleet, "p0", P, fingerprint="other"), put(fleet, "d", D, streams=7, coefficients=SLOW_PREFILL)
     assert chosen(query(), fleet).way is Way.LOCAL
