@@ -83,7 +83,7 @@ class Room(Enum):
     AGGREGATED = "aggregated"  # an aggregated worker that does
 
 
-_TOGETHER = (Room.BOTH, Room.AGGREGATED)
+_TOGETHER = (Room.BOTH, Room.AGGREGATED)  # of the worker that computes the prompt and has the stream
 
 
 class Choice(msgspec.Struct, frozen=True):
@@ -215,9 +215,9 @@ def _options(query: Query, fleet: Fleet, random: Random) -> list[_Option]:
     if query.wish is Wish.REMOTE and options:
         return options
     options += [_alone(query, decoder, Way.LOCAL) for decoder in decoders]
-    if query.wish is Wish.AUTO and query.avoid:  # rather than fail again on the prefill worker that did, compute it elsewhere
-        options = [option for option in options if option.prefill is None or option.prefill.id not in query.avoid]
     if query.wish is Wish.AUTO:
+        if query.avoid:  # rather than fail again on the only prefill worker, compute it elsewhere
+            options = [option for option in options if option.prefill is None or option.prefill.id not in query.avoid]
         others = [worker for worker in aggregated if worker.id not in fleet.standby]
         options += [_alone(query, _Decoder(query, worker), Way.AGGREGATED) for worker in others]
     return options

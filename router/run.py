@@ -97,7 +97,7 @@ class Run:
         self._forecast: Forecast | None = None
         self._stored: Mapping[WorkerId, int] = {}  # see House.look_in_stores
         self._lacks: Room | None = None  # when it was last decided
-        self.lacks_stream = False
+        self.lacks_stream = False  # what it lacked then was a place for its stream
         self.deadline = arrival + (request.timeout_s or house.config.default_deadline_s)
         self.interruption: BatonError = Cancelled("the request was cancelled")
         # held, and given back when the lifecycle says so
@@ -380,7 +380,7 @@ class Run:
     def _check_given(self, worker: WorkerId) -> None:
         """Raises WorkerLost when it was lost, or put to rest, since the route was chosen: nobody would tell the box."""
         if not self._house.fleet.is_given_work(worker):
-            raise WorkerLost(f"worker {worker} was lost before its turn")
+            raise WorkerLost(f"worker {worker} was lost, or put to rest, before its turn")
 
     def _submit(self, worker: WorkerId, work: PrefillWork | DecodeWork) -> None:
         assert self._decision is not None

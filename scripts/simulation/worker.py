@@ -117,7 +117,6 @@ class SimulatedWorker:
         self._layout = KVLayout(1, 1, max(rates.token_bytes // 8, 1), block_size, "float32")  # any of this size
         self._allowance = StepAllowance(itl_ms) if itl_ms else None
         num_blocks = max(rates.pool_tokens // block_size, 2)
-        self.total_blocks = num_blocks
         self._pool = BlockPool(num_blocks, np.zeros(num_blocks, np.uint64))
         self._epoch = Epoch(1)
         self._events = 0
@@ -160,13 +159,8 @@ class SimulatedWorker:
         house.hear_events(BlockEvents(self.id, self._epoch, 0, [], [], reset=True))
 
     @property
-    def requests(self) -> int:
-        """Waiting and running."""
-        return len(self._waiting) + self._fetching + len(self._prompts) + self._streams
-
-    @property
     def held_blocks(self) -> int:
-        """Of `total_blocks`, with those that streams have grown into."""
+        """With those that streams have grown into."""
         return self._pool.held_blocks + max(self._grown, 0) // self._size
 
     def load(self) -> WorkerLoad:
