@@ -43,6 +43,7 @@ class Drains:
         self._supervisor = supervisor
         self._control = control
         self._role_changes = asyncio.Lock()  # two at once might each count on the other's worker to decode
+        self._reloading: set[WorkerId] = set()
 
     async def drain(self, worker: WorkerId, grace_s: float) -> None:
         """Return when the worker does nothing any more. Where nobody else can do its work, nothing is waited for."""
@@ -116,12 +117,21 @@ class Drains:
         destination = self._house.destination(worker)
         if self._control is None or destination is None:
             raise Unavailable("nothing here can restart models: see ModelControl")
-        epoch = destination.epoch
-        with self._control.marked(destination):
+        if worker in self._reloading:  # the mark and the model are one restart's
+            raise Unavailable(f"worker {worker} is being restarted already; try again when it is back")
+        self._reloading.add(worker)
+        try:
+            await self._reload_alone(destination, self._control, grace_s, role)
+        finally:
+            self._reloading.discard(worker)
+
+    async def _reload_alone(self, destination: Destination, control: ModelControl, grace_s: float, role: Role | None) -> None:
+        worker, epoch = destination.worker, destination.epoch
+        with control.marked(destination):
             await self.drain(worker, grace_s)
             self._supervisor.left(worker, epoch)
             try:
-                await asyncio.get_running_loop().run_in_executor(None, self._control.restart, destination, role)
+                await asyncio.get_running_loop().run_in_executor(None, control.restart, destination, role)
             except BatonError:
                 self._supervisor.bring_back(destination)
                 raise

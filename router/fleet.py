@@ -102,7 +102,7 @@ class WorkerView:
 
     def takes_stream(self, prompt_tokens: int = 1, output_tokens: int = 0) -> bool:
         """prompt_tokens: that are not in the pool. output_tokens: expected."""
-        return self.requests < self.max_batch and self.has_kv_for(prompt_tokens, output_tokens)
+        return self.requests + self.foreign_requests < self.max_batch and self.has_kv_for(prompt_tokens, output_tokens)
 
     def beat(self, heartbeat: Heartbeat, now: float) -> None:
         """What is there and not from here, other routers have sent; or it came back from another worker."""
@@ -260,8 +260,9 @@ class WorkerView:
         if self.role is Role.PREFILL:
             self.load_ms = backlog
         else:
-            self.load_ms = self.model.step_ms(0, 0, self.requests + self.foreign_requests, self.context_tokens) + backlog
-            if self.requests >= self.max_batch or not self.kv.fits_another(self.requests, self.foreign_requests):
+            requests = self.requests + self.foreign_requests
+            self.load_ms = self.model.step_ms(0, 0, requests, self.context_tokens) + backlog
+            if requests >= self.max_batch or not self.kv.fits_another(self.requests, self.foreign_requests):
                 self.load_ms *= _LAST
         return self.load_ms
 

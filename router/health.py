@@ -25,7 +25,7 @@ from python_backends.core.config import Deployment
 from python_backends.core.place import place_of
 from python_backends.core.types import Epoch, Role, WorkerId
 from router.canary import MOVED, Canary
-from router.fleet import WorkerView
+from router.fleet import Fleet, WorkerView
 from router.house import House
 
 log = logging.getLogger(__name__)
@@ -198,11 +198,12 @@ class Health:
         turn, times, fleet = 0, 1.0, self._house.fleet
         while True:
             await self._pause(times, lambda: all(_is_idle(view) for view in fleet.up()))
-            pairs = self._pairs()
-            if not pairs:
+            turn += 1
+            pair, count = _pair(fleet, turn)
+            if pair is None:
                 continue
-            turn, times = turn + 1, max(_IDLE_PAIRS / len(pairs), 1.0)
-            prefill, decode = pairs[turn % len(pairs)]
+            times = max(_IDLE_PAIRS / count, 1.0)
+            prefill, decode = pair
             verdict = await self._canary.hand_over(prefill, decode, self._handoff_s)
             if not (self._is_as_before(prefill) and self._is_as_before(decode)):
                 continue
@@ -210,17 +211,24 @@ class Health:
             if verdict not in MOVED:
                 log.warning("a canary's KV did not get from %s to %s: %s", prefill.id, decode.id, verdict)
 
-    def _pairs(self) -> list[tuple[WorkerView, WorkerView]]:
-        able = [view for view in self._house.fleet.available() if not view.heartbeat.warm_up]
-        return [
-            (prefill, decode)
-            for prefill in able
-            for decode in able
-            if prefill.role is Role.PREFILL and decode.role is Role.DECODE and prefill.exchanges_with(decode)
-        ]
-
     def _is_as_before(self, view: WorkerView) -> bool:
         return self._house.fleet.is_current(view.id, view.epoch) and not view.resting
+
+
+def _pair(fleet: Fleet, turn: int) -> tuple[tuple[WorkerView, WorkerView] | None, int]:
+    """The pair whose turn it is, and how many there are if all prefill workers have as many partners.
+
+    Only one worker's partners are listed: of a large fleet all pairs would be millions.
+    """
+    able = [view for view in fleet.available() if not view.heartbeat.warm_up]
+    prefills = [view for view in able if view.role is Role.PREFILL]
+    decodes = [view for view in able if view.role is Role.DECODE]
+    for offset in range(len(prefills)):
+        prefill = prefills[(turn + offset) % len(prefills)]
+        partners = [decode for decode in decodes if prefill.exchanges_with(decode)]
+        if partners:
+            return (prefill, partners[turn // len(prefills) % len(partners)]), len(prefills) * len(partners)
+    return None, 0
 
 
 def _is_idle(view: WorkerView | None) -> bool:

@@ -55,6 +55,7 @@ _LONG_PROMPT_BYTES = 4_000  # from here on a prompt is tokenised off the event l
 _HITS = 2  # workers of each role that have most of a prompt and are looked at
 _OUTPUT_RATE = 0.02  # how fast the expected length of outputs learns
 _CAPACITY_AGE_S = 1.0
+_GONE_REMEMBERED = 256  # workers that have left, and may still compute for requests of this router
 
 _WISHES = {
     "adaptive": Wish.AUTO,
@@ -362,6 +363,9 @@ class House:
         self.index.leave(worker)
         if not self._orphans.get(worker):  # else it may come back, and still compute
             self._orphans.pop(worker, None)
+        gone = [other for other in self._orphans if self.fleet.get(other) is None]
+        for other in gone[:-_GONE_REMEMBERED]:
+            del self._orphans[other]
 
 
 def _remark(worker: WorkerView) -> str:

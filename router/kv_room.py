@@ -57,8 +57,11 @@ class KvRoom:
             return True
         if not own:  # of how far those of others have yet to grow nothing is known here
             return self._others + prompt + output <= self.pool_tokens
-        most = self._most(self._prompts + prompt, self._expected + output, own + 1, others, output)
-        return most <= self.pool_tokens
+        prompts, expected = self._prompts + prompt, self._expected + output
+        whole = expected * (own + 1 + others) // (own + 1) + 1
+        if prompts + self._others + max(whole, self._made + output) <= self.pool_tokens:
+            return True  # if nobody left before the end. It is so nearly everywhere, and asked several times per decision
+        return self._most(prompts, expected, own + 1, others, output) <= self.pool_tokens
 
     def fits_another(self, own: int, others: int) -> bool:
         """Whether it will hold one more of those that are there, as these are on average."""

@@ -49,9 +49,20 @@ _SHARE_OF_ITL = 0.8  # predictions are off by some, and a stream has its token a
 _LEAST_SHARE = 16
 _OUTLIER = 3.0  # a step so many times longer than expected counts as so long: the machine did something else meanwhile
 
+LINEAR = (1.0,) * (2 * _FACTORS)
+"""Factors of steps whose times are linear."""
+
 
 class Steps(Protocol):
     """Whatever knows how long steps take."""
+
+    @property
+    def coefficients(self) -> Sequence[float]:
+        """Of TERMS."""
+
+    @property
+    def factors(self) -> Sequence[float]:
+        """What the linear form is multiplied with, by size of step: see _size."""
 
     def step_ms(self, prefill_tokens: float, prefill_context: float, streams: float, context: float) -> float: ...
 
@@ -67,11 +78,15 @@ def tokens_within(model: Steps, ms: float, streams: int, context: float, depth: 
     context: of the streams together. depth: prompt tokens before those to be computed. At most `most`, which is a full
     step's; and at least a sixteenth of that however long it takes, or a prompt would never be done where streams are many.
     """
-    step_ms, least = model.step_ms, max(most // _LEAST_SHARE, 1)
-    alone = step_ms(0, 0, streams, context)
+    least, factors = max(most // _LEAST_SHARE, 1), model.factors
+    # Spelt out, since a decision of the router asks some ten times for several steps each: step_ms(tokens, tokens x (depth +
+    # tokens / 2), streams, context) is (fixed + tokens x (token + tokens x half)) x factor.
+    constant, token, pair, stream, deep = model.coefficients
+    fixed, token, half = constant + stream * streams + deep * context, token + pair * depth, pair / 2
+    alone = fixed * factors[streams.bit_length()]
     tokens = most
     while tokens > least:
-        taken = step_ms(tokens, tokens * (depth + tokens / 2), streams, context)
+        taken = (fixed + tokens * (token + tokens * half)) * factors[tokens.bit_length() - _FACTORS]
         if taken <= ms:
             return tokens
         # The time grows faster than the tokens, so what lies on the line between the two is early enough.
@@ -93,7 +108,7 @@ class StepModel:
         self.samples = self.prompt_samples = 0
         self.error = 0.0
         self._passed_over = 0
-        self._factors: list[float] = list(like._factors) if like else [1.0] * (2 * _FACTORS)  # as _size says
+        self.factors: list[float] = list(like.factors) if like else list(LINEAR)
         self._with_prompts = _Memory(_MEMORY)
         self._without = _Memory(_MEMORY)
         self._calibration = _Memory(math.inf)
@@ -108,8 +123,8 @@ class StepModel:
         constant, token, pair, stream, depth = self.coefficients
         ms = constant + token * prefill_tokens + pair * prefill_context + stream * streams + depth * context
         if prefill_tokens >= 1:  # as _size says, without the call: this is asked dozens of times per decision
-            return ms * self._factors[int(prefill_tokens).bit_length() - _FACTORS]
-        return ms * self._factors[int(streams).bit_length()]
+            return ms * self.factors[int(prefill_tokens).bit_length() - _FACTORS]
+        return ms * self.factors[int(streams).bit_length()]
 
     def learn(self, sample: StepSample) -> None:
         """Take in a step that has happened."""
@@ -134,7 +149,7 @@ class StepModel:
         if known:
             size = _size(*shape[::2])
             ratio = _bounded(ms / max(_linear(self.coefficients, shape), _LEAST_MS), 4.0)
-            self._factors[size] += _FACTOR_RATE * (ratio - self._factors[size])
+            self.factors[size] += _FACTOR_RATE * (ratio - self.factors[size])
 
     def _solve(self, sweeps: int) -> None:
         """Coordinate descent on sum of w (x . c - 1)^2 over the three memories, c >= 0, from the present solution."""

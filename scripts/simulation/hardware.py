@@ -6,7 +6,7 @@ datasheet engines reach; or as measured, from the coefficients that a router has
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -17,7 +17,7 @@ from msgspec import Meta
 from python_backends.core.errors import ConfigError
 from python_backends.core.messages import StepSample
 from python_backends.core.section import Section
-from python_backends.core.step_model import TERMS
+from python_backends.core.step_model import LINEAR, TERMS
 
 # prompt tokens, of which so many are cached; streams, of so many tokens each
 _CALIBRATION = ((64, 0, 0, 0), (0, 0, 1, 64), (0, 0, 8, 64), (1024, 0, 0, 0), (0, 0, 8, 512), (1024, 1024, 0, 0))
@@ -37,6 +37,10 @@ class Rates(msgspec.Struct, frozen=True):
     hop_ms: float  # from the router's submission to the worker's queue, and back
     noise: float = 0.0  # standard deviation of the logarithm of a step's time
     tokens_per_step: float = 1.0  # that a stream gets; more where it guesses ahead
+
+    @property
+    def factors(self) -> Sequence[float]:
+        return LINEAR
 
     def step_ms(self, prefill_tokens: float, prefill_context: float, streams: float, context: float) -> float:
         """Of one step; the arguments are StepSample's."""

@@ -206,6 +206,23 @@ def test_a_restart_that_does_not_work_is_told_and_tried_again(monkeypatch: pytes
         assert house.ask(prompt(50, 0), SAMPLING).ids == reference(prompt(50, 0), SAMPLING)
 
 
+def test_a_worker_that_is_being_restarted_is_not_restarted_by_somebody_else() -> None:
+    with FlowHouse(deployment(1, 1, router=ROUTER, engine=fake_engine(step_us=5000)), processes=True, restart=True) as house:
+        before = house.epoch("decode_0")
+        answer = house.begin(prompt(50, 0), SAMPLING)
+        drains = house.service.drains
+        first = asyncio.run_coroutine_threadsafe(drains.restart(WorkerId("decode_0"), 5.0), house.service._loop)
+        assert eventually(lambda: bool(drains._reloading), 5)
+        with pytest.raises(Unavailable, match="decode_0 is being restarted already; try again when it is back"):
+            _wait(house, drains.restart(WorkerId("decode_0"), 5.0))
+        first.result(TIMEOUT_S)
+        assert answer.wait().ids == reference(prompt(50, 0), SAMPLING)
+        once = house.epoch("decode_0")
+        assert once != before
+        _wait(house, drains.restart(WorkerId("decode_0"), 5.0))
+        assert house.epoch("decode_0") != once
+
+
 def _change_role(house: FlowHouse, worker: str, role: Role) -> None:
     _wait(house, house.service.drains.change_role(WorkerId(worker), role, 5.0))
 

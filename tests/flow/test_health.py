@@ -14,11 +14,13 @@ import pytest
 
 from python_backends.core.config import RouterConfig
 from python_backends.core.messages import Work
-from python_backends.core.types import SamplingParams, WorkerId
-from router.health import Breaker, Circuit
+from python_backends.core.types import Role, SamplingParams, WorkerId
+from router.fleet import Fleet
+from router.health import Breaker, Circuit, _pair
 from router.lifecycle import State
 from router.seams import Destination
 from tests.flow.house import Answer, FlowHouse, deployment, eventually, fake_engine, prompt, reference
+from tests.unit.router.fleet_views import put
 
 SAMPLING = SamplingParams(seed=3, max_tokens=40)
 ROUTER = RouterConfig(mode="always-remote", worker_wait_s=8)
@@ -138,6 +140,24 @@ def test_pairs_are_tried_and_told() -> None:
         assert {verdict for _, _, verdict in house.counts.pairs} == {"verified"}
         cached = sum(view.heartbeat.load.cached_blocks for view in house.service.house.fleet)
         assert cached == 0, "canaries leave nothing in prefix caches"
+
+
+def test_each_pair_that_exchanges_kv_has_its_turn() -> None:
+    fleet = Fleet()
+    assert _pair(fleet, 1) == (None, 0)
+    for prefill, fingerprint in (("p0", "a"), ("p1", "b"), ("p2", "a"), ("p3", "of nobody else")):
+        put(fleet, prefill, Role.PREFILL, fingerprint=fingerprint)
+    for decode, fingerprint in (("d0", "a"), ("d1", "a"), ("d2", "b")):
+        put(fleet, decode, Role.DECODE, fingerprint=fingerprint)
+    tried = [pair for turn in range(8) if (pair := _pair(fleet, turn)[0]) is not None]
+    assert len(tried) == 8
+    assert {(prefill.id, decode.id) for prefill, decode in tried} == {
+        ("p0", "d0"),
+        ("p0", "d1"),
+        ("p1", "d2"),
+        ("p2", "d0"),
+        ("p2", "d1"),
+    }
 
 
 def test_kv_that_does_not_move_is_told_and_takes_nobody_out() -> None:

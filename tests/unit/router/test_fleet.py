@@ -319,6 +319,20 @@ def test_how_much_a_worker_is_given_in_advance_is_its_own_affair() -> None:
     assert (large.takes_prompt(), large.takes_stream(1)) == (True, True)
 
 
+def test_places_of_a_batch_that_other_routers_have_taken_are_not_free() -> None:
+    fleet = Fleet()
+    fleet.hear(heartbeat("full", max_batch=4), now=1.0)
+    fleet.hear(heartbeat("free", max_batch=4), now=1.0)
+    fleet.charge(WorkerId("full"), 0, 10)
+    others = WorkerLoad(running_requests=4, total_blocks=1000)  # of which one is from here
+    fleet.hear(heartbeat("full", max_batch=4, load=others), now=2.0)
+    full, free = fleet.up()
+    for _ in range(3):
+        fleet.charge(WorkerId("free"), 0, 10)
+    assert (full.takes_stream(1), free.takes_stream(1)) == (False, True)
+    assert list(fleet.ranked[Role.DECODE]) == [free, full]
+
+
 def test_a_pool_of_unknown_size_is_taken_to_have_room() -> None:
     fleet = Fleet()
     fleet.hear(heartbeat(total_blocks=0), now=1.0)

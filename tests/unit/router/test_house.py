@@ -31,6 +31,7 @@ class Calls:
         self._blocks = blocks
         self.house: House | None = None
         self.asked: list[tuple[WorkerId, int]] = []
+        self.aborted: list[RequestId] = []
 
     def locate(self, worker: WorkerId, request_id: RequestId, hashes: Sequence[BlockHash]) -> None:
         assert self.house is not None
@@ -43,7 +44,8 @@ class Calls:
 
     def submit(self, worker: WorkerId, work: Work) -> None: ...
 
-    def abort(self, worker: WorkerId, request_id: RequestId) -> None: ...
+    def abort(self, worker: WorkerId, request_id: RequestId) -> None:
+        self.aborted.append(request_id)
 
     def release(self, worker: WorkerId, lease_id: str, end: LeaseEnd) -> None: ...
 
@@ -143,3 +145,23 @@ def test_a_node_store_is_of_its_host_alone(place: str, host: str, shares: bool) 
     afar = msgspec.structs.replace(one, stores={"remote": StoreCounts()}, node_place="")
     assert _has_stores_of(afar, other), "a remote store is everybody's"
     assert not _has_stores_of(one, msgspec.structs.replace(other, fingerprint="another"))
+
+
+def test_of_workers_that_left_for_good_the_last_ones_are_remembered() -> None:
+    """Each pod that ever was has a name of its own."""
+    calls = Calls(0)
+
+    async def come_and_go() -> None:
+        house = House(Deployment(workers=(WorkerConfig(Role.DECODE),)), cast(Tokenizer, NumberTokenizer()), calls, Counts())
+        for index in range(300):
+            pod = beat(f"decode_{index}")
+            house.hear_heartbeat(pod, 0.0)
+            with house.mailroom.box(RequestId(f"r{index}"), pod.worker):
+                house.lose(pod.worker, "its pod has gone")
+            house.forget(pod.worker)
+        for index in (0, 299):
+            house.hear_heartbeat(beat(f"decode_{index}"), 1.0)
+        house.close()
+
+    asyncio.run(come_and_go())
+    assert calls.aborted == ["r299"], "it was only cut off, and stops what nobody waits for"
