@@ -56,6 +56,7 @@ class WorkerView:
         self.token_bytes = heartbeat.layout.token_bytes
         self.kv = KvRoom(heartbeat.load, heartbeat.layout.block_size)
         self.requests = 0  # routed here and not ended
+        self.sent = 0  # of these, what the worker has been told of: prompts that end here may still be computed elsewhere
         self.streams = 0  # those whose prompt is computed
         self.prompts: dict[Charge, int] = {}  # prompts to be computed here, oldest first, with the tokens left of each
         self._crowd: tuple[int, bool] | None = None  # `crowd` and `has_long`, until the prompts change
@@ -110,8 +111,8 @@ class WorkerView:
         load = heartbeat.load
         self.step_ms = load.step_ms
         self.foreign_tokens = max(load.queued_tokens - self.prefill_tokens, 0)
-        self.foreign_requests = max(load.queued_requests + load.running_requests - self.requests, 0)
-        self.kv.beat(load, self.requests, self.foreign_requests)
+        self.foreign_requests = max(load.queued_requests + load.running_requests - self.sent, 0)
+        self.kv.beat(load, self.sent, self.foreign_requests)
 
     def crowd(self) -> tuple[int, bool]:
         """Prompt tokens in the way of a new prompt, and whether there is a long one.
@@ -279,6 +280,7 @@ class Charge:
         self._context = context
         self._kv = (kv_tokens, output_tokens)
         self._grown = 0
+        self._sent = False
         if worker is not None:
             worker.requests += 1
             worker.context_tokens += context
@@ -288,6 +290,13 @@ class Charge:
             else:
                 worker.streams += 1
             fleet.reorder(worker)
+
+    def sent(self) -> None:
+        """The worker has been told of the request. Idempotent."""
+        if self._worker is not None and not self._sent:
+            self._sent = True
+            self._worker.sent += 1
+            self._worker.kv.send(self._kv[0])
 
     def prefilled(self) -> None:
         """The prompt is computed. Idempotent."""
@@ -307,12 +316,13 @@ class Charge:
         worker, self._worker = self._worker, None
         if worker is not None:
             worker.requests -= 1
+            worker.sent -= self._sent
             if self in worker.prompts:
                 worker.drop(self)
             else:
                 worker.streams -= 1
             worker.context_tokens -= self._context + self._grown
-            worker.kv.give_back(*self._kv, self._grown)
+            worker.kv.give_back(*self._kv, self._grown, self._sent)
             self._fleet.reorder(worker)
             self._fleet.on_room()
 

@@ -29,25 +29,34 @@ class KvRoom:
     def __init__(self, load: WorkerLoad, block_size: int) -> None:
         self.pool_tokens = load.total_blocks * block_size  # 0: not known
         self._block_size = block_size
-        self._prompts = 0  # of requests sent from here: what was not cached there
+        self._prompts = 0  # of requests from here: what was not cached there
+        self._sent = 0  # of these prompts: those of requests that the worker has been sent
         self._expected = 0  # of their output
         self._made = load.output_tokens  # by all that run there
-        self._others = load.held_blocks * block_size  # held there, and not by requests sent from here
+        self._others = load.held_blocks * block_size  # held there, and not by requests from here
 
     def beat(self, load: WorkerLoad, own: int, others: int) -> None:
-        """own, others: requests there, those sent from here and from elsewhere."""
+        """own, others: requests there, those sent from here and from elsewhere.
+
+        What was promised room and is still computed elsewhere holds nothing yet, or others would seem to hold less.
+        """
         self._made = load.output_tokens
         held = load.held_blocks * self._block_size
-        self._others = max(held - self._prompts - (self._made * own // (own + others) if own else 0), 0)
+        self._others = max(held - self._sent - (self._made * own // (own + others) if own else 0), 0)
 
     def take(self, prompt: int, output: int) -> None:
-        """A request was sent there. prompt: tokens not cached there. output: expected tokens."""
+        """A request will go there. prompt: tokens not cached there. output: expected tokens."""
         self._prompts += prompt
         self._expected += output
 
-    def give_back(self, prompt: int, output: int, made: int) -> None:
-        """It has left, after so many tokens of output."""
+    def send(self, prompt: int) -> None:
+        """It has gone there."""
+        self._sent += prompt
+
+    def give_back(self, prompt: int, output: int, made: int, sent: bool) -> None:
+        """It has left, after so many tokens of output; or will not go there after all."""
         self._prompts -= prompt
+        self._sent -= prompt if sent else 0
         self._expected -= output
         self._made = max(self._made - made, 0)
 

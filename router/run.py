@@ -241,6 +241,10 @@ class Run:
         with self._following(worker) as following, self._house.mailroom.box(request.request_id, worker) as box:
             self._prefill_leg = (worker, request.request_id)
             self._submit(worker, PrefillWork(request, loan))
+            if self._prefill_charge is not None:
+                self._prefill_charge.sent()
+            if following is not None and self._decode_charge is not None:
+                self._decode_charge.sent()  # it is about to ask for blocks
             self._move(Event.PREFILL)
             while not isinstance(done := await self._next(box), PrefillDone):
                 self._give_back(Held.LOAN)  # KVReady: the lender's blocks are fetched
@@ -279,6 +283,8 @@ class Run:
         with self._house.mailroom.box(request.request_id, worker) as box:
             self._decode_leg = (worker, request.request_id)
             self._submit(worker, DecodeWork(request, ticket))
+            if self._decode_charge is not None:
+                self._decode_charge.sent()
             self._move(Event.DECODE if ticket is None else Event.HAND_OFF)
             computes, uncached = ticket is None, self._decision.prefill_tokens if self._decision else 0
             while not self.ended:

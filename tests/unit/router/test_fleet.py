@@ -294,7 +294,7 @@ def test_what_others_have_sent_to_a_worker_is_in_the_way_too() -> None:
     fleet = Fleet()
     fleet.hear(heartbeat(), now=1.0)
     (worker,) = fleet.up()
-    fleet.charge(D, 100)
+    fleet.charge(D, 100).sent()
     alone = worker.load_ms
     told = WorkerLoad(queued_requests=1, queued_tokens=400, running_requests=3, total_blocks=1000)
     fleet.hear(heartbeat(load=told), now=2.0)
@@ -305,6 +305,28 @@ def test_what_others_have_sent_to_a_worker_is_in_the_way_too() -> None:
     assert (worker.foreign_tokens, worker.prefill_tokens) == (150, 50)
     fleet.hear(heartbeat(load=WorkerLoad(total_blocks=1000)), now=3.0)
     assert (worker.foreign_tokens, worker.foreign_requests) == (0, 0)
+
+
+def test_what_is_promised_to_a_worker_and_not_sent_yet_does_not_hide_what_others_have_there() -> None:
+    fleet = Fleet()
+    fleet.hear(heartbeat(), now=1.0)
+    (worker,) = fleet.up()
+    charges = [fleet.charge(D, 0, 1600, 1600) for _ in range(3)]  # their prompts are computed elsewhere
+    others = WorkerLoad(running_requests=2, held_blocks=400, total_blocks=1000)
+    fleet.hear(heartbeat(load=others), now=2.0)
+    assert worker.foreign_requests == 2
+    assert worker.kv_share() == pytest.approx(0.4 + 0.3)
+    for charge in charges:
+        charge.sent()
+    with_ours = WorkerLoad(running_requests=5, held_blocks=700, total_blocks=1000)
+    fleet.hear(heartbeat(load=with_ours), now=3.0)
+    assert worker.foreign_requests == 2
+    assert worker.kv_share() == pytest.approx(0.7)
+    charges[0].undo()
+    charges[1].undo()
+    fleet.hear(heartbeat(load=WorkerLoad(running_requests=1, held_blocks=100, total_blocks=1000)), now=4.0)
+    assert worker.foreign_requests == 0
+    assert worker.kv_share() == pytest.approx(0.1)
 
 
 def test_how_much_a_worker_is_given_in_advance_is_its_own_affair() -> None:
@@ -323,7 +345,7 @@ def test_places_of_a_batch_that_other_routers_have_taken_are_not_free() -> None:
     fleet = Fleet()
     fleet.hear(heartbeat("full", max_batch=4), now=1.0)
     fleet.hear(heartbeat("free", max_batch=4), now=1.0)
-    fleet.charge(WorkerId("full"), 0, 10)
+    fleet.charge(WorkerId("full"), 0, 10).sent()
     others = WorkerLoad(running_requests=4, total_blocks=1000)  # of which one is from here
     fleet.hear(heartbeat("full", max_batch=4, load=others), now=2.0)
     full, free = fleet.up()
@@ -392,10 +414,10 @@ def test_who_has_no_room_for_another_stream_comes_last_however_short_its_steps_a
         put(fleet, name, Role.DECODE, total_blocks=120, coefficients=(2.0, 0.1, 0.0, 1.0, 0.01)) for name in ("y", "o")
     )
     for _ in range(4):
-        fleet.charge(young.id, 0, 10, kv_tokens=10, output_tokens=400)
+        fleet.charge(young.id, 0, 10, kv_tokens=10, output_tokens=400).sent()
     load = WorkerLoad(total_blocks=120, held_blocks=48, running_requests=3, output_tokens=700)
     for _ in range(3):
-        fleet.charge(old.id, 0, 250, kv_tokens=10, output_tokens=400)
+        fleet.charge(old.id, 0, 250, kv_tokens=10, output_tokens=400).sent()
     fleet.hear(heartbeat("o", total_blocks=120, load=load), 1.0)
     assert old.model.step_ms(0, 0, 3, old.context_tokens) > young.model.step_ms(0, 0, 4, young.context_tokens)
     assert not young.has_kv_for(10, 400)

@@ -26,6 +26,7 @@ def test_of_streams_that_begin_together_all_will_be_held_to_their_ends() -> None
     kv = room()
     for _ in range(10):
         kv.take(100, 400)
+        kv.send(100)
     assert kv.share(10, 0) * 16_000 == 10 * 500
 
 
@@ -33,6 +34,7 @@ def test_of_streams_that_come_and_go_what_is_held_now_will_do_and_something_for_
     kv = room()
     for _ in range(100):
         kv.take(10, 100)
+        kv.send(10)
     kv.beat(load(held=6000, made=5000), 100, 0)  # half through on average
     held = kv.share(100, 0) * 16_000
     assert 6000 < held <= 7000
@@ -52,13 +54,14 @@ def test_a_pool_that_is_filled_by_it_is_well_used_and_seldom_too_small(streams: 
         kv.beat(WorkerLoad(held_blocks=made_now + prompt * len(live), output_tokens=made_now), len(live), 0)
         while kv.fits(prompt, answer, len(live), 0):
             kv.take(prompt, answer)
+            kv.send(prompt)
             live.append([0, max(int(dice.lognormvariate(0, 0.6) * answer / 1.2), 1)])  # 200 on average
         for stream in live:
             stream[0] += 1
             stream[1] -= 1
         for stream in [stream for stream in live if not stream[1]]:
             live.remove(stream)
-            kv.give_back(prompt, answer, stream[0])
+            kv.give_back(prompt, answer, stream[0], sent=True)
         if step > steps // 4:
             held = sum(prompt + made for made, _ in live)
             used += held / kv.pool_tokens / (steps * 3 / 4)
@@ -70,6 +73,7 @@ def test_a_pool_that_is_filled_by_it_is_well_used_and_seldom_too_small(streams: 
 def test_what_others_sent_there_is_seen_and_taken_to_grow_as_ones_own() -> None:
     kv = room()
     kv.take(100, 400)
+    kv.send(100)
     alone = kv.share(1, 0)
     kv.beat(load(held=480, made=0), 1, 3)  # 3 more prompts
     assert kv.share(1, 3) * 16_000 == 480 + 4 * 400
@@ -89,6 +93,7 @@ def test_what_is_leased_and_shared_counts_as_held() -> None:
     kv = room(blocks=100, held=50)
     assert kv.share(0, 0) == 0.5
     kv.take(400, 0)
+    kv.send(400)
     kv.beat(WorkerLoad(total_blocks=100, held_blocks=75), 1, 0)
     assert kv.fits(400, 0, 1, 0)
     assert not kv.fits(401, 0, 1, 0)
@@ -107,6 +112,7 @@ def test_a_worker_that_keeps_room_for_whole_answers_is_asked_for_no_more_than_th
     kv = room(blocks=1000)
     for _ in range(10):
         kv.take(100, 300)
+        kv.send(100)
     kv.beat(load(held=10 * 1100, made=10 * 1000), 10, 0)
     assert kv.share(10, 0) * 16_000 == pytest.approx(11_000, abs=10)
     assert kv.fits(100, 300, 10, 0)
@@ -118,8 +124,9 @@ def test_after_all_have_left_nothing_is_held(requests: list[tuple[int, int, floa
     kv = room()
     for prompt, output, _ in requests:
         kv.take(prompt, output)
+        kv.send(prompt)
     for prompt, output, part in requests:
         assert kv.share(len(requests), 0) >= 0
-        kv.give_back(prompt, output, int(part * output))
+        kv.give_back(prompt, output, int(part * output), sent=True)
     kv.beat(load(0, 0), 0, 0)
     assert kv.share(0, 0) == 0.0
