@@ -496,7 +496,7 @@ def test_abort_before_a_transfer_has_begun_gives_back_at_once(make_ours: Make) -
 
 def test_a_passed_deadline_ends_the_request(make: Make) -> None:
     engine = make(Role.AGGREGATED, step_us=20_000)
-    engine.engine.decode(make_request("x", PROMPT, max_tokens=1900, timeout_s=0.2), None)
+    engine.engine.decode(make_request("x", PROMPT, max_tokens=1900, timeout_s=0.05), None)
     engine.wait(lambda: engine.last("x") is not None)
     failed = engine.last("x")
     assert isinstance(failed, RequestFailed)
