@@ -17,7 +17,7 @@ from python_backends.core.types import Role
 from scripts.simulation.autoscaler import Spec
 from scripts.simulation.fleets import Plan
 from scripts.simulation.hardware import Rates
-from scripts.simulation.manifests import load_autoscalers, pre_stop_s
+from scripts.simulation.manifests import load_autoscalers, pre_stop
 from scripts.simulation.report import Summary
 from scripts.simulation.scaling import ROUTER, SCALED, Scaling, check_metrics
 from scripts.simulation.simulator import Scenario
@@ -53,8 +53,8 @@ def read_scaling(path: Path, most: int, start_s: float, metrics_age_s: float) ->
     check_metrics(specs)
     if most:
         specs |= {role.value: replace(specs[role.value], most=most) for role in _ROLES}
-    sleeps = {name: pre_stop_s(path, f"baton-{name}") for name in specs}
-    return Scaling(specs, {name: spec.least for name, spec in specs.items()}, start_s, metrics_age_s, sleeps)
+    hooks = {name: pre_stop(path, f"baton-{name}") for name in specs}
+    return Scaling(specs, {name: spec.least for name, spec in specs.items()}, start_s, metrics_age_s, hooks)
 
 
 def compare(

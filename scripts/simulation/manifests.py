@@ -7,6 +7,7 @@ does. tests/unit/scripts/simulation/test_manifests.py compares what comes out wi
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, cast
@@ -39,14 +40,25 @@ def load_autoscalers(path: Path) -> dict[str, Spec]:
     return {spec.target: spec for spec in specs}
 
 
-def pre_stop_s(path: Path, deployment: str) -> float:
-    """Seconds that the Deployment's pods still work after their end was decided: those that its preStop hook sleeps."""
+@dataclass(frozen=True, slots=True)
+class PreStop:
+    """A preStop hook. seconds: that it takes at most.
+
+    drains: the pod is given no more work meanwhile, and ends when it has none.
+    """
+
+    seconds: float = 0.0
+    drains: bool = False
+
+
+def pre_stop(path: Path, deployment: str) -> PreStop:
+    """The hook of the Deployment's pods: `sleep SECONDS`, or `scripts/drain --grace SECONDS`."""
     for document in _documents(path):
         if document.get("kind") == "Deployment" and document["metadata"]["name"] == deployment:
             (container,) = document["spec"]["template"]["spec"]["containers"]
-            command = container.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", ["0"])
-            return float(command[-1])
-    return 0.0
+            command = container.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command")
+            return PreStop(float(command[-1]), command[0].endswith("/drain")) if command else PreStop()
+    return PreStop()
 
 
 def _documents(path: Path) -> list[Document]:

@@ -1,9 +1,10 @@
 """A fleet that grows and shrinks by the rules of its HorizontalPodAutoscalers, in a simulation.
 
 The metrics are those that configs/kubernetes/prometheus-adapter.yaml makes of what routers export, and as old as they are
-when they have gone through scraping and the adapter. A pod takes its time to start; one that is to go sleeps as its preStop
-hook says and then ends as a worker does: its requests go on elsewhere. Routers are counted and not simulated: there is one
-that decides, and what several would have to do is computed from what it does (docs/scaling.md, "Unit costs").
+when they have gone through scraping and the adapter. A pod takes its time to start; one that is to go sleeps or is drained as
+its preStop hook says and then ends as a worker does: the requests that it still has go on elsewhere. Routers are counted and
+not simulated: there is one that decides, and what several would have to do is computed from what it does (docs/scaling.md,
+"Unit costs").
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from python_backends.core.errors import ConfigError
 from python_backends.core.types import Role, WorkerId
 from router.house import House
 from scripts.simulation.autoscaler import SYNC_S, Autoscaler, Pods, Spec
+from scripts.simulation.manifests import PreStop
 from scripts.simulation.worker import SimulatedWorker
 
 ROUTER = "router"
 SCALED = (ROUTER, Role.PREFILL.value, Role.DECODE.value)
+_LOOK_S = 1.0  # after which a pod that is drained is looked at again
 _RATE_S = 120.0  # the window of rate() in the adapter's rules
 
 
@@ -33,7 +36,7 @@ class Scaling:
     begin: Mapping[str, int]  # replicas at the beginning
     start_s: float = 120.0
     metrics_age_s: float = 30.0  # how old metrics are when the autoscaler sees them
-    pre_stop_s: Mapping[str, float] = field(default_factory=dict)
+    pre_stop: Mapping[str, PreStop] = field(default_factory=dict)
 
 
 class Scaled(Protocol):
@@ -44,6 +47,12 @@ class Scaled(Protocol):
 
     def hire(self, role: Role) -> WorkerId:
         """A new worker, which reports for duty."""
+
+    def drain(self, worker: WorkerId) -> None:
+        """It is given no more work from now on."""
+
+    def is_idle(self, worker: WorkerId) -> bool:
+        """It has no requests, and none is on its way to it."""
 
     def dismiss(self, worker: WorkerId) -> None:
         """It ends, as it does when its pod gets SIGTERM."""
@@ -67,7 +76,7 @@ class Deployment:
         self.autoscaler = autoscaler
         self._role = None if name == ROUTER else Role(name)
         self._start_s = scaling.start_s
-        self._pre_stop_s = scaling.pre_stop_s.get(name, 0.0)
+        self._pre_stop = scaling.pre_stop.get(name, PreStop())
         self._fleet = fleet
         self._pods: list[_Pod] = []  # oldest first
         self._ending = 0
@@ -115,7 +124,18 @@ class Deployment:
             pod.starting.cancel()
             return
         self._ending += 1
-        self._loop.call_later(self._pre_stop_s, self._ended, pod)
+        if self._pre_stop.drains and pod.worker is not None:
+            self._fleet.drain(pod.worker)
+            self._end_when_idle(pod, pod.worker, self._loop.time() + self._pre_stop.seconds)
+        else:
+            self._loop.call_later(self._pre_stop.seconds, self._ended, pod)
+
+    def _end_when_idle(self, pod: _Pod, worker: WorkerId, latest: float) -> None:
+        now = self._loop.time()
+        if now >= latest or self._fleet.is_idle(worker):
+            self._ended(pod)
+        else:
+            self._loop.call_later(min(_LOOK_S, latest - now), self._end_when_idle, pod, worker, latest)
 
     def _ended(self, pod: _Pod) -> None:
         self._account()

@@ -180,6 +180,14 @@ class Simulation:
         worker.join(self.house, self.workers)
         return worker.id
 
+    def drain(self, worker: WorkerId) -> None:
+        self.workers[worker].draining = True
+        self.house.hear_heartbeat(self.workers[worker].heartbeat(), self._clock.now())
+
+    def is_idle(self, worker: WorkerId) -> bool:
+        view = self.house.fleet.get(worker)
+        return self.workers[worker].is_idle and (view is None or not view.requests)
+
     def dismiss(self, worker: WorkerId) -> None:
         """It says that it leaves, and the router sends its requests elsewhere."""
         leaving = self.workers[worker]

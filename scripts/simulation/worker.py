@@ -86,7 +86,7 @@ class _Sequence:
 
 
 class SimulatedWorker:
-    """Lives on the virtual loop. `busy_s`: how long it has computed."""
+    """Lives on the virtual loop. `busy_s`: how long it has computed. `draining`: it wants no more work."""
 
     def __init__(
         self,
@@ -107,6 +107,7 @@ class SimulatedWorker:
         self.id = WorkerId(name)
         self.role = role
         self.busy_s = 0.0
+        self.draining = False
         self._rates = rates
         self._engine = engine
         self._transfer = transfer
@@ -163,6 +164,11 @@ class SimulatedWorker:
         """With those that streams have grown into."""
         return self._pool.held_blocks + max(self._grown, 0) // self._size
 
+    @property
+    def is_idle(self) -> bool:
+        """It has no request, and nothing that others may still fetch."""
+        return not (self._live or self._leases)
+
     def load(self) -> WorkerLoad:
         pool = self._pool
         return WorkerLoad(
@@ -197,6 +203,7 @@ class SimulatedWorker:
             max_batch=self._engine.max_batch,
             events_sequence=self._events,
             calibration=self._calibration,
+            draining=self.draining,
         )
 
     def tell_progress(self) -> None:

@@ -7,7 +7,7 @@ import yaml
 
 from python_backends.core.errors import ConfigError
 from scripts.simulation.autoscaler import Metric, Policy
-from scripts.simulation.manifests import load_autoscalers, pre_stop_s
+from scripts.simulation.manifests import PreStop, load_autoscalers, pre_stop
 from scripts.simulation.scaling import check_metrics
 from tests.manifests import BASE, OVERLAYS, rendered
 
@@ -30,7 +30,22 @@ def test_overlays_are_read_as_kubectl_renders_them(overlay: Path, tmp_path: Path
     assert ours == theirs
     assert set(ours) == {"baton-router", "baton-prefill", "baton-decode"}
     for deployment in ours:
-        assert pre_stop_s(overlay, deployment) == pre_stop_s(file, deployment)
+        assert pre_stop(overlay, deployment) == pre_stop(file, deployment)
+
+
+@pytest.mark.parametrize(
+    ("hook", "expected"),
+    [
+        ('{preStop: {exec: {command: [sleep, "10"]}}}', PreStop(10.0)),
+        ('{preStop: {exec: {command: [/opt/baton/scripts/drain, --grace, "90"]}}}', PreStop(90.0, drains=True)),
+        ("{}", PreStop()),
+    ],
+)
+def test_how_pods_end_is_read(hook: str, expected: PreStop, tmp_path: Path) -> None:
+    file = tmp_path / "pods.yaml"
+    pod = f"{{spec: {{containers: [{{name: c, lifecycle: {hook}}}]}}}}"
+    file.write_text(f"{{kind: Deployment, metadata: {{name: it}}, spec: {{template: {pod}}}}}")
+    assert pre_stop(file, "it") == expected
 
 
 def test_all_that_the_manifests_ask_for_is_simulated() -> None:
@@ -39,8 +54,7 @@ def test_all_that_the_manifests_ask_for_is_simulated() -> None:
 
 
 def test_routers_are_there_for_a_while_after_their_end_was_decided() -> None:
-    assert pre_stop_s(BASE, "baton-router") == 10
-    assert pre_stop_s(BASE, "baton-decode") == 0
+    assert pre_stop(BASE, "baton-router") == PreStop(10)
 
 
 def test_what_is_not_said_is_as_kubernetes_has_it(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from python_backends.core.types import BlockHash, Role
 from scripts.simulation.autoscaler import Metric, Rules, Spec
 from scripts.simulation.clock import VirtualClock, VirtualLoop
 from scripts.simulation.hardware import Rates
+from scripts.simulation.manifests import PreStop
 from scripts.simulation.scaling import Scaling
 from scripts.simulation.simulator import Result, Scenario, Simulation
 from scripts.simulation.timeline import needs
@@ -39,8 +40,10 @@ def run(
     specs: Mapping[str, Spec] | None = None,
     rates: Rates = GPU,
     ttft_ms: float = 0.0,
+    pre_stop: PreStop | None = None,
 ) -> tuple[Result, Simulation]:
-    scaling = Scaling(specs or SPECS, begin, start_s=40.0, metrics_age_s=15.0)
+    hooks = dict.fromkeys(SPECS, pre_stop) if pre_stop else {}
+    scaling = Scaling(specs or SPECS, begin, start_s=40.0, metrics_age_s=15.0, pre_stop=hooks)
     slo = SloConfig(ttft_ms=ttft_ms)
     router = RouterConfig(mode="always-remote", max_requests=10**6, max_queued_tokens=10**9, slo=slo)
     setting = Scenario("scaled", {}, dict.fromkeys((Role.PREFILL, Role.DECODE), rates), router, ENGINE, scaling=scaling)
@@ -79,6 +82,21 @@ def test_a_fleet_follows_its_load_up_and_down() -> None:
     for view in simulation.house.fleet:
         assert (view.requests, view.streams, view.prefill_tokens) == (0, 0, 0)
         assert (view.kv._prompts, view.kv._expected) == (0, 0)
+
+
+@pytest.mark.parametrize(("grace_s", "moves"), [(600.0, False), (2.0, True)])
+def test_a_drained_pod_ends_with_its_last_request_or_hands_over_what_takes_too_long(grace_s: float, moves: bool) -> None:
+    day = Day(swing=6, seconds=800)
+    workload = generate("chat", 2.4, day.load_s(800), Random(1)).through(day)
+    result, _ = run(workload, {"prefill": 1, "decode": 1}, pre_stop=PreStop(grace_s, drains=True))
+    decode = ready(result, Role.DECODE)
+    assert max(decode) > min(decode[decode.index(max(decode)) :]), "some were taken away"
+    assert result.completed == result.arrived == len(workload.arrivals)
+    assert result.output_tokens == sum(arrival.output_length for arrival in workload.arrivals)
+    assert (result.errors["retried"] > 0) is moves
+    if not moves:  # nobody waits for a pod that has nothing left
+        bound = run(workload, {"prefill": 1, "decode": 1}, pre_stop=PreStop(grace_s))[0]
+        assert result.worker_seconds[Role.DECODE] < bound.worker_seconds[Role.DECODE]
 
 
 def test_a_pod_takes_its_time_to_start_and_to_be_seen_to_be_needed() -> None:
