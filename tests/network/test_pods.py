@@ -236,7 +236,7 @@ def _end(cluster: Cluster, pod: Pod, asking: Asking) -> None:
     """Streams that run there end there, for as long as the pod is given. Nothing new is sent there, and nothing is retried."""
     fields = {**_FIELDS, "max_tokens": 500, "return_proof": True, "route": "remote"}
     prompts = [f"{prompt} {next(_ids)}" for prompt in _PROMPTS]
-    expected = [asking.ask(text_input=prompts[0], **fields).ids]
+    expected_ids = asking.ask(text_input=prompts[0], **fields).ids
     before, after = ([f"{when}{number}" for number in range(len(prompts))] for when in (f"b{next(_ids)}-", f"a{next(_ids)}-"))
     for name, prompt in zip(before, prompts, strict=True):
         asking.send(name, text_input=prompt, **fields)
@@ -251,7 +251,7 @@ def _end(cluster: Cluster, pod: Pod, asking: Asking) -> None:
             asking.send(name, text_input=prompt, **fields)
         answers = asking.collect(*before), asking.collect(*after)
         ended.result()
-    assert answers[0][0].ids == expected[0]
+    assert answers[0][0].ids == expected_ids
     assert [answer.ids for answer in answers[0]] == [answer.ids for answer in answers[1]]
     proofs = [[json.loads(answer.last("proof")) for answer in some] for some in answers]
     assert [proof["attempts"] for some in proofs for proof in some] == [1] * 2 * len(prompts)
