@@ -51,12 +51,14 @@ class Pod:
         """As the kubelet does it: the preStop hook, then SIGTERM. Kubernetes would kill what this finds still there."""
         assert self.process is not None
         end = time.monotonic() + self.grace_s
-        hook = self.spec.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command")
-        if hook:
-            code = self._run(hook).process.wait(self.grace_s)
-            assert code == 0, last_lines(self.process.log)
+        self.execute(*self.spec["lifecycle"]["preStop"]["exec"]["command"])
         self.process.process.send_signal(signal.SIGTERM)
         assert self.process.process.wait(end - time.monotonic()) == 0
+
+    def execute(self, *command: str) -> None:
+        """Beside what runs there, as `kubectl exec` does, until it has ended."""
+        done = self._run(command)
+        assert done.process.wait(self.grace_s) == 0, last_lines(done.log)
 
     def worker(self) -> psutil.Process:
         """The process of its worker's model."""

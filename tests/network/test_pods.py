@@ -57,6 +57,11 @@ def _await_workers(cluster: Cluster, up: int, within_s: float = 40) -> None:
     _wait_for(lambda: total(metrics(cluster.router), "baton_worker_up") == up, within_s)
 
 
+def _await_available(cluster: Cluster, count: int) -> None:
+    """So many are given work."""
+    _wait_for(lambda: total(metrics(cluster.router), "baton_worker_available") == count, 15)
+
+
 def _wait_for(condition: Callable[[], bool], within_s: float) -> None:
     end = time.monotonic() + within_s
     while not condition():
@@ -232,31 +237,43 @@ def test_a_worker_that_stands_still_is_not_ready(cluster: Cluster, asking: Askin
     pod.await_probe("readinessProbe", 40)
 
 
-def _end(cluster: Cluster, pod: Pod, asking: Asking) -> None:
-    """Streams that run there end there, for as long as the pod is given. Nothing new is sent there, and nothing is retried."""
-    fields = {**_FIELDS, "max_tokens": 500, "return_proof": True, "route": "remote"}
+def _name(pod: Pod) -> str:
+    """Of its worker."""
+    return f"{pod.machine.name.split('-')[1]}@{pod.host}:8001"
+
+
+def _end(cluster: Cluster, pods: list[Pod], asking: Asking) -> None:
+    """What the first of them has ends there, as long as it may. Nothing new is sent there, and nothing is tried again."""
+    pod, *others = pods
+    _await_available(cluster, 4)
+    for other in others:
+        other.execute("/opt/baton/scripts/drain")
+    fields = {**_FIELDS, "max_tokens": 1500, "return_proof": True, "route": "remote"}
     prompts = [f"{prompt} {next(_ids)}" for prompt in _PROMPTS]
-    expected_ids = asking.ask(text_input=prompts[0], **fields).ids
     before, after = ([f"{when}{number}" for number in range(len(prompts))] for when in (f"b{next(_ids)}-", f"a{next(_ids)}-"))
     for name, prompt in zip(before, prompts, strict=True):
         asking.send(name, text_input=prompt, **fields)
     for _ in range(40):
         asking.next_response()
+    for other in others:
+        other.execute("/opt/baton/scripts/drain", "--resume")
     with ThreadPoolExecutor(1) as threads:
         ended = threads.submit(pod.end)
-        _wait_for(lambda: total(metrics(cluster.router), "baton_worker_available") == 3, 10)
+        _wait_for(lambda: not total(metrics(cluster.router), "baton_worker_available", worker=_name(pod)), 15)
+        _await_available(cluster, 3)
         assert not pod.probe("readinessProbe")
         assert pod.probe("livenessProbe")
+        at_work = total(metrics(cluster.router), "baton_worker_requests", worker=_name(pod), state="running")
         for name, prompt in zip(after, prompts, strict=True):
             asking.send(name, text_input=prompt, **fields)
         answers = asking.collect(*before), asking.collect(*after)
         ended.result()
-    assert answers[0][0].ids == expected_ids
     assert [answer.ids for answer in answers[0]] == [answer.ids for answer in answers[1]]
     proofs = [[json.loads(answer.last("proof")) for answer in some] for some in answers]
     assert [proof["attempts"] for some in proofs for proof in some] == [1] * 2 * len(prompts)
-    was_used = [any(pod.host in proof[f"{role}_worker"] for proof in some for role in ("prefill", "decode")) for some in proofs]
-    assert was_used == [True, False]
+    was_used = [[_name(pod) in (proof["prefill_worker"], proof["decode_worker"]) for proof in some] for some in proofs]
+    assert was_used == [[True] * len(prompts), [False] * len(prompts)]
+    assert at_work or pods is cluster.prefill, "it had nothing to wait for"
 
 
 def _replace(cluster: Cluster, pods: list[Pod], asking: Asking, expected: list[list[int]]) -> None:
@@ -264,12 +281,9 @@ def _replace(cluster: Cluster, pods: list[Pod], asking: Asking, expected: list[l
     pod, service = pods[0], pods[0].machine.name.rpartition("-")[0]
 
     def known() -> bool:
-        return (
-            total(metrics(cluster.router), "baton_kv_block_bytes", worker=f"{service.removeprefix('baton-')}@{pod.host}:8001")
-            > 0
-        )
+        return total(metrics(cluster.router), "baton_kv_block_bytes", worker=_name(pod)) > 0
 
-    _end(cluster, pod, asking)
+    _end(cluster, pods, asking)
     cluster.network.name(service, [other.machine for other in pods[1:]])
     _wait_for(lambda: not known(), 10)
     pod.start()
