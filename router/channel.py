@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterable
 from typing import Protocol
 
+import msgspec
 import zmq
 import zmq.asyncio
 from zmq.utils.monitor import recv_monitor_message
@@ -118,7 +119,7 @@ class RouterChannel:
         """Tell the workers that this router lives, until cancelled. Workers that come back wait for it."""
         while True:
             for connection in self._connections.values():
-                connection.send(self._greeting)
+                connection.send(msgspec.structs.replace(self._greeting, uses=self._uses(connection)))
             is_waited_for = any(not self._hears(connection) for connection in self._connections.values())
             await asyncio.sleep(self._heartbeat_s if is_waited_for else self._idle_heartbeat_s)
 
@@ -149,6 +150,10 @@ class RouterChannel:
         loop = asyncio.get_running_loop()
         connection.tasks = [loop.create_task(self._listen(connection)), loop.create_task(self._watch(connection))]
         return connection
+
+    def _uses(self, connection: _Connection) -> bool:
+        view = self._house.fleet.get(connection.worker) if connection.worker is not None else None
+        return view is None or not view.resting
 
     def _hears(self, connection: _Connection) -> bool:
         return connection.worker is not None and self._house.fleet.is_up(connection.worker)

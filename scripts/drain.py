@@ -1,5 +1,8 @@
 """Drains workers of the server on this machine, so that they can be taken away: they get no new requests and finish those they
 have. What is not finished in the grace period goes on at other workers, at the very next token. --resume uses them again.
+
+Workers that are named are drained by the server's router, wherever they are. Without a name the server's own workers are told
+themselves, all of them, whether it has a router or not: so a server with workers only is drained before it is stopped.
 """
 
 from __future__ import annotations
@@ -7,10 +10,15 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from pathlib import Path
 
 from rich.console import Console
 
-from scripts.router_door import RouterDoor, add_door_options, at_door
+from python_backends.core.errors import BatonError, Unavailable
+from python_backends.triton.home import channels
+from python_backends.worker.door import WorkersDoor
+from scripts.router_door import WORKERS, RouterDoor, add_door_options, at_door, find_server
+from scripts.terminal import print_error
 
 _MARGIN_S = 20.0  # over the grace period; the router's own sentence comes first
 
@@ -19,14 +27,34 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="scripts/drain", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("workers", nargs="+", metavar="WORKER", help="names as in the deployment file, such as decode_1")
+    parser.add_argument("workers", nargs="*", metavar="WORKER", help="names as in the deployment file, such as decode_1")
     parser.add_argument("--resume", action="store_true", help="use drained workers again")
     add_door_options(parser, grace_help="for what they have begun")
     return parser.parse_args(arguments)
 
 
+def drain_own(run_dir: Path, grace_s: float, resume: bool, console: Console) -> None:
+    """All workers of the server, without its router. Raises Unavailable."""
+    workers, began = channels(run_dir), time.monotonic()
+    with WorkersDoor(workers) as door:
+        if resume:
+            door.resume()
+        elif at_work := door.drain(grace_s):
+            raise Unavailable(f"{', '.join(at_work)}: still at work after {time.monotonic() - began:.0f} s")
+    done = "used again" if resume else f"drained, after {time.monotonic() - began:.1f} s"
+    console.print(f"{', '.join(workers)}: {done}", highlight=False)
+
+
 def main(arguments: list[str] | None = None) -> int:
     options = parse_options(arguments)
+    if not options.workers:
+        console = Console(stderr=True)
+        try:
+            drain_own(find_server(options.run_dir, WORKERS), options.grace, options.resume, console)
+        except BatonError as error:
+            print_error(console, error)
+            return 1
+        return 0
 
     def drain(door: RouterDoor, console: Console) -> None:
         for worker in options.workers:

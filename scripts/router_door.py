@@ -99,18 +99,26 @@ class RouterDoor:
         return None
 
 
-def find_server(given: Path | None) -> Path:
-    """The run directory of the server: `given`, else of the only one that runs. Raises InvalidRequest, Unavailable."""
+ROUTER = ("door", "router's door")
+WORKERS = ("worker-*", "worker's channel")
+
+
+def find_server(given: Path | None, wanted: tuple[str, str] = ROUTER) -> Path:
+    """The run directory of the server: `given`, else of the only one that runs. Raises InvalidRequest, Unavailable.
+
+    `wanted`: what must be in it, as a pattern and in words.
+    """
+    pattern, words = wanted
     if given is not None:
-        if not (given / "door").exists():
-            raise InvalidRequest(f"--run-dir {given}: there is no router's door in it; scripts/serve prints the directory")
+        if not any(given.glob(pattern)):
+            raise InvalidRequest(f"--run-dir {given}: there is no {words} in it; scripts/serve prints the directory")
         return given
-    found = [path.parent for path in run_base().glob("*/door")]
+    found = {path.parent for path in run_base().glob(f"*/{pattern}")}
     if not found:
         raise Unavailable("no server of yours runs on this machine; start one with `make serve`")
     if len(found) > 1:
         raise InvalidRequest(f"several servers run: give one of them with --run-dir: {' '.join(map(str, sorted(found)))}")
-    return found[0]
+    return found.pop()
 
 
 def add_door_options(parser: argparse.ArgumentParser, grace_help: str) -> None:

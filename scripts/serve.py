@@ -71,6 +71,8 @@ def _print_endpoints(server: TritonServer, console: Console) -> None:
     if server.deployment.has_front_end:
         table.add_row("page", f"http://{host}:{server.openai_port}/")
         table.add_row("OpenAI", f"{host}:{server.openai_port}/v1")
+    if not server.deployment.cluster.router:
+        table.add_row("health", f"http://{host}:{server.openai_port}/health")
     table.add_row("HTTP", f"{host}:{server.http_port}")
     table.add_row("gRPC", f"{host}:{server.grpc_port}")
     table.add_row("metrics", f"{host}:{server.metrics_port}/metrics")
@@ -92,7 +94,13 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     default = repository_root() / "configs" / "default.yaml"
     parser.add_argument("--config", type=Path, default=default, metavar="FILE", help="the deployment file")
     parser.add_argument("--address", default="127.0.0.1", help="where to listen; 0.0.0.0 is every interface")
-    parser.add_argument("--openai-port", type=int, default=9000, metavar="PORT", help="0 chooses a free one")
+    parser.add_argument(
+        "--openai-port",
+        type=int,
+        default=9000,
+        metavar="PORT",
+        help="0 chooses a free one; of a server without a router it has /health alone",
+    )
     parser.add_argument("--http-port", type=int, default=8000, metavar="PORT", help="0 chooses a free one")
     parser.add_argument(
         "--grpc-port", type=int, default=8001, metavar="PORT", help="0 chooses a free one; with cluster.listen its grpc_port"
@@ -103,7 +111,8 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
         type=float,
         default=20.0,
         metavar="SECONDS",
-        help="when it is stopped, how long requests that run may go on; new ones are refused meanwhile",
+        help="when it is stopped, how long requests that run may go on; new ones are refused meanwhile. What a server without "
+        "a router has not ended by then goes on elsewhere",
     )
     return parser.parse_args(arguments)
 

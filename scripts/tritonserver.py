@@ -25,6 +25,8 @@ from python_backends.core.config import load_deployment
 from python_backends.core.deployment_key import OPERATOR_HEADER, deployment_key, operator_secret
 from python_backends.core.errors import ConfigError, Unavailable
 from python_backends.core.paths import repository_root, resolve_model, run_base
+from python_backends.triton.home import channels
+from python_backends.worker.door import WorkersDoor
 from scripts import guardian
 from scripts.guardian import remove_traces
 
@@ -131,11 +133,14 @@ class TritonServer:
     def stop(self, grace_s: float = 0.0) -> None:
         """End the server and every process of its models, within about 8 s; remove all it left. Idempotent.
 
-        `grace_s`: before that, requests that run may end within so long; new ones are refused. A server without a router does
-        not wait: routers elsewhere go on with other workers.
+        `grace_s`: before that, requests that run may end within so long; new ones are refused. What the workers of a server
+        without a router have not ended by then they hand back, and routers elsewhere go on with other workers.
         """
-        grace_s = grace_s if self.deployment.cluster.router else 0.0
         if self._guardian is not None:
+            if grace_s and not self.deployment.cluster.router:
+                with WorkersDoor(channels(self.run_dir)) as door:
+                    door.drain(grace_s, self.has_ended)
+                grace_s = 0.0
             self._say(f"stop {grace_s}" if grace_s else "stop")
             try:
                 self._guardian.wait(grace_s + _STOP_TIMEOUT_S)
@@ -225,11 +230,14 @@ class TritonServer:
         return [f"--http-restricted-api={rule}", f"--grpc-restricted-protocol={rule}"]
 
     def _companions(self) -> list[list[str]]:
-        """The processes of the front end; the first one looks after the router."""
+        """The processes of the front end, the first of which keeps the router; or that which tells how the workers are."""
+        where = ["--address", self.address, "--port", str(self.openai_port)]
+        if not self.deployment.cluster.router:
+            return [[sys.executable, "-m", "python_backends.triton.health", *where]]
         if not self.deployment.has_front_end:
             return []
         http = self.deployment.http
-        command = [sys.executable, "-m", "router.http", "--address", self.address, "--port", str(self.openai_port)]
+        command = [sys.executable, "-m", "router.http", *where]
         command += ["--triton", f"{self.host}:{self.http_port}", "--metrics", f"{self.host}:{self.metrics_port}"]
         first = [*command, "--keep-router"] if self.deployment.health.restart else command
         return [first, *[command] * (http.processes - 1)]
@@ -268,6 +276,8 @@ class TritonServer:
         if self.deployment.has_front_end:
             # Without workers of its own it may have to wait for others' far longer than for itself.
             probes[self.openai_port] = "/health" if self.deployment.workers else "/health/live"
+        elif not self.deployment.cluster.router:
+            probes[self.openai_port] = "/health/live"
         return all(self._answers(port, path) for port, path in probes.items())
 
     def _answers(self, port: int, path: str) -> bool:

@@ -210,6 +210,7 @@ class RouterHeartbeat(msgspec.Struct, frozen=True, tag=True):
     pid: int
     host: str  # core.host.host_id
     place: str  # what only one living router can have: one with the same place has replaced this one
+    uses: bool = True  # whether it gives this worker work: False where that fails its canaries
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
@@ -251,8 +252,28 @@ class Resume(msgspec.Struct, frozen=True, tag=True):
     """Take work again."""
 
 
-ToWorker = RouterHeartbeat | Abort | ReleaseLease | Resync | Locate | Lend | Drain | Resume
+class Look(msgspec.Struct, frozen=True, tag=True):
+    """Say how you are (Condition). Asked by those of the worker's own server that watch over it or drain it."""
+
+
+ToWorker = RouterHeartbeat | Abort | ReleaseLease | Resync | Locate | Lend | Drain | Resume | Look
+
+# --- worker -> whoever has asked it to Look ---------------------------------------------------------------------------
+
+
+class Condition(msgspec.Struct, frozen=True, tag=True):
+    """How a worker is. Said at once, also while its engine is stuck."""
+
+    epoch: Epoch
+    pid: int
+    draining: bool
+    idle: bool  # it has no request, and holds nothing that others may still fetch
+    used: bool  # some router gives it work, or there is no router
+    standing_s: int  # as in WorkerLoad
+    fault: str  # as in WorkerLoad
+
 
 from_worker_decoder = msgspec.msgpack.Decoder(FromWorker)
 to_worker_decoder = msgspec.msgpack.Decoder(ToWorker)
+condition_decoder = msgspec.msgpack.Decoder(Condition)
 encode = msgspec.msgpack.Encoder().encode

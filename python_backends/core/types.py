@@ -211,4 +211,5 @@ class WorkerLoad(msgspec.Struct, frozen=True):
     busy_s: float = 0.0  # seconds in which it has computed, in this life
     step_ms: float = 0.0  # that steps with running streams are kept to now, by smaller chunks of prompts; 0: no such limit
     tells_blocks: bool = True  # False: what its prefix cache holds is not told, so the router routes to it blindly
+    standing_s: int = 0  # whole seconds in which the engine's loop has not turned, though there is something to do
     fault: str = ""  # why the engine can't go on: a sentence; the worker is to be taken out and restarted

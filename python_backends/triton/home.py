@@ -23,6 +23,8 @@ DRAINING, DRAINED, STOPPING = "draining", "drained", "stopping"
 """Files in the run directory. scripts/guardian.py makes the first, the router the second when it has nothing more to do;
 then, or when the time for that is over, the guardian makes the third and stops the server."""
 
+_CHANNEL = "worker-"
+
 
 @dataclass(frozen=True, slots=True)
 class Home:
@@ -33,7 +35,7 @@ class Home:
 
     def channel_address(self, worker: str) -> str:
         """Where a worker of this server listens for routers of this host."""
-        return f"ipc://{self.run_dir}/worker-{worker}"
+        return f"ipc://{self.run_dir / _CHANNEL}{worker}"
 
     @property
     def door_address(self) -> str:
@@ -73,6 +75,11 @@ class Home:
     def stopping(self) -> bool:
         """Whether whoever started the server is stopping it. Triton itself does not tell its models."""
         return (self.run_dir / STOPPING).exists()
+
+
+def channels(run_dir: Path) -> dict[str, str]:
+    """Where the workers of a server listen for this host, by their names."""
+    return {path.name.removeprefix(_CHANNEL): f"ipc://{path}" for path in sorted(run_dir.glob(f"{_CHANNEL}*"))}
 
 
 def find_home() -> Home:

@@ -21,7 +21,18 @@ import zmq
 from python_backends.core.curve import CurveKeys
 from python_backends.core.errors import UNREADABLE, ConfigError
 from python_backends.core.host import host_id
-from python_backends.core.messages import FromWorker, Heartbeat, RouterHeartbeat, ToWorker, encode, to_worker_decoder
+from python_backends.core.messages import (
+    Condition,
+    Drain,
+    FromWorker,
+    Heartbeat,
+    Look,
+    Resume,
+    RouterHeartbeat,
+    ToWorker,
+    encode,
+    to_worker_decoder,
+)
 from python_backends.core.pulse import idle_heartbeat_s
 
 log = logging.getLogger(__name__)
@@ -37,6 +48,8 @@ class ChannelListener(Protocol):
     """What the channel tells its owner, on the channel's thread. Routers are known by their names."""
 
     def heartbeat(self) -> Heartbeat: ...
+
+    def condition(self, used: bool) -> Condition: ...
 
     def told(self, message: ToWorker) -> None: ...
 
@@ -75,6 +88,7 @@ class _Router:
     socket: zmq.Socket[bytes]
     identity: bytes
     heard: float  # monotonic, s
+    uses: bool  # it gives this worker work
     pidfd: int | None
 
 
@@ -186,7 +200,7 @@ class WorkerChannel:
         is_new, self._last_heartbeat = heartbeat != self._last_heartbeat, heartbeat
         self._drain(self._inbox, self._post)  # the events that it counts go first
         for router in list(self._routers.values()):
-            self._say(router, heartbeat)
+            self._tell(router, heartbeat)
             if now - router.heard > self._silent_s:
                 self._lose(router, "fell silent")
         return is_new
@@ -203,11 +217,18 @@ class WorkerChannel:
         self._happened = True
         for router in self._routers.values():
             if to in (_EVERYBODY, router.name.encode()):
-                self._say(router, payload)
+                self._tell(router, payload)
 
-    def _say(self, router: _Router, payload: bytes) -> None:
+    def _tell(self, router: _Router, payload: bytes) -> None:
+        self._say(router.socket, router.identity, payload)
+
+    def _say(self, socket: zmq.Socket[bytes], identity: bytes, payload: bytes) -> None:
         with suppress(zmq.Again):
-            router.socket.send_multipart([router.identity, payload], zmq.NOBLOCK)
+            socket.send_multipart([identity, payload], zmq.NOBLOCK)
+
+    def _is_used(self) -> bool:
+        """As Condition has it."""
+        return not self._routers or any(router.uses for router in self._routers.values())
 
     def _read(self, socket: zmq.Socket[bytes], frames: list[bytes]) -> None:
         identity, *parts = frames
@@ -217,32 +238,34 @@ class WorkerChannel:
             return  # of another version; its sender learns nothing from an answer here
         if isinstance(message, RouterHeartbeat):
             self._hear_router(socket, identity, message)
-        elif identity in self._routers:
+        elif isinstance(message, Look):
+            self._say(socket, identity, encode(self._listener.condition(self._is_used())))
+        elif identity in self._routers or isinstance(message, Drain | Resume):  # a server drains its own workers, too
             self._happened = True
             self._listener.told(message)
 
     def _hear_router(self, socket: zmq.Socket[bytes], identity: bytes, message: RouterHeartbeat) -> None:
         known = self._routers.get(identity)
         if known is not None:
-            known.heard = time.monotonic()
+            known.heard, known.uses = time.monotonic(), message.uses
             return
         for other in [other for other in self._routers.values() if message.place and other.place == message.place]:
             self._lose(other, "was replaced")
         pidfd = _watch(message)
-        router = _Router(message.router, message.place, socket, identity, time.monotonic(), pidfd)
+        router = _Router(message.router, message.place, socket, identity, time.monotonic(), message.uses, pidfd)
         self._routers[identity] = router
         self._happened = True  # it does not know this worker yet
         self._listener.router_found(router.name)
         if pidfd is not None:
             self._poller.register(pidfd, zmq.POLLIN)
-        self._say(router, encode(self._listener.heartbeat()))  # it should know at once that we are here
+        self._tell(router, encode(self._listener.heartbeat()))  # it should know at once that we are here
         self._answered.set()
 
     def _lose(self, router: _Router, why: str) -> None:
         log.warning("router %s %s", router.name, why)
         last_words = self._listener.router_lost(router.name)
         if last_words is not None:
-            self._say(router, encode(last_words))
+            self._tell(router, encode(last_words))
         self._forget(router)
 
     def _forget(self, router: _Router) -> None:

@@ -17,6 +17,7 @@ from python_backends.core.host import host_id
 from python_backends.core.messages import (
     Abort,
     BlockEvents,
+    Condition,
     DecodeWork,
     Drain,
     Followed,
@@ -201,6 +202,13 @@ class Worker:
             family=info.family,
             cores=info.cores,
         )
+
+    def condition(self, used: bool) -> Condition:
+        load = self._engine.load()
+        with self._live_lock:
+            has_requests = any(self._live.values())  # also those that the engine has not looked at yet
+        idle = not (has_requests or load.queued_requests or load.running_requests or load.active_leases)
+        return Condition(self._epoch, os.getpid(), self._drain.draining, idle, used, load.standing_s, load.fault)
 
     def told(self, message: ToWorker) -> None:
         if isinstance(message, Abort):

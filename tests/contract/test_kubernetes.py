@@ -16,6 +16,7 @@ from python_backends.core.config import load_deployment
 from python_backends.core.paths import repository_root
 from python_backends.core.types import Role
 from router.metrics import exported_names
+from scripts import drain
 from scripts.serve import parse_options
 from tests.manifests import BASE, KUBERNETES, OVERLAYS, REDIS, Document, base_documents, container, find, rendered
 from tests.tools import require_program
@@ -91,8 +92,7 @@ def test_pods_start_what_there_is() -> None:
         ports = {port["name"]: port["containerPort"] for port in found["ports"]}
         wanted = {"http": options.http_port, "grpc": options.grpc_port, "metrics": options.metrics_port}
         assert wanted.items() <= ports.items()
-        if role == "router":
-            assert ports["openai"] == options.openai_port
+        assert ports["openai" if role == "router" else "health"] == options.openai_port
         assert options.config == Path(f"/etc/baton/deployment/{role}.yaml")
         assert {mount["name"] for mount in found["volumeMounts"]} == {volume["name"] for volume in pod["spec"]["volumes"]}
         for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
@@ -251,9 +251,15 @@ def _check_probes_allow(deployment: Document) -> None:
     pod, found = deployment["spec"]["template"]["spec"], container(deployment)
     startup = found["startupProbe"]
     assert startup["periodSeconds"] * startup["failureThreshold"] >= 300
-    waits = [int(word) for word in found.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", ["0"])[-1:]]
-    grace_s = parse_options(found["args"]).grace if deployment["metadata"]["name"] == "baton-router" else 0
-    assert pod["terminationGracePeriodSeconds"] >= sum(waits) + grace_s + 20
+    program, *arguments = found["lifecycle"]["preStop"]["exec"]["command"]
+    if program == "sleep":
+        hook_s = float(arguments[0])
+    else:
+        assert program == "/opt/baton/scripts/drain"
+        hook = drain.parse_options(arguments)
+        assert (hook.workers, hook.resume) == ([], False), "all of the pod's own"
+        hook_s = hook.grace + 5  # its start, and what is handed back
+    assert pod["terminationGracePeriodSeconds"] >= hook_s + parse_options(found["args"]).grace + 20
 
 
 def test_no_secret_is_in_the_files() -> None:

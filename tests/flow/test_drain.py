@@ -14,6 +14,7 @@ import pytest
 from python_backends.core.config import RouterConfig
 from python_backends.core.errors import Unavailable
 from python_backends.core.types import Role, SamplingParams, WorkerId
+from python_backends.worker.door import WorkersDoor
 from python_backends.worker.drain import DrainState
 from router.lifecycle import State
 from router.seams import Destination
@@ -127,6 +128,35 @@ def test_what_is_not_finished_in_time_goes_on_elsewhere() -> None:
         assert {answer.proof.decode_worker for answer in answers} == set(streams) - {drained}
         assert house.counts.retries > 0
         house.assert_nothing_held()
+
+
+@pytest.mark.parametrize("worker", ["prefill_0", "decode_0"])
+def test_its_own_server_drains_it(worker: str) -> None:
+    """Without the router, which hears of it from the worker."""
+    config = deployment(2, 2, router=ROUTER, engine=fake_engine(prefill_us_per_token=300, step_us=5000))
+    with FlowHouse(config) as house, WorkersDoor({worker: house.address(worker)}) as door:
+        answers = _begin(house, 6)
+        assert eventually(lambda: any(answer.state is State.DECODING for answer in answers), 5)
+        assert door.drain(10.0) == []
+        view = house.service.house.fleet.get(WorkerId(worker))
+        assert view is not None
+        assert (view.requests, view.available) == (0, False)
+        _assert_whole(answers)
+        assert house.counts.retries == 0
+        door.resume()
+        assert eventually(lambda: view.available, 5)
+
+
+def test_what_its_own_server_can_not_wait_for_goes_on_elsewhere() -> None:
+    long = SamplingParams(seed=4, max_tokens=1000)
+    with FlowHouse(deployment(1, 2, router=ROUTER, engine=fake_engine(step_us=5000))) as house:
+        answers = _begin(house, 4, long)
+        assert eventually(lambda: all(len(answer.ids) > 5 for answer in answers), 5)
+        with WorkersDoor({"decode_0": house.address("decode_0")}) as door:
+            assert door.drain(0.2) == []
+        _assert_whole(answers, long)
+        assert {answer.proof.decode_worker for answer in answers} == {"decode_1"}
+        assert house.counts.retries > 0
 
 
 def test_the_only_one_of_its_kind_is_not_waited_for() -> None:

@@ -15,6 +15,7 @@ import pytest
 from python_backends.core.config import RouterConfig
 from python_backends.core.messages import Work
 from python_backends.core.types import Role, SamplingParams, WorkerId
+from python_backends.worker.door import WorkersDoor
 from router.fleet import Fleet
 from router.health import Breaker, Circuit, _pair
 from router.lifecycle import State
@@ -82,6 +83,21 @@ def test_a_wedged_worker_is_out_and_in_again(name: str) -> None:
         assert eventually(_available(house, name), 5)
         assert house.ask(prompt(60, 0), SAMPLING).ids == answers[0].ids
         assert eventually(lambda: not house.held(0.0), 3), house.held(0.0)
+
+
+def test_a_wedged_worker_says_so_to_its_own_server() -> None:
+    """That its engine stands still it knows itself; that it is given no work, from its router."""
+    with FlowHouse(_deployment()) as house, WorkersDoor({"decode_0": house.address("decode_0")}) as door:
+
+        def seen() -> tuple[int, bool, bool]:
+            condition = door.look()["decode_0"]
+            return condition.standing_s, condition.used, condition.idle
+
+        assert eventually(lambda: seen() == (0, True, True), 5)
+        with _wedged(house, "decode_0"):
+            assert eventually(lambda: seen()[0] > 1 and not seen()[1], 10)
+            assert door.look()["decode_0"].fault == ""
+        assert eventually(lambda: seen() == (0, True, True), 5)
 
 
 def test_readiness_follows() -> None:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import http.client
+import re
+import shutil
+import signal
 import socket
+import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import closing, suppress
@@ -11,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 from python_backends.core.paths import repository_root
@@ -28,20 +33,46 @@ class Pod:
 
     machine: Host
     spec: dict[str, Any]  # its container
+    grace_s: float  # that Kubernetes gives it to end
     directory: Path
+    tmp: Path  # its /tmp
     process: Process | None = None
 
     def start(self) -> None:
-        local = [*self.spec["command"], *self.spec["args"]]
-        for inside, outside in ((_IMAGE_ROOT, ROOT), (_CONFIG_ROOT, self.directory), (_STORE_ROOT, self.directory)):
-            local = [word.replace(inside, str(outside)) for word in local]
-        environment = {each["name"]: each["value"] for each in self.spec.get("env", [])}
-        log = self.directory / f"{self.machine.name}.log"
-        self.process = self.machine.start(local, python_environment() | environment, log)
+        self.process = self._run([*self.spec["command"], *self.spec["args"]])
 
     def stop(self) -> None:
+        """In a hurry, and for good."""
         if self.process is not None:
             self.process.stop()
+        shutil.rmtree(self.tmp, ignore_errors=True)
+
+    def end(self) -> None:
+        """As the kubelet does it: the preStop hook, then SIGTERM. Kubernetes would kill what this finds still there."""
+        assert self.process is not None
+        end = time.monotonic() + self.grace_s
+        self.execute(*self.spec["lifecycle"]["preStop"]["exec"]["command"])
+        self.process.process.send_signal(signal.SIGTERM)
+        assert self.process.process.wait(end - time.monotonic()) == 0
+
+    def execute(self, *command: str) -> None:
+        """Beside what runs there, as `kubectl exec` does, until it has ended."""
+        done = self._run(command)
+        assert done.process.wait(self.grace_s) == 0, last_lines(done.log)
+
+    def worker(self) -> psutil.Process:
+        """The process of its worker's model."""
+        assert self.process is not None
+        children = psutil.Process(self.process.process.pid).children(recursive=True)
+        (found,) = [child for child in children if re.search(r"/models/\w+/1/model\.py", " ".join(child.cmdline()))]
+        return found
+
+    def _run(self, command: Sequence[str]) -> Process:
+        local = list(command)
+        for inside, outside in ((_IMAGE_ROOT, ROOT), (_CONFIG_ROOT, self.directory), (_STORE_ROOT, self.directory)):
+            local = [word.replace(inside, str(outside)) for word in local]
+        environment = {each["name"]: each["value"] for each in self.spec.get("env", [])} | {"TMPDIR": str(self.tmp)}
+        return self.machine.start(local, python_environment() | environment, self.directory / f"{self.machine.name}.log")
 
     def probe(self, kind: str) -> bool:
         """Ask once, as the kubelet does: 200 to 399, or a connection, is a success."""
@@ -108,7 +139,11 @@ def make_pods(network: Network, controller: Document, count: int, directory: Pat
     Those of a StatefulSet have names of their own, too.
     """
     name = controller["metadata"]["name"]
-    pods = [Pod(network.add(f"{name}-{number}"), container(controller), directory) for number in range(count)]
+    grace_s = controller["spec"]["template"]["spec"].get("terminationGracePeriodSeconds", 30)
+    pods = [
+        Pod(network.add(f"{name}-{number}"), container(controller), grace_s, directory, Path(tempfile.mkdtemp(prefix="pod-")))
+        for number in range(count)
+    ]
     network.name(name, [pod.machine for pod in pods])
     for pod in pods if controller["kind"] == "StatefulSet" else []:
         network.name(f"{pod.machine.name}.{name}", [pod.machine])

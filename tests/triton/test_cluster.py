@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ class Cluster:
     one: TritonServer
     two: TritonServer
     prefill: TritonServer
+    third: TritonServer  # without a router, not started, in the place of `one`
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +68,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, smollm2_dir: Path) -> Iter
         server("one", "{role: decode, engine: fake}", decodes[0], grpc[1], pools),
         server("two", "{role: decode, engine: fake}", decodes[1], grpc[2], pools),
     ]
+    third = server("third", "{role: decode, engine: fake}", decodes[0], grpc[1], "router: false")
     with ExitStack() as running:
         for each in servers:
             running.enter_context(each)
-        found = Cluster(servers[1], servers[2], servers[0])
+        found = Cluster(servers[1], servers[2], servers[0], third)
         for router in (found.one, found.two):
             _wait_for(lambda: total(metrics(router), "baton_worker_up") == 4, 15)  # noqa: B023
         yield found
@@ -163,8 +166,33 @@ def test_a_worker_elsewhere_takes_another_role(cluster: Cluster, one: Asking) ->
     assert role.main([name, "prefill", "--run-dir", str(cluster.two.run_dir)]) == 0
 
 
+def _health(server: TritonServer, path: str = "/health") -> tuple[int, str]:
+    connection = http.client.HTTPConnection(server.host, server.openai_port, timeout=10)
+    with closing(connection):
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        return answer.status, json.load(answer)["trouble"] if answer.status != 404 else ""
+
+
+def test_a_server_without_a_router_drains_its_workers_and_tells_how_they_are(cluster: Cluster, one: Asking) -> None:
+    """While nobody prefills, decode workers do."""
+    run_dir = ["--run-dir", str(cluster.prefill.run_dir)]
+    _wait_for(lambda: _health(cluster.prefill) == (200, ""), 5)
+    expected = one.ask(text_input=PROMPT, max_tokens=20, seed=4, route="remote").text
+    assert drain.main(run_dir) == 0
+    assert _health(cluster.prefill) == (503, "worker prefill is drained")
+    assert _health(cluster.prefill, "/health/live") == (200, "")
+    assert _health(cluster.prefill, "/v1/models") == (404, "")
+    for server in (cluster.one, cluster.two):
+        _wait_for(lambda: total(metrics(server), "baton_worker_available") == 2, 5)  # noqa: B023
+    assert one.ask(text_input=PROMPT, max_tokens=20, seed=4).text == expected
+    assert drain.main(["--resume", *run_dir]) == 0
+    _wait_for(lambda: _health(cluster.prefill) == (200, ""), 5)
+    assert drain.main(["--run-dir", str(cluster.prefill.run_dir.parent)]) == 1
+
+
 def test_a_server_that_is_stopped_costs_the_requests_of_other_routers_nothing(cluster: Cluster, two: Asking) -> None:
-    """Last in this file: the server does not come back. What its decode worker had goes on at the other one."""
+    """The server does not come back. What its decode worker had goes on at the other one."""
     fields: dict[str, Any] = {"max_tokens": 600, "seed": 3, "temperature": 0.8, "return_output_ids": True, "stream": True}
     prompts = [f"upgrade {i} {PROMPT}" for i in range(8)]
     for i, prompt in enumerate(prompts):
@@ -182,3 +210,27 @@ def test_a_server_that_is_stopped_costs_the_requests_of_other_routers_nothing(cl
     assert [answer.ids for answer in answers] == expected
     assert min(json.loads(answer.last("proof"))["attempts"] for answer in answers) > 1, "all were at the one that stopped"
     wait_until_nothing_is_held(cluster.two, within_s=15)  # a canary's handoff to the one that stopped is given up by then
+
+
+def test_a_server_without_a_router_hands_over_what_it_has_no_time_for(cluster: Cluster, two: Asking) -> None:
+    """Last in this file, after the test above: it takes the place of that server. Short streams end there, long ones do not."""
+    short: dict[str, Any] = {"max_tokens": 100, "seed": 3, "temperature": 0.8, "stream": True, "route": "remote"}
+    long: dict[str, Any] = {**short, "max_tokens": 1500}
+    expected = two.ask(text_input=PROMPT, **short).text, two.ask(text_input=PROMPT, **long).text
+    with cluster.third as third:
+        name = f"decode@127.0.0.1:{third.grpc_port}"
+        _wait_for(lambda: total(metrics(cluster.two), "baton_worker_available", worker=name) == 1, 15)
+        own = [f"decode@127.0.0.1:{cluster.two.grpc_port}", "--run-dir", str(cluster.two.run_dir)]
+        assert drain.main(own) == 0
+        for i, fields in enumerate((short, long) * 3):
+            two.send(f"h{i}", text_input=PROMPT, return_proof=True, **fields)
+        for _ in range(30):
+            two.next_response()
+        assert drain.main([*own, "--resume"]) == 0
+        began = time.monotonic()
+        third.stop(2.0)
+        assert time.monotonic() - began < 20
+    answers = two.collect(*[f"h{i}" for i in range(6)])
+    assert [answer.text for answer in answers] == [*expected] * 3
+    proofs = [json.loads(answer.last("proof")) for answer in answers]
+    assert [(proof["attempts"], proof["decode_worker"] == name) for proof in proofs] == [(1, True), (2, False)] * 3

@@ -18,6 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from functools import partial
 
+import msgspec
+
 from python_backends.core.block_hash import chain_root
 from python_backends.core.config import Deployment, WorkerConfig
 from python_backends.core.errors import BatonError, ConfigError, EngineFailure, HandoffRefused, RefusalReason, TritonCode
@@ -102,6 +104,7 @@ class PagedEngine:
         self._spare_s = 0.0  # that the streams of the last step can wait for the next one
         self._busy_s = 0.0
         self._busy_since: float | None = None  # monotonic, s: end of the last step, if this one follows at once
+        self._turned: float | None = None  # monotonic, s: the loop's last turn; None while it has nothing to do
         self._thread: threading.Thread | None = None
         self._guide_makers = ThreadPoolExecutor(1, thread_name_prefix="grammar")
         self._memory: PoolMemory | None = None
@@ -201,7 +204,9 @@ class PagedEngine:
         self._inbox.put(self._request_reset)
 
     def load(self) -> WorkerLoad:
-        return self._load
+        turned = self._turned
+        standing_s = 0 if turned is None else int(time.monotonic() - turned)
+        return msgspec.structs.replace(self._load, standing_s=standing_s) if standing_s else self._load
 
     # --- the Lender contract -------------------------------------------------------------------------------------------
 
@@ -314,11 +319,14 @@ class PagedEngine:
         """Run what other threads asked for; when there is nothing to compute, wait for it."""
         try:
             if wait:
-                self._inbox.get(timeout=self._idle_timeout())()
+                self._turned = None
+                call = self._inbox.get(timeout=self._idle_timeout())
+                self._turned = time.monotonic()
+                call()
             while True:
                 self._inbox.get_nowait()()
         except queue.Empty:
-            return
+            self._turned = time.monotonic()
 
     def _idle_timeout(self) -> float | None:
         """Seconds until something may fall due; None (for ever) when nothing is here at all."""

@@ -8,6 +8,7 @@ from python_backends.core.messages import (
     Abort,
     BlockEvents,
     FromWorker,
+    Look,
     Outputs,
     ReleaseLease,
     RequestFailed,
@@ -41,7 +42,7 @@ def test_worker_messages_survive_the_channel(message: FromWorker) -> None:
 
 
 @pytest.mark.parametrize(
-    "message", [RouterHeartbeat("r", 1, "host", "place"), Abort([RequestId("a")]), ReleaseLease(["l"]), Resync()]
+    "message", [RouterHeartbeat("r", 1, "host", "place", False), Abort([RequestId("a")]), ReleaseLease(["l"]), Resync(), Look()]
 )
 def test_router_messages_survive_the_channel(message: ToWorker) -> None:
     assert to_worker_decoder.decode(encode(message)) == message

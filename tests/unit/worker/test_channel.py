@@ -15,6 +15,8 @@ from python_backends.core.host import host_id
 from python_backends.core.layout import KVLayout
 from python_backends.core.messages import (
     BlockEvents,
+    Condition,
+    Drain,
     FromWorker,
     Heartbeat,
     RouterHeartbeat,
@@ -32,6 +34,7 @@ WORKER, EPOCH = WorkerId("decode"), Epoch(1)
 class Listener:
     def __init__(self) -> None:
         self.running = 0
+        self.draining = False
 
     def heartbeat(self) -> Heartbeat:
         return Heartbeat(
@@ -51,7 +54,12 @@ class Listener:
             events_sequence=0,
         )
 
-    def told(self, message: ToWorker) -> None: ...
+    def condition(self, used: bool) -> Condition:
+        return Condition(EPOCH, os.getpid(), self.draining, not self.running, used, 0, "")
+
+    def told(self, message: ToWorker) -> None:
+        self.draining = isinstance(message, Drain)
+
     def router_found(self, router: str) -> None: ...
     def router_lost(self, router: str) -> FromWorker | None: ...
 

@@ -53,8 +53,9 @@ def test_all_that_the_manifests_ask_for_is_simulated() -> None:
         check_metrics(load_autoscalers(path))
 
 
-def test_routers_are_there_for_a_while_after_their_end_was_decided() -> None:
+def test_routers_are_there_for_a_while_after_their_end_was_decided_and_workers_are_drained() -> None:
     assert pre_stop(BASE, "baton-router") == PreStop(10)
+    assert pre_stop(BASE, "baton-decode") == pre_stop(BASE, "baton-prefill") == PreStop(90, drains=True)
 
 
 def test_what_is_not_said_is_as_kubernetes_has_it(tmp_path: Path) -> None:
