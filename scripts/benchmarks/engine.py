@@ -162,7 +162,7 @@ class Ours:
     ) -> None:
         self.name = name
         self.weights = model.weights
-        self.phases: dict[tuple[int, int], list[dict[str, int]]] = {}  # of decode steps, by batch and context
+        self.phases: dict[tuple[int, int], list[tuple[float, dict[str, int]]]] = {}  # of decode steps, with their seconds
         self._chunk = chunk
         torch.set_num_threads(threads)
         self.runner = TorchRunner(model, WorkerConfig(role=Role.AGGREGATED), _BLOCK, path, kernels)
@@ -193,7 +193,7 @@ class Ours:
             slices = [Slice([5 + step], context + step, table, _GREEDY) for table in tables]
             seconds.append(_timed(partial(self.runner.step, slices)))
             if isinstance(executor, CompiledExecutor):
-                self.phases.setdefault((batch, context), []).append(executor.phase_cycles())
+                self.phases.setdefault((batch, context), []).append((seconds[-1], executor.phase_cycles()))
         return seconds
 
     def close(self) -> None:
@@ -406,15 +406,18 @@ def show(console: Console, limits: Limits, results: Sequence[Result]) -> None:
 
 
 def show_phases(console: Console, contenders: Sequence[Contender]) -> None:
-    """Where the time of decode steps goes: of each kind of phase, all layers together, the median."""
+    """Where the time of decode steps goes: of each kind of phase, all layers together, and of what is no kernel; medians."""
     began, first = time.perf_counter(), cycles()
     time.sleep(0.1)
     per_ms = (cycles() - first) / (time.perf_counter() - began) / 1e3
     for contender in (contender for contender in contenders if isinstance(contender, Ours) and contender.phases and per_ms):
         table = Table(f"phases of a step, ms: {contender.name}", *(f"batch {b}, context {c}" for b, c in contender.phases))
-        for name in next(iter(contender.phases.values()))[0]:
-            medians = [statistics.median(step[name] for step in steps[2:]) for steps in contender.phases.values()]
+        measured = [steps[2:] for steps in contender.phases.values()]
+        for name in measured[0][0][1]:
+            medians = [statistics.median(phases[name] for _, phases in steps) for steps in measured]
             table.add_row(name, *(f"{median / per_ms:.2f}" for median in medians))
+        rest = [[seconds * 1e3 - sum(phases.values()) / per_ms for seconds, phases in steps] for steps in measured]
+        table.add_row("preparing, embedding, drawing", *(f"{statistics.median(each):.2f}" for each in rest))
         console.print(table)
 
 
