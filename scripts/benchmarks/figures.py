@@ -59,20 +59,34 @@ class Report(msgspec.Struct, frozen=True):
 
 
 def table(figures: Sequence[Figure]) -> Table:
-    """A row per figure; where a quantity has several contenders, also the ratio to the first of them, round by round."""
+    """A row per figure; where a quantity has several contenders, also the ratio to the first of them, round by round.
+
+    What stands in the row above is not said again.
+    """
     shown = Table(box=None, padding=(0, 2), pad_edge=False)
     for heading in ("part", "quantity", "contender"):
         shown.add_column(heading)
     for heading in ("median", "least", "most", "ratio"):
         shown.add_column(heading, justify="right")
-    first: dict[tuple[str, str], Figure] = {}
-    for figure in figures:
-        base = first.setdefault((figure.part, figure.quantity), figure)
-        ratio = "" if base is figure else f"{ratio_to(base, figure):.2f}"
-        low, high = figure.spread
-        quantity = f"{figure.quantity}, {figure.unit}"
-        shown.add_row(figure.part, quantity, figure.contender, *map(_number, (figure.median, low, high)), ratio)
+    part = ""
+    for (of, _), contenders in _by_quantity(figures).items():
+        base = contenders[0]
+        names = ("" if of == part else of, f"{base.quantity}, {base.unit}")
+        part = of
+        for figure in contenders:
+            ratio = "" if figure is base else f"{ratio_to(base, figure):.2f}"
+            low, high = figure.spread
+            shown.add_row(*names, figure.contender, *map(_number, (figure.median, low, high)), ratio)
+            names = ("", "")
     return shown
+
+
+def _by_quantity(figures: Sequence[Figure]) -> dict[tuple[str, str], list[Figure]]:
+    """By part and quantity, each where its first figure stands."""
+    found: dict[tuple[str, str], list[Figure]] = {}
+    for figure in figures:
+        found.setdefault((figure.part, figure.quantity), []).append(figure)
+    return found
 
 
 def ratio_to(base: Figure, figure: Figure) -> float:
@@ -94,8 +108,8 @@ def draw(figures: Sequence[Figure], directory: Path) -> list[Path]:
 def _draw(figures: Sequence[Figure], path: Path) -> Path:
     """One panel per unit."""
     panels: dict[str, list[Figure]] = {}
-    for figure in figures:
-        panels.setdefault(figure.unit, []).append(figure)
+    for contenders in _by_quantity(figures).values():
+        panels.setdefault(contenders[0].unit, []).extend(contenders)
     heights = [0.9 + 0.32 * len(panel) for panel in panels.values()]
     with mpl.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         picture = Picture(figsize=(9, sum(heights)), layout="constrained")

@@ -29,6 +29,7 @@ from scripts.client import Client
 from scripts.loadtest import INTERRUPTED, interrupt_on_signals
 from scripts.tritonserver import TritonServer
 
+_FILE_COLUMNS = 160  # of a table that goes to a file
 _BUSY = 0.1  # share of the cores: more of it, used by others, is worth a warning
 
 
@@ -154,7 +155,7 @@ def run_parts(parts: Mapping[str, Part], parsed: argparse.Namespace) -> int:
     130 after Ctrl-C, 1 when a part or a contender could not be measured.
     """
     interrupt_on_signals()
-    console, code = Console(), 0
+    console, code = Console(width=None if sys.stdout.isatty() else _FILE_COLUMNS), 0
     busy = psutil.cpu_percent(interval=2.0) / 100
     if busy > _BUSY:
         console.print(f"warning: others use {busy:.0%} of this machine's cores; figures will be unlike a quiet one's")

@@ -148,6 +148,7 @@ def _handoff(answer: Answer) -> Iterator[tuple[str, str, float]]:
     yield "transfer", "ms", proof.transfer_ms
     yield "handoff, end of prefill to decode", "ms", proof.handoff_ms
     yield "rate", "GiB/s", proof.kv_bytes / proof.transfer_ms * 1e3 / (1 << 30)
+    yield "TTFT", "ms", proof.ttft_ms
     yield "handoff, of the TTFT", "%", proof.handoff_ms / proof.ttft_ms * 100
 
 

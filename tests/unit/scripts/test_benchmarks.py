@@ -42,9 +42,13 @@ def test_a_ratio_is_taken_within_each_round() -> None:
 
 
 def test_the_table_has_a_row_per_figure_and_a_ratio_to_the_first() -> None:
-    shown = table([SLOW, FAST])
-    assert list(shown.columns[-1].cells) == ["", "0.90"]
-    assert list(shown.columns[3].cells) == ["200", "150"]
+    other = Figure("serving", "TTFT", "served", "ms", (7.0,))
+    shown = table([SLOW, other, FAST])
+    assert list(shown.columns[0].cells) == ["serving", "", ""]
+    assert list(shown.columns[1].cells) == ["32 streams, tokens/s", "", "TTFT, ms"]
+    assert list(shown.columns[2].cells) == ["engine alone", "served", "served"]
+    assert list(shown.columns[3].cells) == ["200", "150", "7"]
+    assert list(shown.columns[-1].cells) == ["", "0.90", ""]
 
 
 def test_repetitions_without_a_partner_have_no_ratio() -> None:
