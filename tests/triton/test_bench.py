@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from python_backends.core.paths import repository_root
 from scripts.benchmarks.redis import redis_is_installed
 
 pytestmark = [
@@ -24,7 +25,7 @@ pytestmark = [
 
 def _start(out: Path, *parts: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "scripts.bench", "all", *parts, "--repetitions", "1", "--out", str(out)]
-    return subprocess.Popen(command)
+    return subprocess.Popen(command, cwd=repository_root())
 
 
 def _written(out: Path) -> dict[str, Any]:
