@@ -15,6 +15,8 @@ from rich.table import Table
 from loadtest.machine import Machine
 
 _SIGNIFICANT = 3
+_COLOUR, _WHISKERS = "#4c78a8", "#555555"
+_WIDE = 50  # times: where bars of the least could not be seen, points on a logarithmic axis can
 
 
 class Figure(msgspec.Struct, frozen=True):
@@ -74,7 +76,7 @@ def table(figures: Sequence[Figure]) -> Table:
         names = ("" if of == part else of, f"{base.quantity}, {base.unit}")
         part = of
         for figure in contenders:
-            ratio = "" if figure is base else f"{ratio_to(base, figure):.2f}"
+            ratio = "" if figure is base else _number(ratio_to(base, figure))
             low, high = figure.spread
             shown.add_row(*names, figure.contender, *map(_number, (figure.median, low, high)), ratio)
             names = ("", "")
@@ -100,7 +102,7 @@ def ratio_to(base: Figure, figure: Figure) -> float:
 
 
 def draw(figures: Sequence[Figure], directory: Path) -> list[Path]:
-    """PART.png for each part: medians as bars, least and most as whiskers. Returns their paths."""
+    """PART.png for each part: medians as bars or points, least and most as whiskers. Returns their paths."""
     parts = list(dict.fromkeys(figure.part for figure in figures))
     return [_draw([figure for figure in figures if figure.part == part], directory / f"{part}.png") for part in parts]
 
@@ -119,7 +121,11 @@ def _draw(figures: Sequence[Figure], path: Path) -> Path:
             medians = [figure.median for figure in panel]
             below = [figure.median - figure.spread[0] for figure in panel]
             above = [figure.spread[1] - figure.median for figure in panel]
-            ax.barh(names, medians, xerr=[below, above], color="#4c78a8", ecolor="#555555", capsize=2)
+            if min(medians) > 0 and max(medians) > _WIDE * min(medians):
+                ax.errorbar(medians, names, xerr=[below, above], fmt="o", color=_COLOUR, ecolor=_WHISKERS, capsize=2)
+                ax.set_xscale("log")
+            else:
+                ax.barh(names, medians, xerr=[below, above], color=_COLOUR, ecolor=_WHISKERS, capsize=2)
             ax.invert_yaxis()
             ax.set_xlabel(unit)
         axes[0].set_title(figures[0].part, loc="left", fontweight="bold")
@@ -128,4 +134,6 @@ def _draw(figures: Sequence[Figure], path: Path) -> Path:
 
 
 def _number(value: float) -> str:
+    if not math.isfinite(value):
+        return "-"
     return f"{value:,.0f}" if abs(value) >= 10**_SIGNIFICANT else f"{value:.{_SIGNIFICANT}g}"
