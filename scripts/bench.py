@@ -1,5 +1,6 @@
 """Benchmarks. Each part has a --help of its own; results and how to read them: docs/benchmarks.md
 
+    scripts/bench all        engine, mixed and served in one run: one table, pictures, one JSON file
     scripts/bench mixed      steady streams beside long prompts: against our aggregated mode, and against rivals' servers
     scripts/bench served     what a deployment is like to use: serving, prefix cache, handoff, scale, start, memory
     scripts/bench engine     how fast the CPU engine computes, against the machine's limits, PyTorch and transformers
@@ -17,7 +18,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-_PARTS = ("mixed", "served", "engine", "transfer", "codec", "router", "overload")
+_PARTS = ("all", "mixed", "served", "engine", "transfer", "codec", "router", "overload")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -17,11 +17,12 @@ import json
 import math
 import random
 import re
+import statistics
 import sys
 import tempfile
 import time
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
+from loadtest.machine import this_machine
 from python_backends.core.block_hash import HASH_BYTES, block_hashes, chain_root
 from python_backends.core.errors import BatonError, Unavailable
 from python_backends.core.messages import BlockEvents, Outputs, TokenChunk, encode, from_worker_decoder
@@ -289,17 +291,25 @@ def measure(blocks: int, requests: int, tokens: int) -> UnitCosts:
     )
 
 
+def median(runs: Sequence[UnitCosts]) -> UnitCosts:
+    """Of each cost by itself."""
+    names = [field.name for field in dataclasses.fields(UnitCosts)]
+    return UnitCosts(**{name: statistics.median(getattr(run, name) for run in runs) for name in names})
+
+
 # --- telling ---
 
 
-def _print(console: Console, costs: UnitCosts, found: list[Needs]) -> None:
+def _print(console: Console, runs: Sequence[UnitCosts], found: list[Needs]) -> None:
     table = Table("unit cost", box=None, pad_edge=False)
-    table.add_column("one core's time, or bytes", justify="right")
-    for name, value in dataclasses.asdict(costs).items():
-        table.add_row(
-            name.rpartition("_")[0].replace("_", " "), f"{value:,.0f} B" if "bytes" in name else f"{value * 1e6:,.2f} us"
-        )
+    for heading in ("one core's time, or bytes", "least", "most"):
+        table.add_column(heading, justify="right")
+    for name, value in dataclasses.asdict(median(runs)).items():
+        values = [getattr(run, name) for run in runs]
+        shown = (f"{each:,.0f} B" if "bytes" in name else f"{each * 1e6:,.2f} us" for each in (value, min(values), max(values)))
+        table.add_row(name.rpartition("_")[0].replace("_", " "), *shown)
     console.print(table)
+    console.print(f"Medians of {len(runs)} runs. {this_machine()}", highlight=False)
     console.print()
     table = Table("sessions", box=None, pad_edge=False)
     for each in found:
@@ -339,14 +349,18 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--prefill-rate", type=float, default=10_000.0, help="tokens per second of one prefill worker")
     parser.add_argument("--blocks", type=int, default=200_000, help="in the index that is measured")
     parser.add_argument("--requests", type=int, default=300, help="through the server that is measured, twice")
+    parser.add_argument("--repetitions", type=int, default=5, help="of everything; a minute each")
     parser.add_argument("--json", action="store_true", help="for programs")
-    return parser.parse_args(arguments)
+    parsed = parser.parse_args(arguments)
+    if parsed.repetitions < 1:
+        parser.error("--repetitions must be 1 or more")
+    return parsed
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_options(arguments)
     try:
-        costs = measure(options.blocks, options.requests, 65)
+        runs = [measure(options.blocks, options.requests, 65) for _ in range(options.repetitions)]
     except BatonError as error:
         print_error(Console(stderr=True), error)
         return 1
@@ -363,14 +377,19 @@ def main(arguments: list[str] | None = None) -> int:
                 options.worker_streams,
                 options.prefill_rate,
             ),
-            costs,
+            median(runs),
         )
         for count in options.sessions
     ]
     if options.json:
-        print(json.dumps({"costs": dataclasses.asdict(costs), "needs": [dataclasses.asdict(each) for each in found]}, indent=2))
+        told = {
+            "costs": dataclasses.asdict(median(runs)),
+            "runs": [dataclasses.asdict(run) for run in runs],
+            "needs": [dataclasses.asdict(each) for each in found],
+        }
+        print(json.dumps(told, indent=2))
     else:
-        _print(Console(), costs, found)
+        _print(Console(), runs, found)
     return 0
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,35 +84,62 @@ def order(targets: Sequence[Target], number: int) -> list[Target]:
     return [*targets[first:], *targets[:first]]
 
 
+Runs = dict[str, list[tuple[Run, list[Record]]]]
+"""By side, one per round."""
+Failed = Callable[[str, BatonError], None]
+"""Is told of a side that does not start or answers nothing at all, by name: goes on without it, or raises."""
+
+
 def run_rounds(
-    targets: Sequence[Target], options: Options, rounds: int, protocol: str, command: str, console: Console
-) -> list[Side]:
-    """All runs. Raises BatonError when a server does not start or answers nothing at all."""
-    runs: dict[str, list[tuple[Run, list[Record]]]] = {target.name: [] for target in targets}
-    with _rivals(targets, Path(options.out), console) as rivals:
+    targets: Sequence[Target],
+    options: Options,
+    rounds: int,
+    protocol: str,
+    command: str,
+    console: Console,
+    runs: Runs,
+    failed: Failed,
+) -> None:
+    """Fill `runs`, which has a list for each side, run by run. Who fails is left alone from then on."""
+    with _rivals(targets, Path(options.out), console, failed) as rivals:
+        targets = [target for target in targets if target.rival is None or target.name in rivals]
+        gone = set()
         for number in range(rounds):
             for target in order(targets, number):
+                if target.name in gone:
+                    continue
                 console.print(f"round {number + 1} of {rounds}: {target.name}", highlight=False, markup=False)
                 out = Path(options.out) / f"{target.name}-{number + 1}"
                 own = msgspec.structs.replace(options, seed=options.seed + number, out=str(out))
-                with _serving(target, rivals.get(target.name), own, protocol, console) as (address, asked, deployment):
-                    run_load(address, asked, command, quiet=True)
-                runs[target.name].append(_read(target.name, out, deployment, console))
-    return [Side(target.name, runs[target.name]) for target in targets]
+                try:
+                    with _serving(target, rivals.get(target.name), own, protocol, console) as (address, asked, deployment):
+                        run_load(address, asked, command, quiet=True)
+                    runs[target.name].append(_read(target.name, out, deployment, console))
+                except BatonError as error:
+                    failed(target.name, error)
+                    gone.add(target.name)
+
+
+def _give_up(name: str, error: BatonError) -> None:
+    raise error
 
 
 @contextmanager
-def _rivals(targets: Sequence[Target], out: Path, console: Console) -> Iterator[dict[str, RivalServer]]:
-    """All rivals among the sides, by name: started one after the other, each standing still."""
+def _rivals(targets: Sequence[Target], out: Path, console: Console, failed: Failed) -> Iterator[dict[str, RivalServer]]:
+    """All rivals among the sides that start, by name: one after the other, each standing still."""
     rivals = {}
     with ExitStack() as stack:
         for target in targets:
             if target.rival is None:
                 continue
             out.mkdir(parents=True, exist_ok=True)
-            server = RivalServer(target.rival, _model(targets, target.name), out / f"{target.name}.log")
-            console.print(f"starting {target.name}: {server.description}", highlight=False, markup=False, soft_wrap=True)
-            server.start()
+            try:
+                server = RivalServer(target.rival, _model(targets, target.name), out / f"{target.name}.log")
+                console.print(f"starting {target.name}: {server.description}", highlight=False, markup=False, soft_wrap=True)
+                server.start()
+            except BatonError as error:
+                failed(target.name, error)
+                continue
             stack.callback(server.stop)
             rivals[target.name] = server
         yield rivals
@@ -184,7 +211,9 @@ def main(arguments: list[str] | None = None) -> int:
             raise ConfigError("--rounds must be 1 or more")
         options = read_options(parsed)
         options = resolved(options, Path(options.out) if options.out else new_directory("compare"))
-        sides = run_rounds(targets, options, parsed.rounds, parsed.protocol, command, console)
+        runs: Runs = {target.name: [] for target in targets}
+        run_rounds(targets, options, parsed.rounds, parsed.protocol, command, console, runs, _give_up)
+        sides = [Side(target.name, runs[target.name]) for target in targets]
         _show(sides, console)
         page = write_comparison(Path(options.out), sides, command)
     except KeyboardInterrupt:

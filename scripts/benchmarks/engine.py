@@ -1,7 +1,7 @@
 """How fast the CPU engine computes, against what the machine can do, plain PyTorch, transformers and rivals.
 
     scripts/bench engine --threads 2 --against torch
-    scripts/bench engine --threads 2 --against transformers,openvino,onnxruntime,llama.cpp
+    scripts/bench engine --threads 2 --against transformers,openvino,onnxruntime,llama.cpp,vllm
     scripts/bench engine --weights int8 --quality
 
 Measures, without scheduler and server: prefill in chunks as the engine does it, and decode steps by batch and context,
@@ -37,7 +37,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from python_backends.core.config import ModelConfig, WorkerConfig
-from python_backends.core.errors import BatonError
+from python_backends.core.errors import BatonError, Unavailable
 from python_backends.core.paths import repository_root, resolve_model
 from python_backends.core.types import Epoch, Role, SamplingParams
 from python_backends.engines.paged.runner import Draw, Slice
@@ -47,6 +47,8 @@ from python_backends.engines.torch.kernels.team import cycles
 from python_backends.engines.torch.kernels.vector import broadcast, fma, lane_sum
 from python_backends.engines.torch.runner import TorchRunner
 from python_backends.kv.memory import PoolMemory
+from scripts.benchmarks.figures import Figure
+from scripts.benchmarks.parts import Bench, Taken
 from scripts.rivalry.engine import ENGINES, RivalEngine
 from scripts.terminal import print_error
 
@@ -54,6 +56,7 @@ _BLOCK = 16
 _READ_BYTES = 512 << 20
 _DECODE_STEPS = 12
 _WARM_UP_TOKENS = 512
+_OURS = "Baton"
 _FEWEST_REPETITIONS = 3  # before one that is slow may sit out
 
 
@@ -87,6 +90,14 @@ class Limits:
     memory: float
     registers: float
     matrix: float
+
+    def figures(self, part: str) -> Iterator[Figure]:
+        for quantity, unit, value in (
+            ("memory read", "GB/s", self.memory),
+            ("PyTorch's matrix product", "GFLOP/s", self.matrix),
+            ("multiply-adds in registers", "GFLOP/s", self.registers),
+        ):
+            yield Figure(part, quantity, "this machine", unit, (value,))
 
 
 def measure_limits(threads: int) -> Limits:
@@ -151,7 +162,7 @@ class Ours:
     ) -> None:
         self.name = name
         self.weights = model.weights
-        self.phases: dict[tuple[int, int], list[dict[str, int]]] = {}  # of decode steps, by batch and context
+        self.phases: dict[tuple[int, int], list[tuple[float, dict[str, int]]]] = {}  # of decode steps, with their seconds
         self._chunk = chunk
         torch.set_num_threads(threads)
         self.runner = TorchRunner(model, WorkerConfig(role=Role.AGGREGATED), _BLOCK, path, kernels)
@@ -182,8 +193,12 @@ class Ours:
             slices = [Slice([5 + step], context + step, table, _GREEDY) for table in tables]
             seconds.append(_timed(partial(self.runner.step, slices)))
             if isinstance(executor, CompiledExecutor):
-                self.phases.setdefault((batch, context), []).append(executor.phase_cycles())
+                self.phases.setdefault((batch, context), []).append((seconds[-1], executor.phase_cycles()))
         return seconds
+
+    def close(self) -> None:
+        self.runner.close()
+        self._memory.close()
 
     def logits(self, tokens: Sequence[int]) -> torch.Tensor:
         """After every token, [tokens, vocab]."""
@@ -272,16 +287,29 @@ def prefill_operations(architecture: Architecture, length: int) -> float:
 
 @dataclass
 class Result:
+    """`rounds`: seconds of each repetition: of one prompt, or of each step."""
+
     contender: str
     what: str
-    seconds: list[float] = field(default_factory=list)
+    rounds: list[list[float]] = field(default_factory=list)
     operations: float = 0.0
     bytes: float = 0.0
     tokens: int = 0
 
     @property
+    def seconds(self) -> list[float]:
+        return [second for found in self.rounds for second in found]
+
+    @property
     def median(self) -> float:
         return statistics.median(self.seconds)
+
+    def figures(self, part: str) -> Iterator[Figure]:
+        """A value per repetition: of steps, their median."""
+        medians = [statistics.median(found) for found in self.rounds]
+        yield Figure(part, self.what, self.contender, "tokens/s", tuple(self.tokens / median for median in medians))
+        if not self.operations:
+            yield Figure(part, f"ITL: {self.what}", self.contender, "ms", tuple(median * 1e3 for median in medians))
 
 
 @dataclass(frozen=True)
@@ -295,30 +323,45 @@ class Job:
         return f"decode, batch {self.batch}, context {self.context}" if self.batch else f"prefill {self.context}"
 
 
-def measure(
-    console: Console, contenders: Sequence[Contender], architecture: Architecture, args: argparse.Namespace
-) -> list[Result]:
+Results = dict[tuple[Job, Contender], Result]
+Failed = Callable[[str, BatonError], None]
+"""Is told of a contender that can't be measured, by name: goes on without it, or raises."""
+
+
+def prepared(contenders: Sequence[Contender], architecture: Architecture, args: argparse.Namespace) -> Results:
+    """What there is to measure, line by line."""
     jobs = [Job(0, length) for length in args.lengths]
     jobs += [Job(batch, context) for batch in args.batches for context in args.contexts]
-    results = {(job, contender): _result(job, contender, architecture) for job in jobs for contender in contenders}
+    return {(job, contender): _result(job, contender, architecture) for job in jobs for contender in contenders}
+
+
+def measure(console: Console, results: Results, args: argparse.Namespace, failed: Failed) -> None:
+    """Fill them. Who fails is left alone from then on."""
+    jobs = list(dict.fromkeys(job for job, _ in results))
+    contenders = list(dict.fromkeys(contender for _, contender in results))
     spent = dict.fromkeys(results, 0.0)
+    gone = set()
     with Progress(console=console, transient=True, refresh_per_second=1) as progress:
         task = progress.add_task("", total=args.repeat * len(results))
         for repetition in range(args.repeat):
             order = contenders if repetition % 2 == 0 else contenders[::-1]
             for key in ((job, contender) for job in jobs for contender in order):
                 progress.update(task, advance=1, description=f"{key[0]}: {key[1].name}")
-                if repetition < _FEWEST_REPETITIONS or spent[key] < args.seconds:
+                if key[1] in gone or (repetition >= _FEWEST_REPETITIONS and spent[key] >= args.seconds):
+                    continue
+                try:
                     spent[key] += _timed(partial(_measure, results[key], *key, repetition))
-    return list(results.values())
+                except Unavailable as error:
+                    failed(key[1].name, error)
+                    gone.add(key[1])
 
 
 def _measure(result: Result, job: Job, contender: Contender, repetition: int) -> None:
     if job.batch:
-        result.seconds += contender.decode(job.batch, job.context)[2:]
+        result.rounds.append(contender.decode(job.batch, job.context)[2:])
     else:
         contender.prefill(_text(_WARM_UP_TOKENS, -1))  # its threads and caches: others had the cores before
-        result.seconds.append(contender.prefill(_text(job.context, repetition)))
+        result.rounds.append([contender.prefill(_text(job.context, repetition))])
 
 
 def _result(job: Job, contender: Contender, architecture: Architecture) -> Result:
@@ -363,15 +406,18 @@ def show(console: Console, limits: Limits, results: Sequence[Result]) -> None:
 
 
 def show_phases(console: Console, contenders: Sequence[Contender]) -> None:
-    """Where the time of decode steps goes: of each kind of phase, all layers together, the median."""
+    """Where the time of decode steps goes: of each kind of phase, all layers together, and of what is no kernel; medians."""
     began, first = time.perf_counter(), cycles()
     time.sleep(0.1)
     per_ms = (cycles() - first) / (time.perf_counter() - began) / 1e3
     for contender in (contender for contender in contenders if isinstance(contender, Ours) and contender.phases and per_ms):
         table = Table(f"phases of a step, ms: {contender.name}", *(f"batch {b}, context {c}" for b, c in contender.phases))
-        for name in next(iter(contender.phases.values()))[0]:
-            medians = [statistics.median(step[name] for step in steps[2:]) for steps in contender.phases.values()]
+        measured = [steps[2:] for steps in contender.phases.values()]
+        for name in measured[0][0][1]:
+            medians = [statistics.median(phases[name] for _, phases in steps) for steps in measured]
             table.add_row(name, *(f"{median / per_ms:.2f}" for median in medians))
+        rest = [[seconds * 1e3 - sum(phases.values()) / per_ms for seconds, phases in steps] for steps in measured]
+        table.add_row("preparing, embedding, drawing", *(f"{statistics.median(each):.2f}" for each in rest))
         console.print(table)
 
 
@@ -478,39 +524,73 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace, console: Console, stack: ExitStack) -> int:
     """`stack` takes what has to be ended."""
     path = resolve_model(args.model)
-    contenders: list[Contender] = []
-    for weights in args.weights.split(","):
-        for kv_dtype in args.kv_dtype.split(","):
-            model = ModelConfig(path=args.model, weights=weights, kv_dtype=kv_dtype)
-            name = f"compiled, weights {weights}, KV {kv_dtype}"
-            contenders.append(Ours(name, model, path, "compiled", args.threads, args.chunk, args.kv_pool_mib))
-    contenders += _others(args, path, stack)
+    contenders = [*_ours(args, path, stack), *_others(args, path, stack, _give_up)]
     if args.quality:
         quality(console, [contender for contender in contenders if isinstance(contender, Ours)], path, args.windows)
         return 0
     limits = measure_limits(args.threads)
-    results = measure(console, contenders, load_architecture(path), args)
-    show(console, limits, results)
+    results = prepared(contenders, load_architecture(path), args)
+    measure(console, results, args, _give_up)
+    show(console, limits, list(results.values()))
     if args.phases:
         show_phases(console, contenders)
     if args.json:
-        entries = [{"contender": r.contender, "what": r.what, "seconds": r.seconds} for r in results]
+        entries = [{"contender": r.contender, "what": r.what, "seconds": r.seconds} for r in results.values()]
         args.json.write_text(json.dumps({"limits": vars(limits), "results": entries}))
     return 0
 
 
-def _others(args: argparse.Namespace, path: Path, stack: ExitStack) -> Iterator[Contender]:
+def _give_up(name: str, error: BatonError) -> None:
+    raise error
+
+
+def _ours(args: argparse.Namespace, path: Path, stack: ExitStack) -> list[Ours]:
+    found = []
+    for weights in args.weights.split(","):
+        for kv_dtype in args.kv_dtype.split(","):
+            model = ModelConfig(path=args.model, weights=weights, kv_dtype=kv_dtype)
+            name = _OURS if weights == kv_dtype == "auto" else f"{_OURS}, weights {weights}, KV {kv_dtype}"
+            found.append(Ours(name, model, path, "compiled", args.threads, args.chunk, args.kv_pool_mib))
+            stack.callback(found[-1].close)
+    return found
+
+
+def _others(args: argparse.Namespace, path: Path, stack: ExitStack, failed: Failed) -> Iterator[Contender]:
     """What --against names."""
     logs = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     for name in args.against:
-        if name == "torch":
-            yield Ours("torch", ModelConfig(path=args.model), path, "torch", args.threads, args.chunk, args.kv_pool_mib)
-        elif name == "transformers":
-            yield Transformers(path, args.threads)
-        else:
-            engine = RivalEngine(name, ENGINES[name](path.absolute(), args.threads), logs / f"{name}.log")
-            stack.callback(engine.close)
-            yield Rival(engine)
+        try:
+            yield _other(name, args, path, logs / f"{name}.log", stack)
+        except BatonError as error:
+            failed(name, error)
+
+
+def _other(name: str, args: argparse.Namespace, path: Path, log: Path, stack: ExitStack) -> Contender:
+    if name == "torch":
+        torches = Ours(name, ModelConfig(path=args.model), path, "torch", args.threads, args.chunk, args.kv_pool_mib)
+        stack.callback(torches.close)
+        return torches
+    if name == "transformers":
+        return Transformers(path, args.threads)
+    engine = RivalEngine(name, ENGINES[name](path.absolute(), args.threads), log)
+    stack.callback(engine.close)
+    return Rival(engine)
+
+
+def measure_engine(bench: Bench, taken: Taken, threads: int, against: Sequence[str]) -> None:
+    """As a part among others: the default lengths, batches and contexts, on the demo model."""
+    args = _parse(["--threads", str(threads), "--repeat", str(bench.repetitions)])
+    args.against = list(against)
+    torch.set_num_threads(threads)
+    path = resolve_model(args.model)
+    with ExitStack() as stack:
+        contenders = [*_ours(args, path, stack), *_others(args, path, stack, taken.leave_out)]
+        taken.extend(measure_limits(threads).figures(taken.part))
+        results = prepared(contenders, load_architecture(path), args)
+        try:
+            measure(bench.console, results, args, taken.leave_out)
+        finally:
+            taken.extend(figure for result in results.values() for figure in result.figures(taken.part))
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
     scripts/bench mixed --period 6 --rounds 5 --against aggregated,vllm,vllm-default
     scripts/bench mixed --model DIR --scenario trace.jsonl --shape ramp --against aggregated,vllm
+    scripts/bench mixed --config configs/1p1d.yaml --against always-remote,always-local,aggregated
 
-Baton is --config. Against it: `aggregated` (configs/aggregated.yaml), NAME=FILE (a deployment file), and rivals by name
-(scripts/rivals). All serve --model. What is not listed below goes to scripts/compare, whose --help lists it.
+Baton is --config. Against it: `aggregated` (configs/aggregated.yaml), a mode of the router (--config in that mode), NAME=FILE
+(a deployment file), and rivals by name (scripts/rivals). All serve --model. What is not listed below goes to scripts/compare,
+whose --help lists it.
 """
 
 from __future__ import annotations
@@ -26,32 +28,38 @@ from scripts.rivalry.servers import find_rival
 from scripts.terminal import print_error
 
 _AGGREGATED = "aggregated"
+_MODES = ("adaptive", "always-remote", "always-local")  # router.mode
 
 
-def deployment_with(config: Path, model: Path | None, target: Path) -> Path:
-    """The same deployment with another model, as the file `target`. Raises ConfigError when it is none."""
+def deployment_with(config: Path, target: Path, model: Path | None, mode: str = "") -> Path:
+    """The same deployment with another model, or another router.mode, as the file `target`. Raises ConfigError."""
     load_deployment(config)
-    if model is None:
+    if model is None and not mode:
         return config
     deployment = yaml.safe_load(config.read_text())
-    deployment["model"] = {**deployment.get("model", {}), "path": str(model)}
+    if model is not None:
+        deployment["model"] = {**deployment.get("model", {}), "path": str(model)}
+    if mode:
+        deployment["router"] = {**deployment.get("router", {}), "mode": mode}
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(f"# {config.name} with another model\n{yaml.safe_dump(deployment, sort_keys=False)}")
+    target.write_text(f"# {config.name}, changed by scripts/bench\n{yaml.safe_dump(deployment, sort_keys=False)}")
     return target
 
 
 def sides(config: Path, model: Path | None, against: Sequence[str], out: Path) -> list[str]:
     """As scripts/compare takes them. Deployment files with another model are written to `out`. Raises ConfigError."""
-    found = [f"baton={deployment_with(config, model, out / 'baton.yaml')}"]
+    found = [f"baton={deployment_with(config, out / 'baton.yaml', model)}"]
     for text in against:
         name, _, where = text.partition("=")
         if find_rival(where or name):
             found.append(text)
             continue
-        if not where and name != _AGGREGATED:
-            raise ConfigError(f"--against: {text!r} is neither {_AGGREGATED} nor NAME=FILE nor a rival of scripts/rivals")
-        file = Path(where) if where else repository_root() / "configs" / "aggregated.yaml"
-        found.append(f"{name}={deployment_with(file, model, out / f'{name}.yaml')}")
+        mode = "" if where or name not in _MODES else name
+        if not where and not mode and name != _AGGREGATED:
+            known = ", ".join((_AGGREGATED, *_MODES))
+            raise ConfigError(f"--against: {text!r} is neither {known} nor NAME=FILE nor a rival of scripts/rivals")
+        file = Path(where) if where else config if mode else repository_root() / "configs" / "aggregated.yaml"
+        found.append(f"{name}={deployment_with(file, out / f'{name}.yaml', model, mode)}")
     return found
 
 

@@ -14,10 +14,8 @@ import json
 import multiprocessing
 import os
 import secrets
-import shutil
 import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
@@ -47,12 +45,12 @@ from python_backends.kv.transfer.nixl import NixlTransport, is_installed
 from python_backends.kv.transfer.server import TransferServer
 from python_backends.kv.transfer.shm import ShmTransport
 from python_backends.kv.transfer.tcp import TcpTransport
+from scripts.benchmarks.redis import redis_is_installed, redis_server
 
 _LOOPBACK = "127.0.0.1"
 _TIMEOUT_S = 60.0
 _VECTOR_MOST = 256
 _UNPACED = b"reno"
-_REDIS = ("--save", "", "--appendonly", "no", "--maxmemory", "1gb", "--maxmemory-policy", "allkeys-lru")
 WAYS = (
     "memcpy",
     "shm",
@@ -239,7 +237,7 @@ def _store(
         directory = stack.enter_context(tempfile.TemporaryDirectory())
         tier = NodeStore((rounds + 3) * num_blocks * layout.block_bytes, layout.block_bytes, key, Path(directory))
     else:
-        tier = RemoteStore(RemoteStoreConfig(servers=(stack.enter_context(_redis()),), ttl_s=600), layout, "bench")
+        tier = RemoteStore(RemoteStoreConfig(servers=(stack.enter_context(redis_server()),), ttl_s=600), layout, "bench")
     stack.callback(tier.close)
     digests = [block_digest(block) for block in source.blocks]
     written: list[list[BlockHash]] = []
@@ -256,29 +254,6 @@ def _store(
 
     write()
     return read, write
-
-
-@contextmanager
-def _redis() -> Iterator[str]:
-    """A server of one's own; its URL."""
-    with socket.create_server((_LOOPBACK, 0)) as probe:
-        port = probe.getsockname()[1]
-    with tempfile.TemporaryDirectory() as directory:
-        server = subprocess.Popen(
-            ["redis-server", *_REDIS, "--bind", _LOOPBACK, "--port", str(port), "--dir", directory],
-            stdout=subprocess.DEVNULL,
-        )
-        try:
-            deadline = time.monotonic() + 10
-            while time.monotonic() < deadline:
-                with socket.socket() as probe:
-                    if probe.connect_ex((_LOOPBACK, port)) == 0:
-                        break
-                time.sleep(0.02)
-            yield f"redis://{_LOOPBACK}:{port}"
-        finally:
-            server.kill()
-            server.wait()
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -300,7 +275,7 @@ def usable_ways(wanted: Sequence[str], console: Console) -> list[str]:
     missing = set()
     if not is_installed():
         missing |= {name for name in wanted if name.startswith("nixl")}
-    if shutil.which("redis-server") is None:
+    if not redis_is_installed():
         missing |= {name for name in wanted if name.startswith("redis")}
     if missing:
         console.print(f"[yellow]left out, since not installed: {', '.join(sorted(missing))}[/yellow]")

@@ -16,7 +16,8 @@ from gguf import GGMLQuantizationType
 from python_backends.core.errors import Unavailable
 from python_backends.core.paths import repository_root
 from scripts.rivalry.environments import ENVIRONMENTS
-from scripts.rivalry.models import gguf_of, onnx_of
+from scripts.rivalry.models import gguf_of, most_tokens, onnx_of
+from scripts.rivalry.servers import vllm_variables
 
 _LAST_WORDS = 1500  # characters
 
@@ -105,6 +106,12 @@ def _llamacpp(matrices: GGMLQuantizationType, model: Path, threads: int) -> list
     return _program("llama.cpp", "llamacpp", str(bench), str(gguf_of(model, matrices)), str(threads), *options)
 
 
+def _vllm(model: Path, threads: int) -> list[str]:
+    variables = vllm_variables(sorted(os.sched_getaffinity(0))[:threads])
+    program = _program("vllm", "vllm", str(model), str(most_tokens(model)))
+    return ["env", *(f"{name}={value}" for name, value in variables.items()), *program]
+
+
 def _program(environment: str, module: str, *arguments: str) -> list[str]:
     return [str(ENVIRONMENTS[environment].program("python")), "-m", f"scripts.rivalry.engines.{module}", *arguments]
 
@@ -114,5 +121,6 @@ ENGINES: dict[str, Callable[[Path, int], list[str]]] = {
     "onnxruntime": _onnxruntime,
     "llama.cpp": partial(_llamacpp, GGMLQuantizationType.F32),
     "llama.cpp-q8_0": partial(_llamacpp, GGMLQuantizationType.Q8_0),
+    "vllm": _vllm,
 }
 """By name: (model directory, threads) -> the program's command. The model is converted first, once."""

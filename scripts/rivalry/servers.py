@@ -27,14 +27,13 @@ from loadtest.protocols.openai import OpenAIConnection
 from python_backends.core.errors import BatonError, ConfigError, Unavailable
 from python_backends.core.paths import repository_root
 from scripts.rivalry.environments import ENVIRONMENTS
-from scripts.rivalry.models import gguf_of
+from scripts.rivalry.models import gguf_of, most_tokens
 from scripts.tritonserver import free_port
 
 _START_TIMEOUT_S = 600.0
 _WAKE_TIMEOUT_S = 30.0
 _STOP_TIMEOUT_S = 20.0
 _POLL_S = 0.2
-_MOST_TOKENS = 8192  # of a request; a longer context would only take memory
 _KV_GIB = 3
 _WARM_UP_TOKENS = 600
 _LAST_WORDS = 1500  # characters of a log
@@ -47,12 +46,6 @@ class Served:
     model: Path
     port: int
     cores: tuple[int, ...]
-
-    @property
-    def most_tokens(self) -> int:
-        """Of a request."""
-        config = json.loads((self.model / "config.json").read_text(encoding="utf-8"))
-        return min(_MOST_TOKENS, int(config.get("max_position_embeddings", _MOST_TOKENS)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +67,7 @@ class Rival:
 
 def _vllm_instance(served: Served) -> list[str]:
     command = [str(ENVIRONMENTS["vllm"].program("vllm")), "serve", str(served.model), "--dtype", "float32"]
-    return [*command, "--max-model-len", str(served.most_tokens)]
+    return [*command, "--max-model-len", str(most_tokens(served.model))]
 
 
 def _vllm(chunk: int | None, served: Served) -> list[str]:
@@ -82,8 +75,9 @@ def _vllm(chunk: int | None, served: Served) -> list[str]:
     return [*command, *(["--max-num-batched-tokens", str(chunk), "--max-num-seqs", "64"] if chunk else [])]
 
 
-def _vllm_variables(served: Served) -> dict[str, str]:
-    return {**_vllm_instance_variables(_KV_GIB), "VLLM_CPU_OMP_THREADS_BIND": _joined(served.cores)}
+def vllm_variables(cores: Sequence[int]) -> dict[str, str]:
+    """One instance, with a thread on each of these cores."""
+    return {**_vllm_instance_variables(_KV_GIB), "VLLM_CPU_OMP_THREADS_BIND": _joined(cores)}
 
 
 def _vllm_instance_variables(kv_gib: int) -> dict[str, str]:
@@ -129,7 +123,7 @@ _VLLM_CHUNK = 256
 
 
 def _vllm_with(name: str, about: str, chunk: int | None) -> Rival:
-    return Rival(name, about, "vllm", partial(_vllm, chunk), _vllm_variables, _EVERY_TOKEN)
+    return Rival(name, about, "vllm", partial(_vllm, chunk), lambda served: vllm_variables(served.cores), _EVERY_TOKEN)
 
 
 _SLOTS = 12  # requests that llama.cpp computes at once; others wait
@@ -138,7 +132,7 @@ _SLOT_TOKENS = 4608  # its longest request; each slot's KV is taken at start
 
 def _llamacpp(served: Served) -> list[str]:
     """KV in float32, as the others have it, and of each slot its own: shared by all it is several times slower."""
-    context = min(served.most_tokens, _SLOT_TOKENS)
+    context = min(most_tokens(served.model), _SLOT_TOKENS)
     threads = str(len(served.cores))
     command = [str(ENVIRONMENTS["llama.cpp"].program("llama-server")), "--model", str(gguf_of(served.model))]
     command += ["--host", "127.0.0.1", "--port", str(served.port), "--threads", threads, "--threads-batch", threads]

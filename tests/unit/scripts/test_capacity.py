@@ -68,3 +68,16 @@ def test_costs_without_a_server_are_measured() -> None:
     assert 0 < capacity._event_s(2000) < 1e-3
     one, two = capacity._index_bytes(2000, 1), capacity._index_bytes(2000, 2)
     assert 50 < one < two < 2 * one
+
+
+def test_the_arithmetic_takes_medians_and_the_table_shows_the_spread(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = iter([dataclasses.replace(COSTS, router_token_s=seconds) for seconds in (2e-5, 9e-5, 4e-5)])
+    monkeypatch.setattr(capacity, "measure", lambda *options: next(runs))
+    monkeypatch.setenv("COLUMNS", "200")
+    assert capacity.main(["--repetitions", "3", "--sessions", "1000"]) == 0
+    shown = capsys.readouterr().out
+    row = next(line for line in shown.splitlines() if line.startswith("router token"))
+    assert row.split() == ["router", "token", "40.00", "us", "20.00", "us", "90.00", "us"]
+    assert "Medians of 3 runs." in shown

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from python_backends.core.errors import ConfigError, Unavailable
 from python_backends.core.paths import repository_root
 from scripts import rivals
 from scripts.benchmarks.mixed import sides
-from scripts.rivalry.engine import RivalEngine
+from scripts.rivalry.engine import ENGINES, RivalEngine
 from scripts.rivalry.environments import ENVIRONMENTS
 from scripts.rivalry.servers import RIVALS, Rival, RivalServer, Served, find_rival
 
@@ -142,6 +143,14 @@ def test_vllm_is_not_a_false_rival(model: Path, monkeypatch: pytest.MonkeyPatch,
     assert asked.extra_fields["stream_options"]["continuous_usage_stats"]
 
 
+def test_vllms_engine_runs_as_its_server_does(model: Path) -> None:
+    _pretend_installed("vllm")
+    command = " ".join(ENGINES["vllm"](model, 1))
+    core = min(os.sched_getaffinity(0))
+    assert f" VLLM_CPU_OMP_THREADS_BIND={core} " in command
+    assert command.endswith(f"bin/python -m scripts.rivalry.engines.vllm {model} 4096")
+
+
 def test_vllms_disaggregated_mode_has_a_core_for_each_instance(model: Path) -> None:
     _pretend_installed("vllm")
     rival = RIVALS["vllm-disaggregated"]
@@ -191,6 +200,9 @@ def test_all_deployments_of_the_mixed_load_get_the_model(model: Path, tmp_path: 
     for text in found[:3]:
         assert load_deployment(Path(text.partition("=")[2])).model.path == str(model)
     assert yaml.safe_load((tmp_path / "out" / "baton.yaml").read_text())["router"] == {"slo": {"itl_ms": 100}}
+    local = sides(config, None, ["always-local"], tmp_path / "local")[1].partition("=")[2]
+    mode = load_deployment(Path(local)).router
+    assert (mode.mode, mode.slo.itl_ms) == ("always-local", 100)
     assert sides(config, None, [], tmp_path / "other") == [f"baton={config}"]
     with pytest.raises(ConfigError, match="'nobody' is neither"):
         sides(config, model, ["nobody"], tmp_path)
