@@ -11,7 +11,7 @@ serving   32 and 128 streams through Triton and the router: against the same eng
 prefix    time to first token of a long prompt: new, in the worker's pool, in the node store, in Redis (where it is installed)
 handoff   the KV of prompts of several lengths from prefill to decode worker, over shared memory and over TCP on loopback:
           its time, its rate, its share of the TTFT
-scale     one, two and four workers of each role that sleep instead of computing: tokens per second
+scale     one, two and four workers of each role, and one of both, that sleep instead of computing: tokens per second
 start     a deployment from nothing to ready and to its first token, and the memory of its workers
 """
 
@@ -153,17 +153,21 @@ def _handoff(answer: Answer) -> Iterator[tuple[str, str, float]]:
 
 
 def measure_scale(bench: Bench, taken: Taken) -> None:
-    """Workers that sleep scale as far as router and server let them."""
-    for pairs in (1, 2, 4):
-        workers = ", ".join(f"{{role: {role}, engine: fake}}" for role in ("prefill", "decode") for _ in range(pairs))
-        limited = _SLEEPING.replace("engine: {", f"engine: {{max_batch: {_SCALE_STREAMS}, ")
-        with bench.server(f"workers: [{workers}]\n{limited}") as (_, client):
+    """Workers that sleep scale as far as router and server let them. Each number of them has the machine for itself."""
+    pairs = [(f"{count}+{count} workers", count, ["prefill", "decode"] * count) for count in (1, 2, 4)]
+    deployments = [*pairs, ("1 worker", 1, ["aggregated"])]
+    bench.repeated(*(partial(_scaled, bench, taken, *deployment) for deployment in deployments))
 
-            def load(pairs: int = pairs, client: Client = client) -> None:
-                answers = ask_together(client, bench.prompts(2 * pairs * _SCALE_STREAMS, 64), 100)
-                taken.add("streams on sleeping workers", f"{pairs}+{pairs} workers", "tokens/s", tokens_per_second(answers))
 
-            bench.repeated(load)
+def _scaled(bench: Bench, taken: Taken, name: str, decoding: int, roles: Sequence[str]) -> None:
+    """`decoding`: workers that have streams."""
+    workers = ", ".join(f"{{role: {role}, engine: fake}}" for role in roles)
+    limited = _SLEEPING.replace("engine: {", f"engine: {{max_batch: {_SCALE_STREAMS}, ")
+    streams = 2 * decoding * _SCALE_STREAMS
+    with bench.server(f"workers: [{workers}]\n{limited}") as (_, client):
+        ask_together(client, bench.prompts(streams, 64), 10)  # new processes
+        answers = ask_together(client, bench.prompts(streams, 64), 100)
+        taken.add("streams on sleeping workers", name, "tokens/s", tokens_per_second(answers))
 
 
 def measure_start(bench: Bench, taken: Taken) -> None:

@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +21,20 @@ from scripts.benchmarks.redis import redis_is_installed
 pytestmark = [
     pytest.mark.triton,
     pytest.mark.weights,
+    pytest.mark.timeout(900),
     pytest.mark.skipif(not os.environ.get("BATON_LONG"), reason="BATON_LONG=1 runs it: minutes"),
 ]
 
 
-def _start(out: Path, *parts: str) -> subprocess.Popen[bytes]:
+@contextmanager
+def _started(out: Path, *parts: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Ends with the block, and takes its servers along."""
     command = [sys.executable, "-m", "scripts.bench", "all", *parts, "--repetitions", "1", "--out", str(out)]
-    return subprocess.Popen(command, cwd=repository_root())
+    with subprocess.Popen(command, cwd=repository_root()) as process:
+        try:
+            yield process
+        finally:
+            process.send_signal(signal.SIGINT)  # it does nothing to one that has ended
 
 
 def _written(out: Path) -> dict[str, Any]:
@@ -34,7 +43,8 @@ def _written(out: Path) -> dict[str, Any]:
 
 
 def test_prefixes_come_from_the_worker_and_from_stores(tmp_path: Path) -> None:
-    assert _start(tmp_path, "prefix").wait(300) == (0 if redis_is_installed() else 1)
+    with _started(tmp_path, "prefix") as process:
+        assert process.wait(800) == (0 if redis_is_installed() else 1)
     written = _written(tmp_path)
     values = {(each["quantity"], each["contender"]): each["values"][0] for each in written["figures"]}
     for store in ("node store", "Redis") if redis_is_installed() else ("node store",):
@@ -45,13 +55,13 @@ def test_prefixes_come_from_the_worker_and_from_stores(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_run_keeps_the_parts_before(tmp_path: Path) -> None:
-    process = _start(tmp_path, "start", "handoff")
-    deadline = time.monotonic() + 200
-    while not (tmp_path / "bench.json").is_file():
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    time.sleep(1.0)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 130
+    with _started(tmp_path, "start", "handoff") as process:
+        deadline = time.monotonic() + 600
+        while not (tmp_path / "bench.json").is_file():
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        time.sleep(1.0)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
     assert {each["part"] for each in _written(tmp_path)["figures"]} == {"start"}
     assert (tmp_path / "start.png").is_file()
