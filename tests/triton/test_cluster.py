@@ -25,7 +25,7 @@ PROMPT = " ".join(str(number) for number in range(60))
 COMMON = "engine: {kv_pool_mib: 32, fake: {prefill_us_per_token: 50, step_us: 4000}}\nrouter: {worker_wait_s: 15}\n"
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Below those that the kernel gives to outgoing connections."""
     ports: list[int] = []
     for port in range(14_000 + os.getpid() % 500, 15_000):
@@ -48,7 +48,7 @@ class Cluster:
 def cluster(tmp_path_factory: pytest.TempPathFactory, smollm2_dir: Path) -> Iterator[Cluster]:
     directory = tmp_path_factory.mktemp("cluster")
     (directory / "key").write_bytes(os.urandom(32))
-    channels = _free_ports(7)
+    channels = free_ports(7)
     grpc = channels[4:]
     security = f"security: {{key_file: {directory}/key}}\n"
 
