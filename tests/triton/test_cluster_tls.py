@@ -1,4 +1,4 @@
-"""Several tritonservers whose gRPC speaks TLS: one that agrees with the others, and one whose files are wrong."""
+"""Several tritonservers that speak TLS with each other and with Redis; and one whose files are wrong."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ import pytest
 
 from python_backends.core.errors import ConfigError
 from scripts.tritonserver import TritonServer
-from tests.kv.certificates import write_certificates
+from tests.kv.certificates import redis_arguments, write_certificates
+from tests.kv.redis_server import RedisServer
 from tests.triton.asking import Asking, metrics, total, worker_process
 from tests.triton.test_cluster import free_ports
 
@@ -48,12 +49,12 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_certificates(directory)
 
 
-def _server(files: Path, name: str, workers: str, cluster: str, **paths: str) -> TritonServer:
-    """`paths`: keys of `cluster` that name a file."""
+def _server(files: Path, name: str, workers: str, cluster: str, more: str = "", **paths: str) -> TritonServer:
+    """`more`: further sections. `paths`: keys of `cluster` that name a file."""
     named = "".join(f", {key}: {files / path}" for key, path in paths.items())
     config = files / f"{name}.yaml"
     security = f"security: {{key_file: {files}/key}}\n"
-    config.write_text(f"workers: [{workers}]\n{COMMON}{security}cluster: {{{cluster}{named}}}\n")
+    config.write_text(f"workers: [{workers}]\n{COMMON}{security}cluster: {{{cluster}{named}}}\n{more}")
     return TritonServer(config)
 
 
@@ -145,6 +146,50 @@ def test_a_router_with_another_authority_says_so_and_leaves_the_workers_alone(cl
         assert ["is given no work" in line or "is left alone" in line for line in lines] == [True, True], lines
         assert all("not vouched for by cluster.tls_ca" in line for line in lines)
     assert [worker_process(cluster.workers, role).pid for role in ("prefill", "decode")] == processes
+
+
+@pytest.fixture
+def redis_server(files: Path) -> Iterator[RedisServer]:
+    """With TLS alone, for clients with a certificate, and one user with the rights that registry and store need."""
+    rights = "+time +zadd +zrem +zrangebyscore +zremrangebyscore +get +set +exists +unlink +expire +info"
+    (files / "users").write_text(f"user default off\nuser baton on >word ~baton:* {rights}\n")
+    (files / "word").write_text("word\n")
+    server = RedisServer("--aclfile", str(files / "users"), tls=redis_arguments(files))
+    yield server
+    server.close()
+
+
+def test_registry_and_store_in_a_redis_with_tls_and_a_user(files: Path, redis_server: RedisServer, smollm2_dir: Path) -> None:
+    ports = free_ports(2)
+    registry = f"registry: {redis_server.url.replace('//', '//baton@')}"
+    own = {"tls_ca": "ca.pem", "tls_certificate": "client.pem", "tls_key": "client.key", "registry_password_file": "word"}
+    login = f"username: baton, password_file: {files}/word"
+    certificates = f"ca_file: {files}/ca.pem, cert_file: {files}/client.pem, key_file: {files}/client.key"
+    servers = [
+        _server(
+            files,
+            "registered",
+            DECODE,
+            f"router: false, listen: 127.0.0.1, channel_port: {ports[0]}, grpc_port: {ports[1]}, {registry}",
+            f"store: {{remote: {{servers: ['{redis_server.url}'], {login}, {certificates}}}}}\n",
+            grpc_certificate="127.0.0.1.pem",
+            grpc_key="127.0.0.1.key",
+            **own,
+        ),
+        _server(files, "finder", "", registry, **own),
+    ]
+    with ThreadPoolExecutor(len(servers)) as threads:
+        try:
+            list(threads.map(TritonServer.start, servers))
+            router = servers[1]
+            _wait_for(lambda: total(metrics(router), "baton_worker_available") == 1)
+            asking = Asking(router)
+            assert len(asking.ask(text_input=PROMPT, max_tokens=20, seed=1).text) > 0
+            asking.close()
+            _wait_for(lambda: total(metrics(router), "baton_store_blocks_total", tier="remote", event="written") > 0)
+            assert total(metrics(router), "baton_store_up", tier="remote") == 1
+        finally:
+            list(threads.map(TritonServer.stop, servers))
 
 
 def test_files_that_are_wrong_are_named_before_a_server_starts(files: Path) -> None:
