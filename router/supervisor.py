@@ -161,13 +161,19 @@ class Supervisor:
         try:
             await asyncio.get_running_loop().run_in_executor(self._threads, control.reach, worker)
         except BatonError as error:
-            if self._left_alone.get(worker.worker) != str(error):
-                self._left_alone[worker.worker] = str(error)
-                log.warning("worker %s %s; its server can't be reached, so it is left alone: %s", worker.worker, why, error)
+            self._leave_alone(worker.worker, why, str(error))
             return
         self._left_alone.pop(worker.worker, None)
         if self._house.fleet.is_current(worker.worker, worker.epoch):
             self._take_out(worker.worker, why)
+
+    def _leave_alone(self, worker: WorkerId, why: str, unreached: str) -> None:
+        if self._left_alone.get(worker) != unreached:
+            log.warning("worker %s %s; its server can't be reached, so it is left alone: %s", worker, why, unreached)
+        self._left_alone[worker] = unreached
+        view = self._house.fleet.get(worker)
+        if view is not None and view.resting:  # maybe for what was wrong when it began, such as a port not open yet
+            self._house.fleet.rest(worker, f"its server can't be reached: {unreached}")
 
     def _take_out(self, worker: WorkerId, why: str) -> None:
         if self._house.lose(worker, f"worker {worker} {why}"):

@@ -112,11 +112,15 @@ def test_a_worker_that_fails_canaries_is_killed_only_by_who_can_reach_its_server
 
     async def play(house: House, supervisor: Supervisor, beat: Heartbeat, process: subprocess.Popen[bytes]) -> None:
         cast(Control, supervisor._control).problem = problem
+        house.rest(DECODE, "nobody listened at first")
         supervisor.take_out(DECODE, "has failed canaries")
         await asyncio.sleep(0.1)
         supervisor.take_out(DECODE, "has failed canaries")
         assert await _until(lambda: process.poll() is not None, 0.5 if problem else 3) is not bool(problem)
         assert house.fleet.is_up(DECODE) is bool(problem)
+        view = house.fleet.get(DECODE)
+        assert view is not None
+        assert not problem or view.resting == f"its server can't be reached: {problem}"
         cast(Control, supervisor._control).problem = ""
 
     _watch(play, here=True)
