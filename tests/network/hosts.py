@@ -173,6 +173,7 @@ class Network:
 
     def close(self) -> None:
         self._end_delays()
+        _run("ip", "link", "del", self._id)  # the kernel takes its time to end a namespace, and this process may want another
         for host in self._hosts.values():
             _remove(host.namespace)
         _remove(self._switch)

@@ -74,7 +74,7 @@ with socket.create_server(("", 7)) as server:
 _ASK = """
 import socket, sys, time
 connection = socket.create_connection((sys.argv[1], 7))
-for _ in range(5):
+for _ in range(3):
     began = time.monotonic()
     connection.sendall(b"?")
     connection.recv(100)
@@ -89,7 +89,7 @@ def test_a_delay_is_of_one_way_and_ends(tmp_path: Path) -> None:
         one, other = network.add("one"), network.add("other")
 
         def round_trip() -> float:
-            """The shortest of five."""
+            """The shortest of three: the machine may be busy."""
             echo = subprocess.Popen(other.inside(sys.executable, "-c", _ECHO), stdout=subprocess.PIPE, text=True)
             assert echo.stdout is not None
             echo.stdout.readline()
@@ -99,12 +99,12 @@ def test_a_delay_is_of_one_way_and_ends(tmp_path: Path) -> None:
             echo.communicate(timeout=10)
             return min(float(line) for line in asked.stdout.split())
 
-        assert round_trip() < 0.02
-        network.delay(other, 0.02)
-        assert 0.02 <= round_trip() < 0.04
-        network.delay(one, 0.03)
-        assert 0.05 <= round_trip() < 0.08
+        assert round_trip() < 0.1
+        network.delay(other, 0.1)
+        assert 0.1 <= round_trip() < 0.2
+        network.delay(one, 0.15)
+        assert round_trip() >= 0.25
         network.heal()
-        assert round_trip() < 0.02
+        assert round_trip() < 0.1
     finally:
         network.close()
