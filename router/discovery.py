@@ -26,6 +26,7 @@ class Discovery:
         self._sources = list(sources)
         self._consumer = consumer
         self._found: list[set[str]] = [set() for _ in sources]
+        self._troubles: list[set[str]] = [set() for _ in sources]  # that the log says already, since a source failed first
 
     async def watch(self) -> None:
         """Until cancelled. A source that fails keeps what it said last: a name server's trouble is not the workers'."""
@@ -35,9 +36,21 @@ class Discovery:
                 try:
                     self._found[index] = set(await source())
                 except OSError as error:
-                    log.warning("workers can't be looked up: %s; keeping the %d known", error, len(self._found[index]))
+                    self._failed(index, str(error))
+                else:
+                    self._worked(index)
             self._consumer([*self._own, *sorted(set().union(*self._found))])
             await asyncio.sleep(_LOOK_EVERY_S)
+
+    def _failed(self, index: int, why: str) -> None:
+        if why not in self._troubles[index]:
+            log.warning("workers can't be looked up: %s; keeping the %d known, trying on", why, len(self._found[index]))
+        self._troubles[index].add(why)
+
+    def _worked(self, index: int) -> None:
+        if self._troubles[index]:
+            log.info("workers can be looked up again")
+        self._troubles[index].clear()
 
 
 def sources_of(cluster: ClusterConfig, key: bytes) -> list[Source]:

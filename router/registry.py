@@ -33,7 +33,7 @@ class Registry:
             # On a thread: redis-py's own asyncio client swallows cancellations.
             entries = await asyncio.to_thread(self._read)
         except redis.RedisError as error:
-            raise OSError(f"registry: {error}") from error
+            raise OSError(f"cluster.registry: {error}") from error
         now = time.monotonic()
         for entry in entries:
             address = read_address(entry, self._key)

@@ -65,6 +65,8 @@ class Supervisor:
         self._pidfds: dict[WorkerId, tuple[Epoch, int]] = {}
         self._left: set[Epoch] = set()
         self._restarts: dict[WorkerId, asyncio.Task[None]] = {}
+        self._endings: set[asyncio.Task[None]] = set()
+        self._left_alone: dict[WorkerId, str] = {}  # why their servers can't be reached, as the log says already
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="restart")
 
     # --- from the channel ---
@@ -89,9 +91,16 @@ class Supervisor:
         self._take_out(heartbeat.worker, f"can't go on: {heartbeat.load.fault}")
 
     def take_out(self, worker: WorkerId, why: str) -> None:
-        """The worker lives and does not work: kill it, so that it is restarted. No-op where nobody restarts it."""
-        if self._control is not None:
-            self._take_out(worker, why)
+        """The worker lives and does not work: kill it, so that it is restarted.
+
+        No-op where nobody restarts it, and where its server can't be reached: then it is this router that fails to ask anything
+        of the worker, which others may be served by.
+        """
+        destination = self._house.destination(worker)
+        if self._control is not None and destination is not None:
+            ending = asyncio.get_running_loop().create_task(self._take_out_if_reached(destination, why, self._control))
+            self._endings.add(ending)
+            ending.add_done_callback(self._endings.discard)
 
     def cut_off(self, worker: WorkerId) -> None:
         """The connection is broken. If only that, its next heartbeat brings it back; of this host the kernel tells more."""
@@ -103,6 +112,7 @@ class Supervisor:
     def removed(self, worker: WorkerId) -> None:
         """Its address is none of the deployment's any more. It may live, and be one of its workers again."""
         self._unwatch(worker)
+        self._left_alone.pop(worker, None)
         self._house.lose(worker, f"worker {worker} was removed from the deployment", died=False)
         self._house.forget(worker)
 
@@ -133,7 +143,7 @@ class Supervisor:
     def close(self) -> None:
         for worker in list(self._pidfds):
             self._unwatch(worker)
-        for task in self._restarts.values():
+        for task in (*self._restarts.values(), *self._endings):
             task.cancel()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
@@ -146,6 +156,24 @@ class Supervisor:
         if self._house.fleet.is_current(worker, epoch):
             self._house.lose(worker, f"worker {worker} died")
         self._begin_restart(worker, epoch)
+
+    async def _take_out_if_reached(self, worker: Destination, why: str, control: ModelControl) -> None:
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._threads, control.reach, worker)
+        except BatonError as error:
+            self._leave_alone(worker.worker, why, str(error))
+            return
+        self._left_alone.pop(worker.worker, None)
+        if self._house.fleet.is_current(worker.worker, worker.epoch):
+            self._take_out(worker.worker, why)
+
+    def _leave_alone(self, worker: WorkerId, why: str, unreached: str) -> None:
+        if self._left_alone.get(worker) != unreached:
+            log.warning("worker %s %s; its server can't be reached, so it is left alone: %s", worker, why, unreached)
+        self._left_alone[worker] = unreached
+        view = self._house.fleet.get(worker)
+        if view is not None and view.resting:  # maybe for what was wrong when it began, such as a port not open yet
+            self._house.fleet.rest(worker, f"its server can't be reached: {unreached}")
 
     def _take_out(self, worker: WorkerId, why: str) -> None:
         if self._house.lose(worker, f"worker {worker} {why}"):

@@ -21,10 +21,12 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from types import TracebackType
 
-from python_backends.core.config import load_deployment
+from python_backends.core.config import ClusterConfig, load_deployment
 from python_backends.core.deployment_key import OPERATOR_HEADER, deployment_key, operator_secret
 from python_backends.core.errors import ConfigError, Unavailable
 from python_backends.core.paths import repository_root, resolve_model, run_base
+from python_backends.core.tls import check_authority, check_certificate
+from python_backends.core.types import Role
 from python_backends.triton.home import channels
 from python_backends.worker.door import WorkersDoor
 from scripts import guardian
@@ -74,6 +76,7 @@ class TritonServer:
         start_timeout_s: by default as long as the engines of the deployment may take to load.
         """
         self.deployment = load_deployment(config)
+        _check_tls(self.deployment.cluster)
         self.address = address
         cluster = self.deployment.cluster
         self.models = [*(["router"] if cluster.router else []), *(worker.name for worker in self.deployment.workers)]
@@ -214,6 +217,7 @@ class TritonServer:
             "--model-control-mode=explicit",  # lets the router restart a worker: unload, load
             "--load-model=*",
             *self._restrictions(),
+            *self._tls(),
             f"--model-load-thread-count={len(self.models)}",  # workers wait for the router: none may be queued behind another
             f"--backend-config=python,shm-region-prefix-name={self.shm_prefix}",
             f"--exit-timeout-secs={_EXIT_TIMEOUT_S}",
@@ -228,6 +232,16 @@ class TritonServer:
         secret = operator_secret(deployment_key(security.key_file, self.run_dir))
         rule = f"{','.join(security.restricted_apis)}:{OPERATOR_HEADER}={secret}"
         return [f"--http-restricted-api={rule}", f"--grpc-restricted-protocol={rule}"]
+
+    def _tls(self) -> list[str]:
+        """Of gRPC, through which routers of other hosts hand over work. HTTP is for this host's own processes, too."""
+        cluster = self.deployment.cluster
+        if not cluster.grpc_certificate:
+            return []
+        options = [f"--grpc-server-cert={cluster.grpc_certificate}", f"--grpc-server-key={cluster.grpc_key}"]
+        if not cluster.grpc_client_ca:
+            return ["--grpc-use-ssl=true", *options]
+        return ["--grpc-use-ssl-mutual=true", *options, f"--grpc-root-cert={cluster.grpc_client_ca}"]
 
     def _companions(self) -> list[list[str]]:
         """The processes of the front end, the first of which keeps the router; or that which tells how the workers are."""
@@ -274,8 +288,9 @@ class TritonServer:
         """The metrics service is the last of Triton's."""
         probes = {self.http_port: "/v2/health/ready", self.metrics_port: "/metrics"}
         if self.deployment.has_front_end:
-            # Without workers of its own it may have to wait for others' far longer than for itself.
-            probes[self.openai_port] = "/health" if self.deployment.workers else "/health/live"
+            # Where its own workers can't serve alone it may have to wait for others' far longer than for itself.
+            alone = any(worker.role is not Role.PREFILL for worker in self.deployment.workers)
+            probes[self.openai_port] = "/health" if alone else "/health/live"
         elif not self.deployment.cluster.router:
             probes[self.openai_port] = "/health/live"
         return all(self._answers(port, path) for port, path in probes.items())
@@ -423,6 +438,14 @@ def _libpython_dir() -> Path:
 
 def _python_version() -> str:
     return f"{sys.version_info.major}.{sys.version_info.minor}"
+
+
+def _check_tls(cluster: ClusterConfig) -> None:
+    """Raises ConfigError: of a file that is wrong tritonserver says only that it can't listen."""
+    if cluster.grpc_certificate:
+        check_certificate(cluster.grpc_certificate, cluster.grpc_key, "cluster.grpc_certificate, grpc_key")
+    if cluster.grpc_client_ca:
+        check_authority(cluster.grpc_client_ca, "cluster.grpc_client_ca")
 
 
 def _choose_ports(address: str, wanted: dict[str, int]) -> list[int]:

@@ -361,8 +361,21 @@ class ClusterConfig(Section, frozen=True):
         str,
         Meta(description="Certificate authority of the servers' gRPC and a rediss:// registry (PEM). Empty: no TLS for gRPC."),
     ] = ""
-    tls_certificate: Annotated[str, Meta(description="The router's own certificate, for servers that ask for one (PEM).")] = ""
+    tls_certificate: Annotated[
+        str, Meta(description="What this server shows to servers and a registry that ask for a certificate (PEM).")
+    ] = ""
     tls_key: Annotated[str, Meta(description="Its key (PEM).")] = ""
+    grpc_certificate: Annotated[
+        str,
+        Meta(
+            description="Certificate of this server's gRPC, for the host in `advertise` (PEM). `scripts/serve` then has it "
+            "speak TLS, to routers and to clients. Empty: in the clear."
+        ),
+    ] = ""
+    grpc_key: Annotated[str, Meta(description="Its key (PEM).")] = ""
+    grpc_client_ca: Annotated[
+        str, Meta(description="Who signed the certificates that callers of gRPC must show (PEM). Empty: none is asked for.")
+    ] = ""
 
 
 class TracingConfig(Section, frozen=True):
@@ -500,6 +513,8 @@ def _check_cluster(deployment: Deployment, path: Path) -> None:
             raise ConfigError(f"{path}: cluster.pools[{index}]: give either hosts or dns")
     if bool(cluster.tls_certificate) != bool(cluster.tls_key) or (cluster.tls_key and not cluster.tls_ca):
         raise ConfigError(f"{path}: cluster.tls_certificate: give it together with tls_key and tls_ca")
+    if bool(cluster.grpc_certificate) != bool(cluster.grpc_key) or (cluster.grpc_client_ca and not cluster.grpc_key):
+        raise ConfigError(f"{path}: cluster.grpc_certificate: give it together with grpc_key; grpc_client_ca needs both")
 
 
 def _check_transfer(transfer: TransferConfig, path: Path) -> None:

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from python_backends.core.config import ClusterConfig
 from python_backends.core.errors import ConfigError
 from python_backends.core.signing import Domain, mac, sign, verify
+from python_backends.core.tls import check_authority, check_certificate
 
 GOOD_FOR_S = 15.0
 RENEW_EVERY_S = 4.0
@@ -48,5 +49,9 @@ def connection_options(cluster: ClusterConfig) -> dict[str, Any]:
             where = f"cluster.registry_password_file: {cluster.registry_password_file}"
             raise ConfigError(f"{where}: {error.strerror}; give a file with the password") from error
     if scheme == "rediss" and cluster.tls_ca:
+        check_authority(cluster.tls_ca, "cluster.tls_ca")
         options["ssl_ca_certs"] = cluster.tls_ca
+    if scheme == "rediss" and cluster.tls_certificate:
+        check_certificate(cluster.tls_certificate, cluster.tls_key, "cluster.tls_certificate, tls_key")
+        options |= {"ssl_certfile": cluster.tls_certificate, "ssl_keyfile": cluster.tls_key}
     return options

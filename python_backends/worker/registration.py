@@ -49,7 +49,7 @@ class Registration:
                 up = True
             except redis.RedisError as error:
                 if up:
-                    log.warning("the registry can't be told of this worker: %s; trying on", error)
+                    log.warning("cluster.registry can't be told of this worker: %s; trying on", error)
                 up = False
             self._closing.wait(RENEW_EVERY_S)
 

@@ -14,8 +14,9 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from python_backends.core.config import ClusterConfig
 from python_backends.core.deployment_key import OPERATOR_METADATA, operator_secret
-from python_backends.core.errors import ConfigError, Unavailable
+from python_backends.core.errors import Unavailable
 from python_backends.core.tensors import ACCEPTED, WORK
+from python_backends.core.tls import check_authority, check_certificate
 from python_backends.core.types import Role
 from router.seams import Destination
 from router.triton.model_config import in_role
@@ -33,6 +34,16 @@ _OPTIONS = (
     ("grpc.min_reconnect_backoff_ms", 2_000),  # also how long a connection may take to be made
     ("grpc.max_reconnect_backoff_ms", 1_000),
 )
+
+# What gRPC says of connections that could not be made, and what that means here.
+_NOT_CONNECTED = "failed to connect to all addresses"
+_TLS_MENDS = {
+    "WRONG_VERSION_NUMBER": "the server speaks no TLS: give cluster.grpc_certificate there, or no cluster.tls_ca here",
+    "CERTIFICATE_VERIFY_FAILED": "the certificate of the server's gRPC is not vouched for by cluster.tls_ca",
+    "Hostname Verification": "the certificate of the server's gRPC is for another host than its cluster.advertise",
+    "Socket closed": "if the server has a cluster.grpc_client_ca, this one needs a cluster.tls_certificate signed by it",
+}
+_PLAIN_MENDS = {"Socket closed": "if the server's gRPC speaks TLS, give cluster.tls_ca here"}
 
 
 class RemoteServers:
@@ -55,7 +66,7 @@ class RemoteServers:
         def done(call: Any) -> None:
             error = call.exception()
             if error is not None:
-                failed(f"worker {worker.worker} did not take the request: {_words(error)}")
+                failed(f"worker {worker.worker} did not take the request: {self._words(error)}")
 
         call.add_done_callback(done)
 
@@ -64,7 +75,7 @@ class RemoteServers:
         try:
             self._stub(worker.server).ServerLive(service_pb2.ServerLiveRequest(), timeout=_REACH_TIMEOUT_S)
         except grpc.RpcError as error:
-            raise Unavailable(f"{worker.server}: {_words(error)}") from error
+            raise Unavailable(f"{worker.server}: {self._words(error)}") from error
 
     def restart(self, worker: Destination, role: Role | None = None) -> None:
         """See router.supervisor.ModelControl. Raises Unavailable."""
@@ -78,7 +89,7 @@ class RemoteServers:
                 load.parameters["config"].string_param = json.dumps(config)
             stub.RepositoryModelLoad(load, timeout=_RESTART_TIMEOUT_S, metadata=self._operator)
         except grpc.RpcError as error:
-            raise Unavailable(f"{worker.server}: {_words(error)}; {HOW_TO_RESTART}") from error
+            raise Unavailable(f"{worker.server}: {self._words(error)}; {HOW_TO_RESTART}") from error
 
     def _read_config(self, worker: Destination) -> dict[str, Any] | None:
         """In the JSON of Triton's API; None where it tells none."""
@@ -102,18 +113,22 @@ class RemoteServers:
             return grpc.insecure_channel(server, options=_OPTIONS)
         return grpc.secure_channel(server, self._credentials, options=_OPTIONS)
 
-
-def _words(error: Any) -> str:
-    return str(error.details()) if isinstance(error, grpc.RpcError) and hasattr(error, "details") else str(error)
+    def _words(self, error: Any) -> str:
+        """What went wrong, beginning with the setting that mends it where that is TLS."""
+        words = str(error.details()) if isinstance(error, grpc.RpcError) and hasattr(error, "details") else str(error)
+        mends = _TLS_MENDS if self._credentials is not None else _PLAIN_MENDS
+        mend = next((mend for sign, mend in mends.items() if sign in words and words.startswith(_NOT_CONNECTED)), "")
+        return f"{mend} ({words})" if mend else words
 
 
 def _credentials(cluster: ClusterConfig) -> Any:
     """None without TLS."""
     if not cluster.tls_ca:
         return None
-    try:
-        authority = Path(cluster.tls_ca).read_bytes()
-        certificate, key = (Path(path).read_bytes() if path else None for path in (cluster.tls_certificate, cluster.tls_key))
-    except OSError as error:
-        raise ConfigError(f"cluster.tls_*: {error.filename}: {error.strerror}") from error
+    check_authority(cluster.tls_ca, "cluster.tls_ca")
+    if cluster.tls_certificate:
+        check_certificate(cluster.tls_certificate, cluster.tls_key, "cluster.tls_certificate, tls_key")
+    authority, key, certificate = (
+        Path(path).read_bytes() if path else None for path in (cluster.tls_ca, cluster.tls_key, cluster.tls_certificate)
+    )
     return grpc.ssl_channel_credentials(authority, key, certificate)

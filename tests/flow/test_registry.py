@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import socket
 import time
@@ -25,6 +26,7 @@ from router.discovery import Discovery, Source, sources_of
 from router.registry import Registry
 from router.service import Channels, RouterService
 from tests.flow.house import GREEDY, FlowHouse, InProcess, deployment, eventually, prompt, reference
+from tests.kv.certificates import redis_arguments, write_certificates
 from tests.kv.redis_server import RedisServer
 
 KEY = b"k" * 32
@@ -150,14 +152,96 @@ def test_a_password(tmp_path: Path) -> None:
         worker._renew()
         assert known(cluster(server, registry_password_file=str(tmp_path / "password"))) == {ONE}
         for options in ({}, {"registry_password_file": str(tmp_path / "wrong")}):
-            with pytest.raises(OSError, match=r"registry: .*(uthenticat|password)"):
+            with pytest.raises(OSError, match=r"cluster\.registry: .*(uthenticat|password)"):
                 known(cluster(server, **options))
         worker.close()
     finally:
         server.close()
 
 
-def test_wrong_configuration_is_named() -> None:
+OWN = {"tls_certificate": "client.pem", "tls_key": "client.key"}
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (OWN, ""),
+        ({**OWN, "tls_ca": "other-ca.pem"}, "CERTIFICATE_VERIFY_FAILED"),
+        ({}, "SSL|ssl|reset|Broken pipe"),  # the server does not always come to say that it asks for a certificate
+        ({**OWN, "registry_password_file": "wrong"}, "invalid username-password pair"),
+    ],
+)
+def test_tls_and_an_acl_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, options: dict[str, str], told: str
+) -> None:
+    """Whatever is wrong costs finding workers; the log says once what that is, on either side."""
+    monkeypatch.setattr("router.discovery._LOOK_EVERY_S", 0.05)
+    monkeypatch.setattr(registration, "RENEW_EVERY_S", 0.05)
+    certificates = write_certificates(tmp_path)
+    rights = "+time +zadd +zrem +zrangebyscore +zremrangebyscore +expire"
+    (tmp_path / "users").write_text(f"user default off\nuser baton on >word ~baton:workers:* {rights}\n")
+    (tmp_path / "word").write_text("word\n")
+    (tmp_path / "wrong").write_text("other\n")
+    server = RedisServer("--aclfile", str(tmp_path / "users"), tls=redis_arguments(certificates))
+    files = {"tls_ca": "ca.pem", "registry_password_file": "word", **options}
+    config = ClusterConfig(
+        listen="127.0.0.1",
+        registry=server.url.replace("//", "//baton@"),
+        **{key: str(tmp_path / file) for key, file in files.items()},  # type: ignore[arg-type]
+    )
+    told_of: list[set[str]] = []
+
+    async def watch() -> None:
+        watching = asyncio.ensure_future(
+            Discovery([TWO], sources_of(config, KEY), lambda names: told_of.append(set(names))).watch()
+        )
+        await _until(lambda: len(told_of) > 10 and (bool(told) or told_of[-1] == {ONE, TWO}))
+        watching.cancel()
+
+    worker = Registration(config, ONE, KEY)
+    worker.start()
+    try:
+        asyncio.run(watch())
+    finally:
+        worker.close()
+        server.close()
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    if not told:
+        assert warnings == []
+        return
+    assert all(addresses == {TWO} for addresses in told_of)
+    for said in ("cluster.registry can't be told of this worker", "workers can't be looked up: cluster.registry"):
+        lines = [warning for warning in warnings if warning.startswith(said)]
+        assert lines
+        assert all(re.search(told, line) for line in lines)
+    assert len(set(warnings)) == len(warnings)
+
+
+def test_trouble_is_told_once_and_that_it_is_over(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("router.discovery._LOOK_EVERY_S", 0)
+    caplog.set_level("INFO", "router.discovery")
+    answers: list[list[str] | str] = ["refused", "late", "refused", [ONE], [ONE], "refused"]
+
+    async def source() -> list[str]:
+        answer = answers.pop(0)
+        if isinstance(answer, str):
+            raise OSError(answer)
+        return answer
+
+    async def watch() -> None:
+        watching = asyncio.ensure_future(Discovery([], [source], lambda _: None).watch())
+        await _until(lambda: not answers)
+        watching.cancel()
+
+    asyncio.run(watch())
+    said = [re.sub(r".*looked up: (.*); keep.*", r"\1", record.getMessage()) for record in caplog.records]
+    assert said[:4] == ["refused", "late", "workers can be looked up again", "refused"]
+
+
+def test_wrong_configuration_is_named(tmp_path: Path) -> None:
+    (tmp_path / "no.pem").write_text("no certificate")
+    with pytest.raises(ConfigError, match=r"cluster\.tls_ca: .*no\.pem"):
+        Registration(ClusterConfig(registry="rediss://cache", tls_ca=str(tmp_path / "no.pem")), ONE, KEY)
     with pytest.raises(ConfigError, match=r"cluster\.registry: 'cache:6379' is no URL"):
         sources_of(ClusterConfig(registry="cache:6379"), KEY)
     with pytest.raises(ConfigError, match=r"cluster\.registry_password_file: /no/such"):

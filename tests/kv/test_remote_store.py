@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import signal
 import socket
 import threading
@@ -23,7 +24,7 @@ from python_backends.kv.store.remote import RemoteStore
 from python_backends.kv.store.value import VERSION
 from python_backends.kv.transfer.base import block_digest
 from tests.kv.blocks import Pool, content, hashes
-from tests.kv.certificates import write_certificates
+from tests.kv.certificates import redis_arguments, write_certificates
 from tests.kv.redis_server import RedisServer, free_port
 
 LAYOUT = KVLayout(num_layers=2, num_kv_heads=2, head_dim=16, block_size=16, dtype="float32")  # 8 KiB
@@ -257,7 +258,7 @@ def test_a_redis_cluster_as_it_is(own_server: MakeServer, connect: Connect, pool
         own_server("--cluster-enabled", "yes", "--cluster-node-timeout", "2000", "--cluster-port", str(free_port()))
         for _ in range(3)
     ]
-    make_cluster(servers)
+    make_cluster([server.client() for server in servers])
     store, names = connect(servers[0], cluster=True), hashes(200)
     put(store, pool, names)
     shares = [server.client().dbsize() for server in servers]
@@ -273,14 +274,14 @@ def test_a_redis_cluster_as_it_is(own_server: MakeServer, connect: Connect, pool
     assert read_all(store, pool, names, seconds=0.5) < 200
 
 
-def make_cluster(servers: Sequence[RedisServer]) -> None:
-    clients = [server.client() for server in servers]
-    share = 16384 // len(servers) + 1
-    bus = clients[0].config_get("cluster-port")["cluster-port"]
+def make_cluster(clients: Sequence[redis.Redis]) -> None:
+    share = 16384 // len(clients) + 1
     for i, client in enumerate(clients):
         command(client, "CLUSTER ADDSLOTSRANGE", i * share, min((i + 1) * share, 16384) - 1)
         command(client, "CLUSTER SET-CONFIG-EPOCH", i + 1)
-        command(client, "CLUSTER MEET", "127.0.0.1", servers[0].port, bus)
+    for client in clients[1:]:
+        bus = clients[0].config_get("cluster-port")["cluster-port"]
+        command(client, "CLUSTER MEET", "127.0.0.1", clients[0].connection_pool.connection_kwargs["port"], bus)
     deadline = time.monotonic() + 20
     while not all(client.cluster("INFO")["cluster_state"] == "ok" for client in clients):
         assert time.monotonic() < deadline, "the cluster does not come together"
@@ -355,10 +356,8 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_certificates(tmp_path_factory.mktemp("tls"))
 
 
-def tls_server(own_server: MakeServer, certificates: Path) -> RedisServer:
-    files = {"cert": "127.0.0.1.pem", "key": "127.0.0.1.key", "ca-cert": "ca.pem"}
-    arguments = [part for name, file in files.items() for part in (f"--tls-{name}-file", str(certificates / file))]
-    return own_server(tls=arguments)
+def tls_server(own_server: MakeServer, certificates: Path, *arguments: str) -> RedisServer:
+    return own_server(*arguments, tls=redis_arguments(certificates))
 
 
 def test_tls_with_certificates_on_both_sides(own_server: MakeServer, connect: Connect, pool: Pool, certificates: Path) -> None:
@@ -382,6 +381,62 @@ def test_a_server_that_nobody_trusts_is_not_used(
     assert not store.counts().up
 
 
+OWN = {"cert_file": "client.pem", "key_file": "client.key"}
+
+
+@pytest.mark.parametrize(
+    ("cluster", "options", "told"),
+    [
+        (False, OWN, ""),
+        (False, {**OWN, "ca_file": "other-ca.pem"}, "CERTIFICATE_VERIFY_FAILED"),
+        (False, {}, "SSL|ssl|reset|Broken pipe"),  # the server does not always come to say that it asks for a certificate
+        (False, {**OWN, "password_file": "wrong"}, "invalid username-password pair"),
+        (False, {**OWN, "username": "nobody"}, "invalid username-password pair"),
+        (True, OWN, ""),
+        (True, {**OWN, "ca_file": "other-ca.pem"}, "CERTIFICATE_VERIFY_FAILED"),
+        (True, {**OWN, "password_file": "wrong"}, "invalid username-password pair"),
+    ],
+)
+def test_tls_and_an_acl_user(
+    own_server: MakeServer,
+    connect: Connect,
+    pool: Pool,
+    certificates: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    cluster: bool,
+    options: dict[str, str],
+    told: str,
+) -> None:
+    """With the rights that docs/stores.md names. Whatever is wrong costs hits, little time, and one line of the log."""
+    rights = "+get +set +exists +unlink +expire +info" + (" +cluster +command" if cluster else "")
+    (tmp_path / "users").write_text(f"user default off\nuser baton on >word ~baton:kv:* {rights}\n")
+    more = ("--cluster-enabled", "yes", "--tls-cluster", "yes", "--cluster-port", str(free_port())) if cluster else ()
+    server = tls_server(own_server, certificates, "--aclfile", str(tmp_path / "users"), *more)
+    (certificates / "word").write_text("word\n")
+    (certificates / "wrong").write_text("other\n")
+    given = {"ca_file": "ca.pem", "username": "baton", "password_file": "word", **options}
+    paths = {key: value if key == "username" else str(certificates / value) for key, value in given.items()}
+    if cluster:
+        own = {"ca_certs": "ca.pem", "certfile": "client.pem", "keyfile": "client.key"}
+        files: dict[str, Any] = {f"ssl_{key}": str(certificates / file) for key, file in own.items()}
+        url = server.url.replace("//", "//baton:word@")
+        make_cluster([redis.Redis.from_url(url, protocol=2, **files)])
+    store, names, began = connect(server, cluster=cluster, **paths), hashes(3), time.monotonic()
+    for _ in range(20):
+        put(store, pool, names)
+        assert read_all(store, pool, names) == (0 if told else 3)
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    warnings = [warning for warning in warnings if f"127.0.0.1:{server.port}" in warning]
+    assert store.counts().up is not bool(told)
+    if told:
+        assert time.monotonic() - began < 1
+        assert len(warnings) == 1
+        assert re.search(told, warnings[0])
+    else:
+        assert warnings == []
+
+
 @pytest.mark.parametrize(
     ("options", "names"),
     [
@@ -389,6 +444,8 @@ def test_a_server_that_nobody_trusts_is_not_used(
         ({"urls": ("http://localhost",)}, "servers"),
         ({"urls": ("redis://localhost",), "password_file": "/nowhere"}, "password_file"),
         ({"urls": ("rediss://localhost",), "ca_file": "/nowhere"}, "ca_file"),
+        ({"urls": ("rediss://localhost",), "ca_file": __file__}, "ca_file"),
+        ({"urls": ("rediss://localhost",), "cert_file": __file__, "key_file": __file__}, "cert_file"),
     ],
 )
 def test_a_wrong_configuration_names_its_key(connect: Connect, options: dict[str, Any], names: str) -> None:
@@ -399,8 +456,9 @@ def test_a_wrong_configuration_names_its_key(connect: Connect, options: dict[str
 # --- down, slow, flushed, corrupt -------------------------------------------------------------------------------------
 
 
-def test_nobody_there(connect: Connect, pool: Pool) -> None:
-    store = connect(urls=(f"redis://127.0.0.1:{free_port()}",))
+@pytest.mark.parametrize("cluster", [False, True])
+def test_nobody_there(connect: Connect, pool: Pool, cluster: bool) -> None:
+    store = connect(urls=(f"redis://127.0.0.1:{free_port()}",), cluster=cluster)
     began = time.monotonic()
     for _ in range(100):
         put(store, pool, hashes(3))

@@ -1,9 +1,10 @@
 """Hosts made of network and host-name namespaces, on a network of their own whose links can be cut, slowed or made lossy.
 
 Every host has its own address, ports, host name and /etc/hosts, so processes on it find, listen and connect as they would on a
-machine or in a pod. Links are veth pairs to a bridge. Packets are dropped by netfilter and held back by tc's token bucket,
-which kernels without netem have, too. What a network makes is gone after `close`. What one left behind that was killed is
-removed by the next, its processes first: they would take cores and answer in the place of others.
+machine or in a pod. Links are veth pairs to a bridge. Packets are dropped by netfilter, held back by tc's token bucket, and
+delayed by a process that netfilter hands them to (delay.py); kernels without netem have all that, too. What a network makes is
+gone after `close`. What one left behind that was killed is removed by the next, its processes first: they would take cores and
+answer in the place of others.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.network import delay
 from tests.tools import require_program
 
 _LOCKS = Path("/run/baton-test-networks")  # a file for each network, locked by the process whose it is as long as that lives
@@ -146,6 +148,7 @@ class Network:
         self._switch = f"{self._id}-sw"
         self._hosts: dict[str, Host] = {}
         self._names: dict[str, list[Host]] = {}
+        self._delays: dict[str, subprocess.Popen[str]] = {}  # by host
         remove_abandoned()
         self._lock = _own(self._id)
         _run("ip", "netns", "add", self._switch)
@@ -169,6 +172,8 @@ class Network:
         self._tell_names()
 
     def close(self) -> None:
+        self._end_delays()
+        _run("ip", "link", "del", self._id)  # the kernel takes its time to end a namespace, and this process may want another
         for host in self._hosts.values():
             _remove(host.namespace)
         _remove(self._switch)
@@ -198,15 +203,35 @@ class Network:
             bucket = ("rate", rate, "burst", "64kb", "latency", "200ms")
             _run("tc", "-n", namespace, "qdisc", "add", "dev", device, "root", "tbf", *bucket)
 
+    def delay(self, host: Host, seconds: float) -> None:
+        """What is for the host arrives so much later, in order. Of both ends of a link it is a delay of both ways."""
+        if host.name in self._delays:
+            return
+        command = host.inside(sys.executable, "-I", delay.__file__, str(seconds))
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+        self._delays[host.name] = process
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n", "no packet queues in this kernel (CONFIG_NETFILTER_NETLINK_QUEUE)"
+        self._filter(host, "-A", "INPUT", "-i", "eth0", "-j", "NFQUEUE", "--queue-num", "0")
+
     def heal(self) -> None:
         """All links are as new."""
         for host in self._hosts.values():
             self._filter(host, "-F")
+        self._end_delays()
+        for host in self._hosts.values():
             if self._is_slow(host):
                 for namespace, device in self._ends(host):
                     _run("tc", "-n", namespace, "qdisc", "del", "dev", device, "root")
 
     # --- inside ---
+
+    def _end_delays(self) -> None:
+        """What they still hold is lost, and sent again by those who miss it."""
+        for process in self._delays.values():
+            process.kill()
+            process.communicate()
+        self._delays.clear()
 
     def _filter(self, host: Host, *rule: str) -> None:
         _run("ip", "netns", "exec", host.namespace, "iptables-legacy", "-w", *rule)

@@ -1,6 +1,6 @@
 """The pods of the Kubernetes manifests, each on a host of its own: ready by their probes, and then in trouble.
 
-Under broken, lossy and slow networks: no wrong text, no hang, errors only where nobody could serve.
+Under broken, lossy, slow and long networks: no wrong text, no hang, errors only where nobody could serve.
 
 With BATON_LONG=1 also long partitions and random trouble, which takes minutes.
 """
@@ -182,9 +182,68 @@ def test_packets_are_lost(cluster: Cluster, asking: Asking, expected: list[list[
     _under(asking, expected, trouble, route="remote")
 
 
-def test_a_slow_link(cluster: Cluster, asking: Asking, expected: list[list[int]]) -> None:
-    """All that the router sends and is sent goes through 40 Mbit/s."""
-    _under(asking, expected, lambda: cluster.network.slow(cluster.router.machine, "40mbit"), route="remote")
+def _pods(cluster: Cluster, where: str) -> list[Pod]:
+    return {
+        "router": [cluster.router],
+        "prefill": cluster.prefill,
+        "decode": cluster.decode,
+        "redis": [cluster.redis],
+        "everybody": [*cluster.pods, cluster.redis],
+    }[where]
+
+
+def _slow(cluster: Cluster, where: str, rate: str) -> None:
+    for pod in _pods(cluster, where):
+        cluster.network.slow(pod.machine, rate)
+
+
+def _delay(cluster: Cluster, where: str) -> None:
+    """By 20 ms, as between cities. Of everybody it is a delay of both ways."""
+    for pod in _pods(cluster, where):
+        cluster.network.delay(pod.machine, 0.02)
+
+
+def _assert_kv_moves(asking: Asking) -> None:
+    """Late it may be, but it comes."""
+    answer = asking.ask(text_input=_PROMPTS[0], max_tokens=8, cache_salt=f"k{next(_ids)}", route="remote", return_proof=True)
+    proof = json.loads(answer.last("proof"))
+    assert proof["kv_tokens_received"] > 50
+    assert proof["kv_tokens_recomputed"] == 0
+
+
+@pytest.mark.parametrize("link", ["router 40mbit", "prefill 4mbit", "decode 4mbit", "redis 1mbit"])
+def test_slow_links(link: str, cluster: Cluster, asking: Asking, expected: list[list[int]]) -> None:
+    """All that these hosts send and are sent. At 4 Mbit/s the KV of one prompt takes a sixth of a second."""
+    _under(asking, expected, lambda: _slow(cluster, *link.split()), route="remote")
+    _assert_kv_moves(asking)
+
+
+@pytest.mark.parametrize("where", ["router", "prefill", "decode", "redis", "everybody"])
+def test_long_links(where: str, cluster: Cluster, asking: Asking, expected: list[list[int]]) -> None:
+    _under(asking, expected, lambda: _delay(cluster, where), route="remote")
+    assert total(metrics(cluster.router), "baton_worker_up") == 4
+    _assert_kv_moves(asking)
+
+
+@pytest.mark.parametrize("trouble", ["slow", "long"])
+def test_what_only_a_far_store_has(trouble: str, cluster: Cluster, asking: Asking, expected: list[list[int]]) -> None:
+    """The pools that hold these prompts' KV are cut off: others read it from Redis, or compute it where that is faster."""
+    written = _written(cluster)
+    names = _send(asking, "local")
+    _check(asking.collect(*names), expected)
+    _wait_for(lambda: _written(cluster) > written, 10)
+    _slow(cluster, "redis", "1mbit") if trouble == "slow" else _delay(cluster, "redis")
+    cluster.network.cut(cluster.router.machine, cluster.decode[0].machine)
+    _await_workers(cluster, 3)
+    for salt, prompt in zip(names, _PROMPTS, strict=True):
+        asking.send(f"{salt} again", text_input=prompt, cache_salt=salt, **_FIELDS)
+    with _timed(20):
+        _check(asking.collect(*[f"{salt} again" for salt in names]), expected)
+
+
+def _written(cluster: Cluster) -> float:
+    """Blocks in Redis, in all."""
+    return total(metrics(cluster.router), "baton_store_blocks_total", tier="remote", event="written")
 
 
 def test_the_store_is_cut_off(cluster: Cluster, asking: Asking, expected: list[list[int]]) -> None:
@@ -322,15 +381,17 @@ def test_random_trouble(cluster: Cluster, asking: Asking, expected: list[list[in
         def trouble() -> None:
             for _ in range(2):
                 one, other = dice.sample([pod.machine for pod in cluster.pods[:-1]], 2)
-                kind = dice.choice(["cut", "one way", "loss", "slow"])
+                kind = dice.choice(["cut", "one way", "loss", "slow", "long"])
                 if kind == "cut":
                     cluster.network.cut(one, other)
                 elif kind == "one way":
                     cluster.network.cut_one_way(one, other)
                 elif kind == "loss":
                     cluster.network.lose(one, 0.05)
-                else:
+                elif kind == "slow":
                     cluster.network.slow(one, "20mbit")
+                else:
+                    cluster.network.delay(one, 0.02)
 
         _under(asking, expected, trouble, route=dice.choice(["", "remote", "local"]))
         cluster.network.heal()

@@ -8,8 +8,9 @@ import os
 import signal
 import socket
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ PROMPT = " ".join(str(number) for number in range(60))
 COMMON = "engine: {kv_pool_mib: 32, fake: {prefill_us_per_token: 50, step_us: 4000}}\nrouter: {worker_wait_s: 15}\n"
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Below those that the kernel gives to outgoing connections."""
     ports: list[int] = []
     for port in range(14_000 + os.getpid() % 500, 15_000):
@@ -50,7 +51,7 @@ class Cluster:
 def cluster(tmp_path_factory: pytest.TempPathFactory, smollm2_dir: Path) -> Iterator[Cluster]:
     directory = tmp_path_factory.mktemp("cluster")
     (directory / "key").write_bytes(os.urandom(32))
-    channels = _free_ports(7)
+    channels = free_ports(7)
     grpc = channels[4:]
     security = f"security: {{key_file: {directory}/key}}\n"
 
@@ -132,10 +133,20 @@ def test_a_router_that_is_killed_takes_only_its_own_requests(cluster: Cluster, o
     two.send("stay", text_input=f"other {PROMPT}", max_tokens=150, seed=5, stream=True)
     for _ in range(20):
         one.next_response()
-    os.kill(worker_process(cluster.one, "router").pid, signal.SIGKILL)
+    killed = worker_process(cluster.one, "router").pid
+    os.kill(killed, signal.SIGKILL)
     assert two.collect("stay")[0].text == expected
     wait_until_nothing_is_held(cluster.two, within_s=12)  # what a handoff of the dead router's canaries held ends as leases do
+    _wait_for(lambda: _has_another_router(cluster.one, killed), 60)
     _wait_for(lambda: total(metrics(cluster.one), "baton_worker_up") == 4, 30)
+
+
+def _has_another_router(server: TritonServer, killed: int) -> bool:
+    """That serves. Triton tells the metrics of the one that was killed until then."""
+    url = f"http://{server.host}:{server.openai_port}/health"
+    with suppress(OSError, AssertionError), urllib.request.urlopen(url, timeout=2) as response:
+        return response.status == 200 and worker_process(server, "router").pid != killed
+    return False
 
 
 def test_a_killed_worker_elsewhere_costs_no_request_and_comes_back(cluster: Cluster, two: Asking) -> None:

@@ -11,15 +11,18 @@ from urllib.parse import urlsplit
 
 import redis
 from redis.cluster import ClusterNode, RedisCluster
+from redis.exceptions import RedisClusterException
 
 from python_backends.core.config import RemoteStoreConfig
 from python_backends.core.errors import ConfigError
+from python_backends.core.tls import check_authority, check_certificate
 from python_backends.core.types import BlockHash
 from python_backends.kv.store.redis_wire import RedisServer, ReplyError
 from python_backends.kv.store.ring import Ring
 
 log = logging.getLogger(__name__)
 
+_FAILURES = (redis.RedisError, RedisClusterException, OSError)  # of a cluster; the second is no kind of the first
 _CONNECT_S = 0.25  # connecting and each step of the handshake
 _LOOK_AGAIN_S = 1.0  # between two looks at who has which part of a cluster
 
@@ -81,7 +84,7 @@ class ClusterServers:
                 node = cluster.get_node_from_key(key)  # type: ignore[no-untyped-call]
                 if node.name not in self._servers:
                     self._servers[node.name] = RedisServer(node.name, cluster.get_redis_connection(node).connection_pool)
-            except redis.RedisError:
+            except _FAILURES:
                 return None  # this part of the cluster is without a node now
             server = self._servers[node.name]
         return server if server.up else None
@@ -98,7 +101,7 @@ class ClusterServers:
                 self._looked = time.monotonic()
                 try:
                     self._cluster.nodes_manager.initialize()
-                except (redis.RedisError, OSError) as failure:
+                except _FAILURES as failure:
                     log.warning("remote store: the cluster can't be looked at: %s", failure)
                 self._servers.clear()  # their connection pools may be new
 
@@ -107,7 +110,7 @@ class ClusterServers:
             return None
         try:
             self._cluster = RedisCluster(startup_nodes=self._start, **self._options)
-        except (redis.RedisError, OSError) as error:
+        except _FAILURES as error:
             self._entrance.failed(error)
         return self._cluster
 
@@ -119,12 +122,13 @@ def _options(config: RemoteStoreConfig, url: str) -> dict[str, Any]:
         "socket_connect_timeout": _CONNECT_S,
         "socket_timeout": _CONNECT_S,
         "username": config.username or None,
-        "password": _read(config.password_file, "password_file") if config.password_file else None,
+        "password": _read_password(config.password_file) if config.password_file else None,
     }
     if urlsplit(url).scheme == "rediss":
-        for key in ("ca_file", "cert_file", "key_file"):
-            if getattr(config, key):
-                _read(getattr(config, key), key)
+        if config.ca_file:
+            check_authority(config.ca_file, "store.remote.ca_file")
+        if config.cert_file or config.key_file:
+            check_certificate(config.cert_file, config.key_file, "store.remote.cert_file, key_file")
         options |= {
             "ssl_ca_certs": config.ca_file or None,
             "ssl_certfile": config.cert_file or None,
@@ -135,12 +139,12 @@ def _options(config: RemoteStoreConfig, url: str) -> dict[str, Any]:
     return {key: value for key, value in options.items() if value is not None}
 
 
-def _read(path: str, key: str) -> str:
+def _read_password(path: str) -> str:
     try:
         return Path(path).read_text().rstrip("\r\n")
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "is no text"
-        raise ConfigError(f"store.remote.{key}: {path}: {why}") from error
+        raise ConfigError(f"store.remote.password_file: {path}: {why}") from error
 
 
 def _name(url: str) -> str:

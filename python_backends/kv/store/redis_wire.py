@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -200,6 +201,7 @@ class RedisServer:
         """`name`: for the log, without credentials."""
         self.name = name
         self._pool = pool
+        self._failing = threading.Lock()
         self._failures = 0
         self._strikes = 0
         self._down_until = 0.0
@@ -233,10 +235,11 @@ class RedisServer:
             self._judge(wire)
 
     def failed(self, error: Exception) -> None:
-        if self._failures == 0:
-            log.warning("remote store %s: %s; going on without it", self.name, str(error) or type(error).__name__)
-        self._down_until = time.monotonic() + _BACKOFF_S[min(self._failures, len(_BACKOFF_S) - 1)]
-        self._failures += 1
+        with self._failing:  # several threads may meet the same trouble at the same time
+            if self._failures == 0:
+                log.warning("remote store %s: %s; going on without it", self.name, str(error) or type(error).__name__)
+            self._down_until = time.monotonic() + _BACKOFF_S[min(self._failures, len(_BACKOFF_S) - 1)]
+            self._failures += 1
 
     def refused_write(self, error: ReplyError) -> None:
         """It is full, or not ours to write to; reading goes on."""

@@ -70,7 +70,8 @@ class RemoteStore:
         self._staging: Block = np.empty((0, layout.block_bytes), np.uint8)
         self._writing = threading.Lock()  # of the staging
         self._read = self._missed = self._written = self._corrupt = self._dropped = 0
-        threading.Thread(target=self._greet, name="remote-store", daemon=True).start()
+        self._greeting = threading.Thread(target=self._greet, name="remote-store", daemon=True)
+        self._greeting.start()
 
     # --- StoreTier ----------------------------------------------------------------------------------------------------
 
@@ -137,6 +138,7 @@ class RemoteStore:
         )
 
     def close(self) -> None:
+        self._greeting.join(_WRITE_S)  # a connection that is closed under it breaks in odd ways
         for server in self._servers.known():
             server.close()
 

@@ -97,6 +97,9 @@ DECODE = "workers: [{role: decode}]\n"
         ("workers: [{role: prefill}, {role: aggregated}]", "need a decode worker"),
         ("workers: [{role: decode, cpus: 3-1}]", "decode: cpus"),
         ("workers: [{role: decode, cpus: 1--2}]", "decode: cpus"),
+        (DECODE + "cluster: {tls_certificate: a, tls_key: b}", "cluster.tls_certificate"),
+        (DECODE + "cluster: {grpc_certificate: a}", "cluster.grpc_certificate"),
+        (DECODE + "cluster: {grpc_client_ca: a}", "cluster.grpc_certificate"),
         # not YAML
         ("workers: [", "not YAML"),
         ("a: b: c", "not YAML"),

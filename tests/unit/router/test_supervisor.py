@@ -14,6 +14,7 @@ import msgspec
 import pytest
 
 from python_backends.core.config import HealthConfig
+from python_backends.core.errors import Unavailable
 from python_backends.core.host import host_id
 from python_backends.core.messages import Heartbeat
 from python_backends.core.types import Epoch, Role, WorkerId
@@ -32,9 +33,11 @@ class Control:
 
     def __init__(self) -> None:
         self.restarted: list[tuple[float, str]] = []
+        self.problem = ""  # why no server can be reached
 
     def reach(self, worker: Destination) -> None:
-        """It can be reached."""
+        if self.problem:
+            raise Unavailable(self.problem)
 
     def restart(self, worker: Destination, role: Role | None = None) -> None:
         self.restarted.append((time.monotonic(), worker.model))
@@ -99,6 +102,29 @@ def test_its_connection_breaks_before_its_death_is_known() -> None:
         return cast(Control, supervisor._control)
 
     assert [model for _, model in _watch(play, here=True).restarted] == ["decode"]
+
+
+@pytest.mark.parametrize("problem", ["", "its certificate is not vouched for"])
+def test_a_worker_that_fails_canaries_is_killed_only_by_who_can_reach_its_server(
+    problem: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Else the fault may be the asking router's alone: a wrong certificate authority, say, on a host of several servers."""
+
+    async def play(house: House, supervisor: Supervisor, beat: Heartbeat, process: subprocess.Popen[bytes]) -> None:
+        cast(Control, supervisor._control).problem = problem
+        house.rest(DECODE, "nobody listened at first")
+        supervisor.take_out(DECODE, "has failed canaries")
+        await asyncio.sleep(0.1)
+        supervisor.take_out(DECODE, "has failed canaries")
+        assert await _until(lambda: process.poll() is not None, 0.5 if problem else 3) is not bool(problem)
+        assert house.fleet.is_up(DECODE) is bool(problem)
+        view = house.fleet.get(DECODE)
+        assert view is not None
+        assert not problem or view.resting == f"its server can't be reached: {problem}"
+        cast(Control, supervisor._control).problem = ""
+
+    _watch(play, here=True)
+    assert caplog.text.count(f"so it is left alone: {problem}") == bool(problem)
 
 
 def test_its_goodbye_is_read_after_its_death() -> None:
