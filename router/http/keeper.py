@@ -1,14 +1,16 @@
 """Who restarts the router. The router watches over the workers; this front end watches over the router.
 
-Triton does not notice that a model's process has died. As for workers, unload and load bring a new one.
+Triton does not notice that a model's process has died. As for workers, unload and load bring a new one. A router that lives and
+says nothing is killed first: Triton would wait for its requests, hence keep it for ever, and their clients waiting.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import httpx2
 
@@ -27,6 +29,12 @@ class RouterKeeper:
         """`triton`: HOST:PORT of its HTTP service, started with --model-control-mode=explicit; it opens to `headers`."""
         self._headers = dict(headers)
         self._repository = f"http://{triton}/v2/repository/models/router"
+
+    def end(self, pidfd: int) -> None:
+        """The router's process lives and does not answer."""
+        log.warning("the router says nothing; killing it")
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
 
     @asynccontextmanager
     async def watching(self, door: DoorClient) -> AsyncIterator[None]:
