@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
@@ -28,13 +29,13 @@ class RouterKeeper:
     def __init__(self, triton: str, headers: Mapping[str, str]) -> None:
         """`triton`: HOST:PORT of its HTTP service, started with --model-control-mode=explicit; it opens to `headers`."""
         self._headers = dict(headers)
+        self._silent: int | None = None  # pidfd of a router that was given up alive
         self._repository = f"http://{triton}/v2/repository/models/router"
 
-    def end(self, pidfd: int) -> None:
-        """The router's process lives and does not answer."""
-        log.warning("the router says nothing; killing it")
-        with suppress(ProcessLookupError):
-            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    def fell_silent(self, pidfd: int) -> None:
+        """The router's process lives and does not answer: it is killed unless it does so soon."""
+        self._forget_silent()
+        self._silent = os.dup(pidfd)
 
     @asynccontextmanager
     async def watching(self, door: DoorClient) -> AsyncIterator[None]:
@@ -52,8 +53,20 @@ class RouterKeeper:
             await asyncio.sleep(_LOOK_EVERY_S)
             if door.alone_s > _PATIENCE_S:
                 log.warning("the router is gone; restarting it")
+                self._end_silent()
                 await self._restart()
                 await _router_or_timeout(door, _BACKOFF_S)
+
+    def _end_silent(self) -> None:
+        if self._silent is not None:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._silent, signal.SIGKILL)
+        self._forget_silent()
+
+    def _forget_silent(self) -> None:
+        if self._silent is not None:
+            os.close(self._silent)
+            self._silent = None
 
     async def _restart(self) -> None:
         try:

@@ -231,7 +231,7 @@ def test_a_router_that_stands_still_is_ended(tmp_path: Path, monkeypatch: pytest
     keeper = RouterKeeper("127.0.0.1:1", {})
 
     async def test() -> None:
-        async with DoorClient(_address(tmp_path), 0.3, keeper.end) as client:
+        async with DoorClient(_address(tmp_path), 3.0, keeper.fell_silent) as client, keeper.watching(client):
             answer = client.ask(_request(0, ENDLESS), Sending.TEXT)
             await answer.pieces()
             assert router.pid is not None
