@@ -25,6 +25,17 @@ class Destination:
     epoch: Epoch
 
 
+class Failed(Protocol):
+    """Told, on any thread, that work could not be handed to a worker.
+
+    `wrecked`: its process stood still, and must end before it goes on. Triton 24.10 gives up a call that gets no answer within
+    a second and frees its memory, but leaves the message that points there. A process that takes it then spoils the memory
+    that it shares with the server, which aborts.
+    """
+
+    def __call__(self, why: str, *, wrecked: bool = False) -> None: ...
+
+
 class Calls(Protocol):
     """Everything said to workers. All return at once; outputs come to the mailroom.
 

@@ -27,7 +27,7 @@ from router.drain import Drains
 from router.health import Health
 from router.house import House
 from router.run import Run
-from router.seams import Destination, Ending, Observer, Reply
+from router.seams import Destination, Ending, Failed, Observer, Reply
 from router.serve import serve
 from router.supervisor import ModelControl, Supervisor
 from router.tokenizer import Tokenizer
@@ -41,9 +41,9 @@ _STOP_S = 5.0
 
 
 class Submit(Protocol):
-    """Hands work to a worker by a short call, from any thread; `failed` is told if that didn't work, on any thread."""
+    """Hands work to a worker by a short call, from any thread; `failed` is told if that didn't work."""
 
-    def __call__(self, worker: Destination, work: Work, failed: Callable[[str], None]) -> None: ...
+    def __call__(self, worker: Destination, work: Work, failed: Failed) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,16 +139,22 @@ class RouterService:
     # --- Calls: what the house says to workers, on the loop ---
 
     def submit(self, worker: WorkerId, work: Work) -> None:
-        request_id = work.request.request_id
+        request_id, destination = work.request.request_id, self.house.destination(worker)
 
-        def failed(why: str) -> None:
+        def failed(why: str, *, wrecked: bool = False) -> None:
+            if wrecked and destination is not None:
+                self._loop.call_soon_threadsafe(self._end_wreck, destination)
             self._loop.call_soon_threadsafe(self.house.mailroom.fail, [request_id], why)
 
-        destination = self.house.destination(worker)
         if destination is None:
             failed(f"worker {worker} has left")
         else:
             self._submit(destination, work, failed)
+
+    def _end_wreck(self, worker: Destination) -> None:
+        """See Failed."""
+        if self.house.fleet.is_current(worker.worker, worker.epoch):
+            self._supervisor.end(worker.worker, "stood still when it was handed work")
 
     def abort(self, worker: WorkerId, request_id: RequestId) -> None:
         self._channel.send(worker, Abort([request_id]))

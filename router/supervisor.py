@@ -88,7 +88,18 @@ class Supervisor:
     def faulty(self, heartbeat: Heartbeat) -> None:
         """The worker says that it can't go on. While it says so it is out, restarted or not."""
         self.seen(heartbeat)
-        self._take_out(heartbeat.worker, f"can't go on: {heartbeat.load.fault}")
+        self.end(heartbeat.worker, f"can't go on: {heartbeat.load.fault}")
+
+    def end(self, worker: WorkerId, why: str) -> None:
+        """Take the worker out, whoever can reach it; one of this host is killed at once."""
+        if self._house.lose(worker, f"worker {worker} {why}"):
+            log.warning("worker %s %s; taking it out", worker, why)
+        watched = self._pidfds.get(worker)
+        if watched is None:
+            self._begin_restart(worker, None, _PATIENCE_S)
+        elif self._control is not None:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(watched[1], signal.SIGKILL)  # its death is then noticed by _died
 
     def take_out(self, worker: WorkerId, why: str) -> None:
         """The worker lives and does not work: kill it, so that it is restarted.
@@ -138,7 +149,7 @@ class Supervisor:
             if self._house.clock.now() - began > pause_s + self._health.silent_s / 2:
                 continue  # this router was held up itself: what the workers said meanwhile is not read yet
             for worker in self._house.fleet.silent(self._house.clock.now() - self._health.silent_s):
-                self._take_out(worker.id, f"has been silent for {self._health.silent_s:.1f} s")
+                self.end(worker.id, f"has been silent for {self._health.silent_s:.1f} s")
 
     def close(self) -> None:
         for worker in list(self._pidfds):
@@ -165,7 +176,7 @@ class Supervisor:
             return
         self._left_alone.pop(worker.worker, None)
         if self._house.fleet.is_current(worker.worker, worker.epoch):
-            self._take_out(worker.worker, why)
+            self.end(worker.worker, why)
 
     def _leave_alone(self, worker: WorkerId, why: str, unreached: str) -> None:
         if self._left_alone.get(worker) != unreached:
@@ -174,16 +185,6 @@ class Supervisor:
         view = self._house.fleet.get(worker)
         if view is not None and view.resting:  # maybe for what was wrong when it began, such as a port not open yet
             self._house.fleet.rest(worker, f"its server can't be reached: {unreached}")
-
-    def _take_out(self, worker: WorkerId, why: str) -> None:
-        if self._house.lose(worker, f"worker {worker} {why}"):
-            log.warning("worker %s %s; taking it out", worker, why)
-        watched = self._pidfds.get(worker)
-        if watched is None:
-            self._begin_restart(worker, None, _PATIENCE_S)
-        elif self._control is not None:
-            with suppress(ProcessLookupError):
-                signal.pidfd_send_signal(watched[1], signal.SIGKILL)  # its death is then noticed by _died
 
     def _begin_restart(
         self, worker: WorkerId, died: Epoch | None, patience_s: float = 0.0, unheard: Destination | None = None

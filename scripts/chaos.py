@@ -27,7 +27,7 @@ from python_backends.core.errors import BatonError, InvalidRequest, Unavailable
 from python_backends.core.paths import run_base
 from scripts.injection.acts import CONDITIONS, STRIKES, Condition
 from scripts.injection.load import Load, Sample, known_requests
-from scripts.injection.scene import BACK_S, LEASE_S, SILENT_S, Scene, Strike
+from scripts.injection.scene import BACK_S, FAKE, LEASE_S, SILENT_S, Scene, Strike
 from scripts.injection.small_disks import SmallDisks, enter_own_mounts
 from scripts.injection.tally import Row, Table, quantile, wilson
 from scripts.router_door import RouterDoor
@@ -39,14 +39,13 @@ from scripts.tritonserver import TritonServer
 _SETTLE_S = 0.3
 _REFRESHED_S = 1.0  # metrics are a little older
 _CONDITION_S = 6.0  # of load, per round
-_FAKE = {"prefill_us_per_token": 300, "step_us": 6000}
 
 
 def deployment(engine: str, settings: dict[str, object]) -> dict[str, Any]:
     """What is written into a deployment file. `settings`: by section, over the usual ones."""
     roles = ["prefill", "prefill", "decode", "decode", "aggregated"]
     usual: dict[str, dict[str, Any]] = {
-        "engine": {"kv_pool_mib": 16, "fake": _FAKE} if engine == "fake" else {"kv_pool_mib": 192},
+        "engine": {"kv_pool_mib": 16, "fake": FAKE} if engine == "fake" else {"kv_pool_mib": 192},
         "transfer": {"lease_s": LEASE_S, "faults": {"delay": 0.5}},
         "router": {"mode": "always-remote", "worker_wait_s": 30, "default_deadline_s": 60},
         "health": {"heartbeat_s": 0.1, "silent_s": SILENT_S},
@@ -74,7 +73,7 @@ class Chaos:
             self.rows += rows
             with ExitStack() as stack:
                 try:
-                    stack.enter_context(means.ready())
+                    stack.enter_context(means.ready(self._engine))
                 except Unavailable as missing:
                     self._skip(rows, str(missing))
                     continue
@@ -82,12 +81,14 @@ class Chaos:
 
     def _strike_all(self, strikes: list[Strike], rows: list[Row], rounds: int, seconds: float) -> None:
         until = time.monotonic() + seconds
-        with self._serving({}) as (scene, load):
+        with self._serving(strikes[0].means.settings) as (scene, load):
             for number in range(rounds):
                 if number and time.monotonic() > until:
                     break
                 for strike, row in zip(strikes, rows, strict=True):
                     self._strike(scene, load, strike, row)
+                    if scene.server.end:
+                        return
 
     def _skip(self, rows: list[Row], missing: str) -> None:
         for row in rows:
@@ -113,6 +114,8 @@ class Chaos:
                 load.resume()
                 time.sleep(_CONDITION_S)
                 self._end_row(scene, load, row, began)
+                if scene.server.end:
+                    return
             row.injected = _count(scene.server, condition.counted) - before
 
     @contextmanager
@@ -166,7 +169,10 @@ class Chaos:
         row.wrong += sum(sample.wrong for sample in samples)
         row.problems += sorted({sample.error for sample in samples if sample.error} - set(row.problems))
         load.forget()
-        row.leaked_blocks += _leaked(scene.server)
+        if scene.server.has_ended():
+            row.problems.append(f"tritonserver {scene.server.end}")
+        else:
+            row.leaked_blocks += _leaked(scene.server)
 
     def _say(self, row: Row) -> None:
         verdict = "[green]holds[/green]" if row.ok else "[red]BROKEN[/red]"

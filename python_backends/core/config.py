@@ -83,6 +83,13 @@ class WorkerConfig(Section, frozen=True):
 class FakeConfig(Section, frozen=True):
     prefill_us_per_token: Annotated[NonNegative, Meta(description="engine fake: microseconds slept per prompt token.")] = 200
     step_us: Annotated[NonNegative, Meta(description="engine fake: microseconds slept per step.")] = 5000
+    hang_dir: Annotated[
+        str,
+        Meta(
+            description="engine fake, failure tests only: directory; a worker computes nothing while the number of its process "
+            "is the name of a file there. Empty: none."
+        ),
+    ] = ""
 
 
 class EngineConfig(Section, frozen=True):

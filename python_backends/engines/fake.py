@@ -8,6 +8,7 @@ It sleeps as configured in `engine.fake`.
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ _VOCAB_SIZE = 49_152  # of the demo model, whose tokenizer this engine borrows
 _EOS = 2  # never drawn, unless a grammar leaves nothing else
 _MAX_POSITIONS = 131_072
 _HEAD_DIM = 128  # 1 KiB of KV per token
+_LOOK_EVERY_S = 0.02  # whether it is to hang any longer
 
 
 class FakeRunner:
@@ -35,6 +37,7 @@ class FakeRunner:
 
     def __init__(self, deployment: Deployment) -> None:
         self._fake = deployment.engine.fake
+        self._hang = Path(self._fake.hang_dir) / str(os.getpid()) if self._fake.hang_dir else None
         self.layout = KVLayout(1, 1, _HEAD_DIM, deployment.engine.block_size, "float32")
         self.fingerprint = self.fingerprint_of(self.layout)
         self.max_positions = _MAX_POSITIONS
@@ -61,6 +64,8 @@ class FakeRunner:
         self._keys = memory.blocks.view(np.uint32).reshape(memory.num_blocks, 2, size, _HEAD_DIM)[..., 0]
 
     def step(self, batch: Sequence[Slice]) -> list[Sampled | None]:
+        while self._hang is not None and self._hang.exists():
+            time.sleep(_LOOK_EVERY_S)
         prompt_tokens = sum(len(piece.token_ids) for piece in batch if len(piece.token_ids) > 1)
         time.sleep((self._fake.step_us + prompt_tokens * self._fake.prefill_us_per_token) * 1e-6)
         for piece in batch:

@@ -12,6 +12,7 @@ import logging
 import os
 import secrets
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from typing import TypeVar
 
@@ -114,10 +115,14 @@ class Answer:
 class DoorClient:
     """An asynchronous context manager. Inside it the router is found, and found again when it is restarted."""
 
-    def __init__(self, address: str, router_wait_s: float) -> None:
-        """`router_wait_s`: how long requests wait when there is no router."""
+    def __init__(self, address: str, router_wait_s: float, on_silence: Callable[[int], None] | None = None) -> None:
+        """`router_wait_s`: how long requests wait when there is no router.
+
+        `on_silence` is told the pidfd of a router that lives and is given up, since it says nothing.
+        """
         self._address = address
         self._router_wait_s = router_wait_s
+        self._on_silence = on_silence
         self._ids = itertools.count(1)
         self._asks: dict[AskId, Answer] = {}
         self._context = zmq.asyncio.Context()
@@ -216,6 +221,8 @@ class DoorClient:
                 if self._router is not None and pidfd is None:
                     pidfd = _watch(self._router.pid, died)
                 if time.monotonic() - heard > _SILENT_S:
+                    if pidfd is not None and self._on_silence is not None:
+                        self._on_silence(pidfd)
                     return
         finally:
             if pidfd is not None:

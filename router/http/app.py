@@ -40,7 +40,7 @@ def create_app(
     keeper: RouterKeeper | None,
 ) -> Starlette:
     """`metrics`: HOST:PORT of Triton's metrics. `keeper` restarts a dead router; one front end of a server has one."""
-    door = DoorClient(door_address, deployment.router.worker_wait_s)
+    door = DoorClient(door_address, deployment.router.worker_wait_s, keeper.fell_silent if keeper else None)
     api = Api(deployment, tokenizer, door, api_keys)
     probes = _Probes(door, metrics)
     watching = Watching(api, door)

@@ -1,14 +1,17 @@
 """Who restarts the router. The router watches over the workers; this front end watches over the router.
 
-Triton does not notice that a model's process has died. As for workers, unload and load bring a new one.
+Triton does not notice that a model's process has died. As for workers, unload and load bring a new one. A router that lives and
+says nothing is killed first: Triton would wait for its requests, hence keep it for ever, and their clients waiting.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import signal
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import httpx2
 
@@ -26,7 +29,13 @@ class RouterKeeper:
     def __init__(self, triton: str, headers: Mapping[str, str]) -> None:
         """`triton`: HOST:PORT of its HTTP service, started with --model-control-mode=explicit; it opens to `headers`."""
         self._headers = dict(headers)
+        self._silent: int | None = None  # pidfd of a router that was given up alive
         self._repository = f"http://{triton}/v2/repository/models/router"
+
+    def fell_silent(self, pidfd: int) -> None:
+        """The router's process lives and does not answer: it is killed unless it does so soon."""
+        self._forget_silent()
+        self._silent = os.dup(pidfd)
 
     @asynccontextmanager
     async def watching(self, door: DoorClient) -> AsyncIterator[None]:
@@ -44,8 +53,20 @@ class RouterKeeper:
             await asyncio.sleep(_LOOK_EVERY_S)
             if door.alone_s > _PATIENCE_S:
                 log.warning("the router is gone; restarting it")
+                self._end_silent()
                 await self._restart()
                 await _router_or_timeout(door, _BACKOFF_S)
+
+    def _end_silent(self) -> None:
+        if self._silent is not None:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._silent, signal.SIGKILL)
+        self._forget_silent()
+
+    def _forget_silent(self) -> None:
+        if self._silent is not None:
+            os.close(self._silent)
+            self._silent = None
 
     async def _restart(self) -> None:
         try:

@@ -10,7 +10,7 @@ import json
 import queue
 import threading
 import urllib.request
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
 from itertools import groupby
 from typing import Any
@@ -23,7 +23,7 @@ from python_backends.core.messages import Work
 from python_backends.core.orders import OrderBook
 from python_backends.core.tensors import ACCEPTED, WORK
 from python_backends.core.types import Role, WorkerId
-from router.seams import Destination
+from router.seams import Destination, Failed
 from router.triton.model_config import in_role
 from router.triton.remote import HOW_TO_RESTART, RemoteServers
 from router.triton.restart_marks import RestartMarks
@@ -32,7 +32,9 @@ _MOST_PER_CALL = 64
 _LOAD_S = 300.0  # as scripts/serve waits at the start
 _READ_S = 2.0
 
-_Item = tuple[Destination, Work, Callable[[str], None]]
+_WRECKED = ("is not healthy", "the health mutex")  # Triton's own words for a process that does not answer, or has died
+
+_Item = tuple[Destination, Work, Failed]
 
 
 class TritonSubmitter:
@@ -46,7 +48,7 @@ class TritonSubmitter:
         self._queues: dict[WorkerId, queue.SimpleQueue[_Item]] = {}
         self._lock = threading.Lock()
 
-    def __call__(self, worker: Destination, work: Work, failed: Callable[[str], None]) -> None:
+    def __call__(self, worker: Destination, work: Work, failed: Failed) -> None:
         if worker.worker not in self._own:
             self._remote.submit(worker, self._orders.seal(worker.worker, worker.epoch, [work]), failed)
             return
@@ -68,7 +70,7 @@ class TritonSubmitter:
                 error = self._call(worker, [work for _, work, _ in group])
                 if error is not None:
                     for _, _, failed in group:
-                        failed(f"worker {worker.model} did not take the request: {error}")
+                        failed(f"worker {worker.model} did not take the request: {error}", wrecked=_is_wrecked(error))
 
     def _call(self, worker: Destination, work: list[Work]) -> str | None:
         sealed = np.frombuffer(self._orders.seal(worker.worker, worker.epoch, work), np.uint8)
@@ -82,6 +84,11 @@ class TritonSubmitter:
         except pb_utils.TritonModelException as error:
             return str(error)
         return str(response.error().message()) if response.has_error() else None
+
+
+def _is_wrecked(error: str) -> bool:
+    """See router.seams.Failed."""
+    return any(words in error for words in _WRECKED)
 
 
 class TritonModelControl:

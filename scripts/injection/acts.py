@@ -1,7 +1,7 @@
 """Everything that is injected: strikes, which hit at a moment, and deployments in which something is always wrong.
 
 A strike on a worker waits until a request is in the wanted state at a worker of the wanted role, hits that very worker, and
-says when it serves again. Those here need nothing but signals; for others see clocks.py, disks.py and roles.py.
+says when it serves again. Most of them are in files beside this one.
 """
 
 from __future__ import annotations
@@ -19,12 +19,10 @@ from python_backends.core.errors import BatonError
 from python_backends.core.types import Role
 from router.lifecycle import State
 from scripts.client import Client
-from scripts.injection import clocks, disks, roles
-from scripts.injection.load import OpenAIWay
+from scripts.injection import clocks, disks, hangs, roles, routers, signals, slow, waiting
 from scripts.injection.scene import (
     BACK_S,
     GRACE_S,
-    STATES,
     VICTIM_S,
     Hit,
     Scene,
@@ -32,43 +30,14 @@ from scripts.injection.scene import (
     at_every_worker,
     back,
     clients_of,
-    kill_router,
-    request_in,
     victim,
 )
 from scripts.injection.watch import wait_for
 
-_PAUSE_S = 0.7  # a worker that is stopped for so long is only late
 _BURST = 16
 _BURST_ID = "burst"
 _LOAD_S = 60.0
 _RED_S = 10.0  # as promised
-
-
-def _signal_worker(number: int, role: Role, state: State) -> Callable[[Scene], Hit]:
-    """The worker's process is dead, or stands still until it is replaced."""
-
-    def strike(scene: Scene) -> Hit:
-        worker, clients = victim(scene, role, state)
-        at = time.monotonic()
-        os.kill(worker.pid, number)
-        return Hit(at, clients, back(scene, worker, new_life=True))
-
-    return strike
-
-
-def _pause_worker(role: Role, state: State) -> Callable[[Scene], Hit]:
-    """It stands still for a moment that nobody takes for death."""
-
-    def strike(scene: Scene) -> Hit:
-        worker, clients = victim(scene, role, state)
-        at = time.monotonic()
-        os.kill(worker.pid, signal.SIGSTOP)
-        time.sleep(_PAUSE_S)
-        os.kill(worker.pid, signal.SIGCONT)
-        return Hit(at, clients, back(scene, worker, new_life=False))
-
-    return strike
 
 
 def _reload_worker(role: Role, state: State) -> Callable[[Scene], Hit]:
@@ -96,14 +65,6 @@ def _drain_and_restart(role: Role, state: State) -> Callable[[Scene], Hit]:
         at = time.monotonic()
         scene.door.manage("restart", worker.id, GRACE_S, BACK_S)
         return Hit(at, clients, back(scene, worker, new_life=True))
-
-    return strike
-
-
-def _kill_router(state: State) -> Callable[[Scene], Hit]:
-    def strike(scene: Scene) -> Hit:
-        request_in(scene, state)
-        return kill_router(scene)
 
     return strike
 
@@ -151,13 +112,14 @@ def _cancel_after(client: Client, seconds: float) -> None:
 
 
 STRIKES = [
-    *at_every_worker("kill -9", lambda role, state: _signal_worker(signal.SIGKILL, role, state)),
-    *at_every_worker("SIGSTOP", lambda role, state: _signal_worker(signal.SIGSTOP, role, state)),
-    *at_every_worker("SIGSTOP, SIGCONT", _pause_worker),
+    *signals.STRIKES,
+    *slow.STRIKES,
+    *hangs.STRIKES,
     *at_every_worker("unload, load", _reload_worker),
     *at_every_worker("drain, restart", _drain_and_restart),
     *roles.STRIKES,
-    *[Strike("kill -9", "router", state.value, _kill_router(state), OpenAIWay) for state in STATES],
+    *routers.STRIKES,
+    *waiting.STRIKES,
     Strike("SIGSTOP", "all that decode", "", _stop_all_that_decode),
     Strike("cancel burst", "clients", "", _cancel_burst),
     *clocks.STRIKES,

@@ -9,7 +9,20 @@ from python_backends.core.errors import Unavailable
 from python_backends.core.types import Role
 from router.door.messages import News
 from router.lifecycle import State
-from scripts.injection.scene import LEASE_S, STATES, Hit, Scene, Strike, clients_of, in_trouble, news_of, request_in, victim
+from scripts.injection.scene import (
+    LEASE_S,
+    STATES,
+    Hit,
+    Scene,
+    Strike,
+    clients_of,
+    in_trouble,
+    news_of,
+    request_in,
+    router_pid,
+    same_lives,
+    victim,
+)
 from scripts.injection.wall_clock import WallClock
 
 _HOUR_S = 3600.0
@@ -36,10 +49,7 @@ def _one_jumps(seconds: float, role: Role, state: State) -> Callable[[Scene], Hi
 def _router_jumps(seconds: float) -> Callable[[Scene], Hit]:
     def strike(scene: Scene) -> Hit:
         news = request_in(scene, State.DECODING)
-        pid = scene.door.router_pid()
-        if pid is None:
-            raise Unavailable("the router does not answer")
-        return _jump(scene, news, clients_of(news), seconds, pid)
+        return _jump(scene, news, clients_of(news), seconds, router_pid(scene))
 
     return strike
 
@@ -53,10 +63,9 @@ def _jump(scene: Scene, before: News, clients: list[str], seconds: float, pid: i
         time.sleep(_WRONG_S)
     finally:
         _CLOCK.set(0.0, pid)
-    now = news_of(scene)
-    lives = {worker.epoch for worker in before.workers}
-    if in_trouble(now) or now.router != before.router or {worker.epoch for worker in now.workers} != lives:
-        raise Unavailable("a router or worker was replaced, or is not used, because the clock jumped")
+    same_lives(scene, before.workers, "because the clock jumped", before.router)
+    if in_trouble(news_of(scene)):
+        raise Unavailable("a worker is not used because the clock jumped")
     return Hit(at, clients, time.monotonic())
 
 

@@ -6,32 +6,26 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
-
-import psutil
 
 from python_backends.core.paths import run_base
 from python_backends.core.types import Role
-from router.door.messages import News
 from router.lifecycle import State
 from scripts.injection.load import OpenAIWay, TritonWay
 from scripts.injection.scene import (
-    BACK_S,
     STATES,
     Hit,
     Scene,
     Strike,
+    all_well,
     back,
     clients_of,
-    in_trouble,
-    kill_router,
+    kill_front_end,
+    lose_router,
     request_in,
     victim,
 )
 from scripts.injection.small_disks import SHM, SmallDisks
-from scripts.injection.watch import wait_for
-from scripts.tritonserver import TritonServer
 
 _FULL_S = 3.0
 _DISKS = SmallDisks()
@@ -45,7 +39,7 @@ def _fill(place: Callable[[], Path], state: State) -> Callable[[Scene], Hit]:
         at = time.monotonic()
         with _DISKS.full(place()):
             time.sleep(_FULL_S)
-        return Hit(at, clients_of(news), _all_well(scene))
+        return Hit(at, clients_of(news), all_well(scene))
 
     return strike
 
@@ -63,18 +57,14 @@ def _kill_router(scene: Scene) -> Hit:
     """As above."""
     request_in(scene, State.DECODING)
     with _DISKS.full(run_base()):
-        return kill_router(scene)
+        return lose_router(scene, signal.SIGKILL)
 
 
 def _kill_front_end(scene: Scene) -> Hit:
     """As above. Its own clients lose their connections; others notice nothing."""
     news = request_in(scene, State.DECODING)
     with _DISKS.full(run_base()):
-        at = time.monotonic()
-        (former,) = _front_ends(scene.server)
-        os.kill(former, signal.SIGKILL)
-        wait_for(scene.door, lambda _: _front_ends(scene.server) - {former} or None, BACK_S, "another front end is there")
-        return Hit(at, clients_of(news), time.monotonic())
+        return Hit(time.monotonic(), clients_of(news), kill_front_end(scene))
 
 
 def _kill_worker_without_shm(scene: Scene) -> Hit:
@@ -85,24 +75,7 @@ def _kill_worker_without_shm(scene: Scene) -> Hit:
         os.kill(worker.pid, signal.SIGKILL)
         time.sleep(_FULL_S)
     back(scene, worker, new_life=True)
-    return Hit(at, clients, _all_well(scene))
-
-
-def _all_well(scene: Scene) -> float:
-    def look(news: News) -> bool | None:
-        return None if in_trouble(news) else True
-
-    wait_for(scene.door, look, BACK_S, "every worker is used")
-    return time.monotonic()
-
-
-def _front_ends(server: TritonServer) -> set[int]:
-    """Their processes."""
-    guardian = psutil.Process(server.pid).parent()
-    children = guardian.children() if guardian is not None else []
-    with suppress(psutil.NoSuchProcess):  # ended meanwhile: asked again
-        return {child.pid for child in children if "router.http" in child.cmdline()}
-    return set()
+    return Hit(at, clients, all_well(scene))
 
 
 STRIKES = [

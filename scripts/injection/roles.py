@@ -23,7 +23,7 @@ from scripts.injection.scene import (
     Strike,
     at_every_worker,
     back,
-    kill_router,
+    lose_router,
     news_of,
     victim,
     worker_in,
@@ -71,7 +71,7 @@ def _kill_router_amid(scene: Scene) -> Hit:
     asking = threading.Thread(target=_ask, args=(scene, worker, Role.PREFILL))
     asking.start()
     wait_for(scene.door, lambda news: not worker_in(news, worker).up or None, VICTIM_S, f"{worker.id} is unloaded")
-    hit = kill_router(scene)
+    hit = lose_router(scene, signal.SIGKILL)
     asking.join()
     wait_for(scene.door, lambda news: _is_used(news, worker) or None, BACK_S, f"{worker.id} is back")
     served = monotonic()

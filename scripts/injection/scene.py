@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
 from typing import Protocol
+
+import psutil
 
 from python_backends.core.errors import Unavailable
 from python_backends.core.types import Role
@@ -19,11 +22,13 @@ from scripts.injection.watch import find_victim, wait_for
 from scripts.router_door import RouterDoor
 from scripts.tritonserver import TritonServer
 
-VICTIM_S = 30.0
+VICTIM_S = 90.0  # some states last for a turn of the router's loop
 BACK_S = 60.0
 SILENT_S = 1.5  # health.silent_s of the deployments here: a worker that is stopped for longer is replaced
 LEASE_S = 2.0  # transfer.lease_s of them
+FAKE = {"prefill_us_per_token": 300, "step_us": 6000}  # engine.fake of them
 GRACE_S = 10.0  # for what a worker has begun when it is drained
+_LOOK_EVERY_S = 0.02
 
 PLACES = [
     (Role.PREFILL, State.PREFILLING),
@@ -33,6 +38,9 @@ PLACES = [
     (Role.AGGREGATED, State.DECODING),
 ]
 """Every role, with every state in which a worker of it has something to do."""
+
+WAITING = [(role, state) for state in (State.QUEUED, State.ROUTED) for role in Role]
+"""Every role, with the states of a request that is not at a worker yet: it waits for one, or was just meant for one."""
 
 STATES = (State.PREFILLING, State.HANDING_OFF, State.DECODING)
 
@@ -55,20 +63,27 @@ class Hit:
 
 
 class Means(Protocol):
-    """What injections need of the machine."""
+    """What injections need of the machine, and of the deployment."""
 
-    def ready(self) -> AbstractContextManager[None]:
+    @property
+    def settings(self) -> dict[str, object]:
+        """Of the deployment, by section, over the usual ones. Known while it is ready."""
+
+    def ready(self, engine: str) -> AbstractContextManager[None]:
         """Servers that are started meanwhile can be hit. Raises Unavailable, which says what is missing."""
 
 
-class _Signals:
+@dataclass(frozen=True, slots=True, eq=False)
+class Signals:
     """They are always there."""
 
-    def ready(self) -> AbstractContextManager[None]:
+    settings: dict[str, object] = field(default_factory=dict)
+
+    def ready(self, engine: str) -> AbstractContextManager[None]:
         return nullcontext()
 
 
-SIGNALS = _Signals()
+SIGNALS = Signals()
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +98,13 @@ class Strike:
     means: Means = SIGNALS
 
 
-def at_every_worker(what: str, make: Callable[[Role, State], Callable[[Scene], Hit]]) -> list[Strike]:
-    return [Strike(what, role.value, state.value, make(role, state)) for role, state in PLACES]
+def at_every_worker(
+    what: str,
+    make: Callable[[Role, State], Callable[[Scene], Hit]],
+    places: Sequence[tuple[Role, State]] = PLACES,
+    means: Means = SIGNALS,
+) -> list[Strike]:
+    return [Strike(what, role.value, state.value, make(role, state), means=means) for role, state in places]
 
 
 def news_of(scene: Scene) -> News:
@@ -93,7 +113,7 @@ def news_of(scene: Scene) -> News:
 
 def victim(scene: Scene, role: Role, state: State) -> tuple[WorkerNews, list[str]]:
     """A worker with a request in this state, and the clients whose requests are there."""
-    what = f"a request {state.value} at a {role.value} worker"
+    what = f"a request {state.value}, and a {role.value} worker for it"
     return wait_for(scene.door, lambda news: find_victim(news, role, state), VICTIM_S, what)
 
 
@@ -126,14 +146,47 @@ def worker_in(news: News, worker: WorkerNews) -> WorkerNews:
     return next((other for other in news.workers if other.id == worker.id), worker)
 
 
-def kill_router(scene: Scene) -> Hit:
-    """Back: when another one serves."""
+@contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """A process that stands still; nothing happens to it afterwards if somebody has ended it by then."""
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+
+def all_well(scene: Scene) -> float:
+    """When every worker is used."""
+    wait_for(scene.door, lambda news: None if in_trouble(news) else True, BACK_S, "every worker is used")
+    return time.monotonic()
+
+
+def same_lives(scene: Scene, workers: Iterable[WorkerNews], why: str, router: str = "") -> None:
+    """Raises Unavailable that says `why` when one of them is in another life, or another router than that one is there."""
+    news = news_of(scene)
+    replaced = [str(worker.id) for worker in workers if worker_in(news, worker).epoch != worker.epoch]
+    if router and news.router != router:
+        replaced.append("the router")
+    if replaced:
+        raise Unavailable(f"{', '.join(replaced)} was replaced {why}")
+
+
+def router_pid(scene: Scene) -> int:
     pid = scene.door.router_pid()
     if pid is None:
         raise Unavailable("the router does not answer")
+    return pid
+
+
+def lose_router(scene: Scene, number: int) -> Hit:
+    """It gets the signal. Back: when another one serves."""
+    pid = router_pid(scene)
     news = news_of(scene)
     at = time.monotonic()
-    os.kill(pid, signal.SIGKILL)
+    os.kill(pid, number)
     wait_for(
         scene.door,
         lambda later: (later.router != news.router and not later.trouble) or None,
@@ -141,6 +194,33 @@ def kill_router(scene: Scene) -> Hit:
         "another router is there",
     )
     return Hit(at, clients_of(news), time.monotonic())
+
+
+def kill_front_end(scene: Scene) -> float:
+    """When another one answers."""
+    (former,) = front_ends(scene.server)
+    os.kill(former, signal.SIGKILL)
+    end = time.monotonic() + BACK_S
+    while not (front_ends(scene.server) - {former} and _answers(scene.server)):
+        if time.monotonic() > end:
+            raise Unavailable(f"another front end is there: not within {BACK_S:.0f} s")
+        time.sleep(_LOOK_EVERY_S)
+    return time.monotonic()
+
+
+def front_ends(server: TritonServer) -> set[int]:
+    """Their processes."""
+    guardian = psutil.Process(server.pid).parent()
+    children = guardian.children() if guardian is not None else []
+    with suppress(psutil.NoSuchProcess):  # ended meanwhile: asked again
+        return {child.pid for child in children if "router.http" in child.cmdline()}
+    return set()
+
+
+def _answers(server: TritonServer) -> bool:
+    with suppress(OSError), urllib.request.urlopen(f"http://{server.host}:{server.openai_port}/health/live", timeout=1.0):
+        return True
+    return False
 
 
 def clients_of(news: News) -> list[str]:

@@ -33,8 +33,11 @@ def enter_own_mounts(module: str, arguments: Sequence[str]) -> None:
 class SmallDisks:
     """What is written by servers that are started while it is `ready`, and /dev/shm."""
 
+    def __init__(self) -> None:
+        self.settings: dict[str, object] = {}
+
     @contextmanager
-    def ready(self) -> Iterator[None]:
+    def ready(self, engine: str) -> Iterator[None]:
         """run_base() is elsewhere meanwhile. Raises Unavailable in the mount namespace of others."""
         if os.environ.get(_OUTSIDE, _namespace()) == _namespace():
             raise Unavailable(

@@ -24,9 +24,10 @@ class WallClock:
 
     def __init__(self) -> None:
         self._table = Path("/nowhere")  # until it is ready
+        self.settings: dict[str, object] = {}
 
     @contextmanager
-    def ready(self) -> Iterator[None]:
+    def ready(self, engine: str) -> Iterator[None]:
         """Processes that are begun meanwhile have a wall clock that can jump. Raises Unavailable where none can be made."""
         with tempfile.TemporaryDirectory() as directory:
             library = Path(directory) / "wall_clock.so"

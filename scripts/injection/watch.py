@@ -32,7 +32,10 @@ def wait_for(door: RouterDoor, find: Callable[[News], _Found | None], within_s: 
 
 
 def worker_of(record: Record, role: Role) -> str:
-    """The worker of this role that has something to do for the request now; empty: none."""
+    """The worker of this role that has something to do for the request now, or is meant to have; empty: none."""
+    if record.state is State.ROUTED:
+        remote = record.prefill_worker != record.decode_worker
+        return (record.prefill_worker if remote else "") if role is Role.PREFILL else record.decode_worker
     if role is Role.PREFILL:
         busy = record.state in (State.PREFILLING, State.HANDING_OFF) and record.prefill_worker != record.decode_worker
         return record.prefill_worker if busy else ""
@@ -42,13 +45,22 @@ def worker_of(record: Record, role: Role) -> str:
 def find_victim(news: News, role: Role, state: State) -> tuple[WorkerNews, list[str]] | None:
     """A worker of the role that has a request in this state, and the clients whose requests are there now.
 
+    A request that is queued waits for any of them: then it is the one that has most to do, and who waits counts, too.
     None also while a worker of the role is down or rests: the next failure is to be the only one.
     """
     workers = {str(worker.id): worker for worker in news.workers if worker.role is role}
     if not all(worker.up and not worker.resting for worker in workers.values()):
         return None
+    queued = [record.client_id for record in news.live if record.state is state] if state is State.QUEUED else []
+    if queued:
+        busiest = max(workers.values(), key=lambda worker: worker.requests)
+        return busiest, queued + _clients_at(news, busiest)
     for record in news.live:
         name = worker_of(record, role)
         if record.state is state and name in workers:
-            return workers[name], [other.client_id for other in news.live if worker_of(other, role) == name]
+            return workers[name], _clients_at(news, workers[name])
     return None
+
+
+def _clients_at(news: News, worker: WorkerNews) -> list[str]:
+    return [record.client_id for record in news.live if worker_of(record, worker.role) == worker.id]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
+import os
 import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -19,6 +20,7 @@ from python_backends.core.errors import InvalidRequest, QueueFull, Unavailable
 from python_backends.core.types import FinishReason, SamplingParams
 from router.door.client import Answer, DoorClient
 from router.door.door import Door
+from router.http.keeper import RouterKeeper
 from router.types import ClientRequest, Sending, Wish
 from tests.flow.house import TIMEOUT_S, FlowHouse, deployment, eventually, fake_engine, prompt, reference
 
@@ -27,7 +29,7 @@ ENDLESS = SamplingParams(seed=4, max_tokens=4000)
 
 
 def _open_door(house: FlowHouse, path: Path) -> str:
-    address = f"ipc://{path}/door"
+    address = _address(path)
     house.service.attend(lambda: Door(house.service, address).attend())
     return address
 
@@ -136,7 +138,11 @@ def test_a_front_end_that_is_killed_takes_its_requests_with_it(tmp_path: Path) -
         process.join(TIMEOUT_S)
 
 
-def _router(path: str, address: str, line: Connection) -> None:
+def _address(path: Path) -> str:
+    return f"ipc://{path}/door"
+
+
+def _router(address: str, line: Connection) -> None:
     """The life of a router process with workers of its own."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with FlowHouse(deployment(engine=fake_engine(step_us=3000))) as house:
@@ -145,29 +151,29 @@ def _router(path: str, address: str, line: Connection) -> None:
         time.sleep(TIMEOUT_S)
 
 
+def _start_router(path: Path) -> multiprocessing.process.BaseProcess:
+    context = multiprocessing.get_context("forkserver")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_router, args=(_address(path), theirs))
+    process.start()
+    assert ours.poll(TIMEOUT_S)
+    return process
+
+
 def test_another_router_goes_on_where_one_died(tmp_path: Path) -> None:
     """SIGKILL between two tokens; the text is the same, and no token comes twice."""
-    address = f"ipc://{tmp_path}/door"
-    context = multiprocessing.get_context("forkserver")
-
-    def start() -> multiprocessing.process.BaseProcess:
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_router, args=(str(tmp_path), address, theirs))
-        process.start()
-        assert ours.poll(TIMEOUT_S)
-        return process
 
     async def test() -> None:
-        first = await asyncio.to_thread(start)
+        first = await asyncio.to_thread(_start_router, tmp_path)
         sampling = msgspec.structs.replace(SAMPLING, max_tokens=60)
-        async with _client(address, router_wait_s=TIMEOUT_S) as client:
+        async with _client(_address(tmp_path), router_wait_s=TIMEOUT_S) as client:
             answers = [client.ask(_request(i, sampling), Sending.TEXT) for i in range(4)]
             unheard = client.ask(_request(9, sampling), Sending.WHOLE)
             while any(len(answer.token_ids) < 10 for answer in answers):
                 await asyncio.wait([asyncio.ensure_future(answer.pieces()) for answer in answers])
             first.kill()
             assert all(10 <= len(answer.token_ids) < 60 for answer in answers)
-            second = await asyncio.to_thread(start)
+            second = await asyncio.to_thread(_start_router, tmp_path)
             for i, answer in enumerate(answers):
                 assert await _tokens(answer) == reference(prompt(60, i), sampling)
             assert (await unheard.whole()).token_ids == reference(prompt(60, 9), sampling)
@@ -216,3 +222,26 @@ def test_nonsense_at_the_door_is_not_heeded(tmp_path: Path) -> None:
 
         _run(test)
         assert eventually(lambda: house.service.house.trouble == "")
+
+
+def test_a_router_that_stands_still_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the front end that keeps it: Triton would wait for its requests, and for as long as it stands still."""
+    monkeypatch.setattr("router.door.client._SILENT_S", 1.0)
+    router = _start_router(tmp_path)
+    keeper = RouterKeeper("127.0.0.1:1", {})
+
+    async def test() -> None:
+        async with DoorClient(_address(tmp_path), 3.0, keeper.fell_silent) as client, keeper.watching(client):
+            answer = client.ask(_request(0, ENDLESS), Sending.TEXT)
+            await answer.pieces()
+            assert router.pid is not None
+            os.kill(router.pid, signal.SIGSTOP)
+            with pytest.raises(Unavailable, match="the router is not up"):
+                await _tokens(answer)
+            await asyncio.to_thread(router.join, 5)
+            assert router.exitcode == -signal.SIGKILL
+
+    try:
+        _run(test)
+    finally:
+        router.kill()

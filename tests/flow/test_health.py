@@ -19,7 +19,7 @@ from python_backends.worker.door import WorkersDoor
 from router.fleet import Fleet
 from router.health import Breaker, Circuit, _pair
 from router.lifecycle import State
-from router.seams import Destination
+from router.seams import Destination, Failed
 from tests.flow.house import Answer, FlowHouse, deployment, eventually, fake_engine, prompt, reference
 from tests.unit.router.fleet_views import put
 
@@ -245,3 +245,21 @@ def test_a_worker_that_rests_is_not_given_what_was_meant_for_it_before() -> None
         _assert_whole(answers)
         house.on_loop(lambda: house.service.house.fleet.resume(WorkerId("decode_0")))
         assert eventually(lambda: not house.held(0.0), 3), house.held(0.0)
+
+
+def test_one_that_stood_still_when_it_was_handed_work_is_replaced() -> None:
+    """Before anybody takes its silence for death: should it go on, it would spoil what Triton shares with it."""
+    config = deployment(1, 2, router=ROUTER, engine=fake_engine(step_us=3000), silent_s=30.0)
+    with FlowHouse(config, processes=True, restart=True) as house:
+        before = house.epoch("decode_0")
+        submit = house._submit
+
+        def not_answered(worker: Destination, work: Work, failed: Failed) -> None:
+            if worker.epoch == before:
+                failed("Stub process 'decode_0_0_0' is not healthy.", wrecked=True)
+            else:
+                submit(worker, work, failed)
+
+        house.service._submit = not_answered
+        _assert_whole(_asked(house, 6))
+        assert eventually(lambda: house.is_up("decode_0", other_than=before), 15)

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from python_backends.core.types import Role
-from router.lifecycle import State
+from router.lifecycle import LIVE, State
 from scripts.chaos import main, parse_options
 from scripts.injection.load import Sample, known_requests
 from scripts.injection.tally import Row, Table, quantile, wilson
@@ -80,7 +80,14 @@ def test_kinds_are_listed_and_chosen(capsys: pytest.CaptureFixture[str]) -> None
     kinds = capsys.readouterr().out
     for role in Role:
         assert f"kill -9 {role.value}" in kinds
-    assert f"kill -9 router {State.HANDING_OFF.value}" in kinds
+        assert f"slow {role.value}" in kinds
+        assert f"engine hangs {role.value}" in kinds
+    for state in LIVE:
+        for where in ("prefill", "decode", "router"):
+            if (where, state) not in (("prefill", State.DECODING), ("decode", State.PREFILLING)):
+                assert f"kill -9 {where} {state.value}" in kinds
+    for where in ("router", "front end"):
+        assert f"SIGSTOP, SIGCONT {where}" in kinds
     assert main(["--list", "--only", "corrupt"]) == 0
     assert capsys.readouterr().out.count("\n") == 1
     assert main(["--list", "--only", "meteorite"]) == 1

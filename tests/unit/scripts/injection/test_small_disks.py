@@ -22,7 +22,7 @@ CHILD = """
     enter_own_mounts("child", [])
     disks = SmallDisks()
     try:
-        with disks.ready():
+        with disks.ready("fake"):
             for place in (SHM, run_base()):
                 before = list(place.iterdir())
                 with disks.full(place):
@@ -56,5 +56,5 @@ def test_a_disk_is_full_and_then_it_is_not(tmp_path_factory: pytest.TempPathFact
 
 
 def test_the_file_systems_of_others_are_never_filled() -> None:
-    with pytest.raises(Unavailable, match="without mounts of one's own"), SmallDisks().ready():
+    with pytest.raises(Unavailable, match="without mounts of one's own"), SmallDisks().ready("fake"):
         pass

@@ -67,7 +67,7 @@ def heard(process: subprocess.Popen[str], word: str = "") -> str:
 @needs_compiler
 def test_clocks_jump_together_or_alone() -> None:
     clock = WallClock()
-    with clock.ready(), child() as one, child() as other:
+    with clock.ready("fake"), child() as one, child() as other:
         clock.check([one.pid, other.pid])
         assert heard(one, "now") == "0"
         clock.set(HOUR_S)
@@ -81,7 +81,7 @@ def test_clocks_jump_together_or_alone() -> None:
 @needs_compiler
 def test_a_wait_that_has_begun_ends_when_the_clock_jumps_over_its_end() -> None:
     clock = WallClock()
-    with clock.ready(), child() as process:
+    with clock.ready("fake"), child() as process:
         assert process.stdin is not None
         process.stdin.write("wait\n")
         assert heard(process, "now") == "0"
@@ -96,5 +96,5 @@ def test_a_process_without_the_library_is_told() -> None:
 
 def test_without_a_compiler_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(Unavailable, match="apt install gcc"), WallClock().ready():
+    with pytest.raises(Unavailable, match="apt install gcc"), WallClock().ready("fake"):
         pass
