@@ -34,7 +34,8 @@ _SALT = "baton canary"
 _OPENS_AFTER = 2  # failures in a row
 _GIVES_UP_AFTER = 10
 _PAUSE_S = 0.2  # before a canary that failed at once is repeated
-_ANSWER_S = 60.0  # no answer is waited for longer than that
+_ANSWER_S = 60.0  # no answer is waited for longer than that ...
+_WAITS = 3  # ... and at first only for so many times the patience: it may have been lost. Each in vain doubles it
 _HELD_UP_S = 1.0  # waiting that took so much longer says more about this router than about the worker
 _REMEMBERED_S = 60.0  # half of the patience that a slow answer has taught is forgotten after so long
 _START_S = 300.0
@@ -132,25 +133,28 @@ class Health:
         view = fleet.get(worker)
         breaker = Breaker(Circuit.HALF_OPEN if view is not None and view.resting else Circuit.CLOSED)
         patience_s = self._config.canary_timeout_s
+        answer_s = _WAITS * patience_s
         while (view := fleet.get(worker)) is not None and fleet.is_current(worker, epoch):
             if _is_drained(view):
                 await asyncio.sleep(self._config.canary_s)
                 continue
             breaker.probe()
             began = self._house.clock.now()
-            why = await self._probe(view, breaker, _SLOW_S if view.heartbeat.warm_up else patience_s)
+            why = await self._probe(view, breaker, _SLOW_S if view.heartbeat.warm_up else patience_s, answer_s)
             if not fleet.is_current(worker, epoch):
                 return
             if why and _is_drained(view):
                 continue  # it refused the canary, or handed it back
             self._judge(view, breaker, Verdict.FAILED if why else Verdict.PASSED, why)
             if why:
+                answer_s = min(2 * answer_s, _ANSWER_S)
                 repeat = breaker.circuit is Circuit.CLOSED
                 await asyncio.sleep(min(_PAUSE_S, self._config.canary_s) if repeat else self._config.canary_s)
                 continue
             took_s = self._house.clock.now() - began
             forgotten = 0.5 ** ((took_s + self._config.canary_s) / _REMEMBERED_S)
             patience_s = max(self._config.canary_timeout_s, min(_SLOW_S, 2 * took_s), patience_s * forgotten)
+            answer_s = _WAITS * patience_s
             await self._pause(_IDLE, lambda: _is_idle(fleet.get(worker)))
 
     async def _pause(self, times: float, idle: Callable[[], bool]) -> None:
@@ -159,10 +163,12 @@ class Health:
             await asyncio.sleep(min(times, 1.0) * self._config.canary_s)
             times = times - 1 if idle() else 0
 
-    async def _probe(self, view: WorkerView, breaker: Breaker, patience_s: float) -> str:
-        """One canary. Every `patience_s` in which it is waited for in vain counts as a failure. Returns as Canary.compute."""
+    async def _probe(self, view: WorkerView, breaker: Breaker, patience_s: float, answer_s: float) -> str:
+        """One canary, which is given up after `answer_s`. Every `patience_s` in which it is waited for in vain counts as a
+        failure. Returns as Canary.compute.
+        """
         fleet = self._house.fleet
-        answer = asyncio.create_task(self._canary.compute(view, max(_ANSWER_S, patience_s)))
+        answer = asyncio.create_task(self._canary.compute(view, max(answer_s, patience_s)))
         try:
             while True:
                 began = self._house.clock.now()

@@ -100,6 +100,25 @@ def test_a_wedged_worker_says_so_to_its_own_server() -> None:
         assert eventually(lambda: seen() == (0, True, True), 5)
 
 
+def test_a_new_lifes_canary_that_is_lost_is_followed_by_another_one() -> None:
+    config = deployment(1, 2, router=ROUTER, engine=fake_engine(step_us=3000), canary_s=0.1, canary_timeout_s=0.3)
+    with FlowHouse(config, processes=True, restart=True) as house:
+        before, submit, lost = house.epoch("decode_0"), house.service._submit, list[Work]()
+
+        def lossy(worker: Destination, work: Work, failed: Failed) -> None:
+            if worker.worker == "decode_0" and worker.epoch != before and not lost:
+                lost.append(work)
+            else:
+                submit(worker, work, failed)
+
+        house.service._submit = lossy
+        house.kill("decode_0")
+        assert eventually(lambda: house.is_up("decode_0", other_than=before), 15)
+        after = house.epoch("decode_0")
+        assert eventually(_available(house, "decode_0"), 2.5)
+        assert (len(lost), house.epoch("decode_0")) == (1, after)
+
+
 def test_readiness_follows() -> None:
     with FlowHouse(_deployment(1, 1)) as house:
         assert house.service.house.trouble == ""
