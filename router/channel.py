@@ -119,7 +119,7 @@ class RouterChannel:
         """Tell the workers that this router lives, until cancelled. Workers that come back wait for it."""
         while True:
             for connection in self._connections.values():
-                connection.send(msgspec.structs.replace(self._greeting, uses=self._uses(connection)))
+                connection.send(self._greet(connection))
             is_waited_for = any(not self._hears(connection) for connection in self._connections.values())
             await asyncio.sleep(self._heartbeat_s if is_waited_for else self._idle_heartbeat_s)
 
@@ -151,9 +151,11 @@ class RouterChannel:
         connection.tasks = [loop.create_task(self._listen(connection)), loop.create_task(self._watch(connection))]
         return connection
 
-    def _uses(self, connection: _Connection) -> bool:
+    def _greet(self, connection: _Connection) -> RouterHeartbeat:
         view = self._house.fleet.get(connection.worker) if connection.worker is not None else None
-        return view is None or not view.resting
+        if view is None:
+            return self._greeting
+        return msgspec.structs.replace(self._greeting, uses=not view.resting, promised=max(view.requests - view.sent, 0))
 
     def _hears(self, connection: _Connection) -> bool:
         return connection.worker is not None and self._house.fleet.is_up(connection.worker)

@@ -68,6 +68,7 @@ class Supervisor:
         self._endings: set[asyncio.Task[None]] = set()
         self._left_alone: dict[WorkerId, str] = {}  # why their servers can't be reached, as the log says already
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="restart")
+        self._reaching = ThreadPoolExecutor(4, thread_name_prefix="reach")  # never behind a model that is being loaded
 
     # --- from the channel ---
 
@@ -90,13 +91,16 @@ class Supervisor:
         self.seen(heartbeat)
         self.end(heartbeat.worker, f"can't go on: {heartbeat.load.fault}")
 
-    def end(self, worker: WorkerId, why: str) -> None:
-        """Take the worker out, whoever can reach it; one of this host is killed at once."""
+    def end(self, worker: WorkerId, why: str, ill: Epoch | None = None) -> None:
+        """Take the worker out, whoever can reach it; one of this host is killed at once.
+
+        `ill`: the life that is to end, of a worker that goes on saying that it lives.
+        """
         if self._house.lose(worker, f"worker {worker} {why}"):
             log.warning("worker %s %s; taking it out", worker, why)
         watched = self._pidfds.get(worker)
         if watched is None:
-            self._begin_restart(worker, None, _PATIENCE_S)
+            self._begin_restart(worker, ill, _PATIENCE_S)
         elif self._control is not None:
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(watched[1], signal.SIGKILL)  # its death is then noticed by _died
@@ -156,7 +160,8 @@ class Supervisor:
             self._unwatch(worker)
         for task in (*self._restarts.values(), *self._endings):
             task.cancel()
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._threads, self._reaching):
+            threads.shutdown(wait=False, cancel_futures=True)
 
     def _died(self, worker: WorkerId, epoch: Epoch) -> None:
         self._unwatch(worker)
@@ -170,13 +175,18 @@ class Supervisor:
 
     async def _take_out_if_reached(self, worker: Destination, why: str, control: ModelControl) -> None:
         try:
-            await asyncio.get_running_loop().run_in_executor(self._threads, control.reach, worker)
+            await asyncio.get_running_loop().run_in_executor(self._reaching, control.reach, worker)
         except BatonError as error:
             self._leave_alone(worker.worker, why, str(error))
             return
         self._left_alone.pop(worker.worker, None)
-        if self._house.fleet.is_current(worker.worker, worker.epoch):
-            self.end(worker.worker, why)
+        if self._is_ill(worker.worker, worker.epoch):  # still
+            self.end(worker.worker, why, worker.epoch)
+
+    def _is_ill(self, worker: WorkerId, epoch: Epoch) -> bool:
+        """It lives, and is given no work for that."""
+        view = self._house.fleet.get(worker)
+        return view is not None and self._house.fleet.is_current(worker, epoch) and bool(view.resting)
 
     def _leave_alone(self, worker: WorkerId, why: str, unreached: str) -> None:
         if self._left_alone.get(worker) != unreached:
@@ -187,33 +197,38 @@ class Supervisor:
             self._house.fleet.rest(worker, f"its server can't be reached: {unreached}")
 
     def _begin_restart(
-        self, worker: WorkerId, died: Epoch | None, patience_s: float = 0.0, unheard: Destination | None = None
+        self, worker: WorkerId, over: Epoch | None, patience_s: float = 0.0, unheard: Destination | None = None
     ) -> None:
-        """`died`: the life that is over. `patience_s`: it may come back by itself, or another router may see to it, so first
-        wait for about so long. `unheard`: where it is, should this router never have heard of it.
+        """`over`: the life that has ended, or is to.
+
+        `patience_s`: it may come back by itself, or another router may see to it, so first wait for about so long. `unheard`:
+        where it is, should this router never have heard of it.
         """
         running = self._restarts.get(worker)
         if self._control is not None and (running is None or running.done()):
-            task = self._bring_back(worker, died, patience_s, unheard, self._control)
+            task = self._bring_back(worker, over, patience_s, unheard, self._control)
             self._restarts[worker] = asyncio.get_running_loop().create_task(task)
 
     async def _bring_back(
-        self, worker: WorkerId, died: Epoch | None, patience_s: float, unheard: Destination | None, control: ModelControl
+        self, worker: WorkerId, over: Epoch | None, patience_s: float, unheard: Destination | None, control: ModelControl
     ) -> None:
+        def is_back() -> bool:
+            return self._house.fleet.is_up(worker) and not (over is not None and self._is_ill(worker, over))
+
         await asyncio.sleep(patience_s * (1 + random.random()))
         for attempt in range(1_000_000):
             await asyncio.sleep(_BACKOFF_S[min(attempt, len(_BACKOFF_S) - 1)])
             destination = self._house.destination(worker) or unheard
-            if destination is None or self._house.fleet.is_up(worker):
+            if destination is None or is_back():
                 return
-            if died in self._left:  # its goodbye was read after its death was seen: somebody unloads it on purpose
+            if over in self._left:  # its goodbye was read after its death was seen: somebody unloads it on purpose
                 return
             loop = asyncio.get_running_loop()
             try:
                 if patience_s:
                     await loop.run_in_executor(self._threads, control.reach, destination)
                     await asyncio.sleep(_RECONNECT_S)
-                    if self._house.fleet.is_up(worker):
+                    if is_back():
                         return
                 with control.marked(destination):
                     await loop.run_in_executor(self._threads, control.restart, destination)

@@ -1,8 +1,8 @@
 """Drains workers of the server on this machine, so that they can be taken away: they get no new requests and finish those they
 have. What is not finished in the grace period goes on at other workers, at the very next token. --resume uses them again.
 
-Workers that are named are drained by the server's router, wherever they are. Without a name the server's own workers are told
-themselves, all of them, whether it has a router or not: so a server with workers only is drained before it is stopped.
+Workers that are named are drained by the server's router, wherever they are. Without a name a server's own workers are told
+themselves, all of them, as before it is stopped; of a server that has a router only with --all.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from python_backends.core.errors import BatonError, Unavailable
+from python_backends.core.errors import BatonError, InvalidRequest, Unavailable
 from python_backends.triton.home import channels
 from python_backends.worker.door import WorkersDoor
-from scripts.router_door import WORKERS, RouterDoor, add_door_options, at_door, find_server
+from scripts.router_door import ROUTER, WORKERS, RouterDoor, add_door_options, at_door, find_server
 from scripts.terminal import print_error
 
 _MARGIN_S = 20.0  # over the grace period; the router's own sentence comes first
@@ -28,13 +28,16 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
         prog="scripts/drain", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("workers", nargs="*", metavar="WORKER", help="names as in the deployment file, such as decode_1")
+    parser.add_argument("--all", action="store_true", help="of a server with a router, too: all of its own workers")
     parser.add_argument("--resume", action="store_true", help="use drained workers again")
     add_door_options(parser, grace_help="for what they have begun")
     return parser.parse_args(arguments)
 
 
-def drain_own(run_dir: Path, grace_s: float, resume: bool, console: Console) -> None:
-    """All workers of the server, without its router. Raises Unavailable."""
+def drain_own(run_dir: Path, grace_s: float, resume: bool, console: Console, *, beside_router: bool = False) -> None:
+    """All workers of the server, without its router. Raises Unavailable, and InvalidRequest where it has one unasked for."""
+    if not beside_router and any(run_dir.glob(ROUTER[0])):
+        raise InvalidRequest("this server has a router: name the workers, such as decode_1, or give --all for all of its own")
     workers, began = channels(run_dir), time.monotonic()
     with WorkersDoor(workers) as door:
         if resume:
@@ -50,7 +53,8 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.workers:
         console = Console(stderr=True)
         try:
-            drain_own(find_server(options.run_dir, WORKERS), options.grace, options.resume, console)
+            run_dir = find_server(options.run_dir, WORKERS)
+            drain_own(run_dir, options.grace, options.resume, console, beside_router=options.all)
         except BatonError as error:
             print_error(console, error)
             return 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -113,12 +114,23 @@ def find_server(given: Path | None, wanted: tuple[str, str] = ROUTER) -> Path:
         if not any(given.glob(pattern)):
             raise InvalidRequest(f"--run-dir {given}: there is no {words} in it; scripts/serve prints the directory")
         return given
-    found = {path.parent for path in run_base().glob(f"*/{pattern}")}
+    found = {path.parent for path in run_base().glob(f"*/{pattern}") if _listens(path)}
     if not found:
         raise Unavailable("no server of yours runs on this machine; start one with `make serve`")
     if len(found) > 1:
         raise InvalidRequest(f"several servers run: give one of them with --run-dir: {' '.join(map(str, sorted(found)))}")
     return found.pop()
+
+
+def _listens(path: Path) -> bool:
+    """Whether somebody does at this socket: a server that was killed with its guardian leaves its directory behind."""
+    with socket.socket(socket.AF_UNIX) as caller:
+        caller.settimeout(1.0)
+        try:
+            caller.connect(str(path))
+        except OSError:
+            return False
+    return True
 
 
 def add_door_options(parser: argparse.ArgumentParser, grace_help: str) -> None:

@@ -211,6 +211,7 @@ class RouterHeartbeat(msgspec.Struct, frozen=True, tag=True):
     host: str  # core.host.host_id
     place: str  # what only one living router can have: one with the same place has replaced this one
     uses: bool = True  # whether it gives this worker work: False where that fails its canaries
+    promised: int = 0  # requests that it will hand over to this worker, and that are computed elsewhere now
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
@@ -267,7 +268,7 @@ class Condition(msgspec.Struct, frozen=True, tag=True):
     epoch: Epoch
     pid: int
     draining: bool
-    idle: bool  # it has no request, and holds nothing that others may still fetch
+    idle: bool  # it has no request and is promised none, and holds nothing that others may still fetch
     used: bool  # some router gives it work, or there is no router
     standing_s: int  # as in WorkerLoad
     fault: str  # as in WorkerLoad

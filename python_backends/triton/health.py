@@ -44,11 +44,12 @@ _LOAD_S = 300.0  # beyond what engines may take: as long as scripts/serve waits 
 class WorkerWatch:
     """What has been seen of one worker. Times are monotonic seconds."""
 
-    def __init__(self, name: str, health: HealthConfig, load_timeout_s: float) -> None:
+    def __init__(self, name: str, health: HealthConfig, load_timeout_s: float, now: float) -> None:
         self._name = name
         self._step_s = _STEPS * health.canary_timeout_s
         self._long_s = max(_LONG_STEPS * health.canary_timeout_s, _LONG_S)
         self._load_s = load_timeout_s + _LOAD_S
+        self._began = now
         self._condition: Condition | None = None
         self._silent_since: float | None = None
         self._process: tuple[Epoch, int] | None = None  # the life that answered last, and a pidfd of it
@@ -77,17 +78,18 @@ class WorkerWatch:
         return "" if seen.used else f"no router gives work to worker {self._name}: it does not pass their canaries"
 
     def wedged(self, now: float) -> str:
-        """Why only a restart helps, or an empty string. What was never up is still being loaded."""
+        """Why only a restart helps, or an empty string. What was never up is being loaded, for as long as that may take."""
         seen = self._condition
         if seen is not None and seen.fault:
             return f"worker {self._name} can't go on: {seen.fault}"
         if seen is not None:
             stood = seen.standing_s > self._long_s
             return f"worker {self._name} has stood still for {seen.standing_s} s" if stood else ""
-        if self._process is None or self._silent_since is None:
+        if self._silent_since is None:
             return ""
-        silent_s = now - self._silent_since
-        allowed_s = self._load_s if self._has_ended(self._process[1]) else self._long_s
+        silent_s = now - (self._silent_since if self._process else self._began)
+        lives = self._process is not None and not self._has_ended(self._process[1])
+        allowed_s = self._long_s if lives else self._load_s
         return f"worker {self._name} has not answered for {silent_s:.0f} s" if silent_s > allowed_s else ""
 
     def close(self) -> None:
@@ -111,7 +113,8 @@ class Health:
         deployment = home.deployment
         names = [worker.name for worker in deployment.workers]
         self._door = WorkersDoor({name: home.channel_address(name) for name in names})
-        self._watches = {name: WorkerWatch(name, deployment.health, deployment.load_timeout_s) for name in names}
+        now = time.monotonic()
+        self._watches = {name: WorkerWatch(name, deployment.health, deployment.load_timeout_s, now) for name in names}
         self._triton = home.triton_address
         self._lock = threading.Lock()
         self._looked: float | None = None

@@ -49,7 +49,7 @@ class ChannelListener(Protocol):
 
     def heartbeat(self) -> Heartbeat: ...
 
-    def condition(self, used: bool) -> Condition: ...
+    def condition(self, used: bool, promised: int) -> Condition: ...
 
     def told(self, message: ToWorker) -> None: ...
 
@@ -89,6 +89,7 @@ class _Router:
     identity: bytes
     heard: float  # monotonic, s
     uses: bool  # it gives this worker work
+    promised: int  # see RouterHeartbeat
     pidfd: int | None
 
 
@@ -239,7 +240,8 @@ class WorkerChannel:
         if isinstance(message, RouterHeartbeat):
             self._hear_router(socket, identity, message)
         elif isinstance(message, Look):
-            self._say(socket, identity, encode(self._listener.condition(self._is_used())))
+            promised = sum(router.promised for router in self._routers.values())
+            self._say(socket, identity, encode(self._listener.condition(self._is_used(), promised)))
         elif identity in self._routers or isinstance(message, Drain | Resume):  # a server drains its own workers, too
             self._happened = True
             self._listener.told(message)
@@ -247,12 +249,14 @@ class WorkerChannel:
     def _hear_router(self, socket: zmq.Socket[bytes], identity: bytes, message: RouterHeartbeat) -> None:
         known = self._routers.get(identity)
         if known is not None:
-            known.heard, known.uses = time.monotonic(), message.uses
+            known.heard, known.uses, known.promised = time.monotonic(), message.uses, message.promised
             return
         for other in [other for other in self._routers.values() if message.place and other.place == message.place]:
             self._lose(other, "was replaced")
         pidfd = _watch(message)
-        router = _Router(message.router, message.place, socket, identity, time.monotonic(), message.uses, pidfd)
+        router = _Router(
+            message.router, message.place, socket, identity, time.monotonic(), message.uses, message.promised, pidfd
+        )
         self._routers[identity] = router
         self._happened = True  # it does not know this worker yet
         self._listener.router_found(router.name)

@@ -15,7 +15,8 @@ from python_backends.core.messages import Condition, Drain, Look, Resume, ToWork
 
 _ANSWER_S = 3.0  # however busy a worker is; one that says nothing by then is not waited for
 _LOOK_EVERY_S = 0.1
-_SETTLED_S = 1.0  # within which routers have heard that it drains, and what they had sent has come in
+_SETTLED_S = 2.0  # within which routers have heard of it and have said what they promised, and what they had sent has come in
+_STUCK_S = 20  # an engine that has stood for so long finishes nothing any more: its routers have taken its requests elsewhere
 _HAND_BACK_S = 2.0  # beyond the grace period: for what is handed back, and the KV that goes with it
 
 
@@ -64,14 +65,14 @@ class WorkersDoor:
         """Have all workers take nothing new and finish what they have; after `grace_s` they hand the rest back to the routers.
 
         Return when nothing is left at any, or `is_over`; the names of those that still have something then. A worker that does
-        not answer has nothing: routers have given it up.
+        not answer or whose engine is stuck has nothing: routers have given it up.
         """
         began = time.monotonic()
         self._begin(self._addresses, grace_s)
         while True:
             passed_s = time.monotonic() - began
             conditions = self.look()
-            at_work = [name for name, condition in conditions.items() if not (condition.draining and condition.idle)]
+            at_work = [name for name, condition in conditions.items() if not _is_done(condition)]
             if is_over() or passed_s > grace_s + _HAND_BACK_S or (passed_s > _SETTLED_S and not at_work):
                 return at_work
             self._begin([name for name in at_work if not conditions[name].draining], grace_s - passed_s)
@@ -87,3 +88,8 @@ class WorkersDoor:
             socket = self._sockets[worker] = self._context.socket(zmq.DEALER)
             socket.connect(self._addresses[worker])
         socket.send(encode(message), zmq.NOBLOCK)
+
+
+def _is_done(condition: Condition) -> bool:
+    stuck = bool(condition.fault) or condition.standing_s > _STUCK_S
+    return condition.draining and (condition.idle or stuck)

@@ -203,11 +203,12 @@ class Worker:
             cores=info.cores,
         )
 
-    def condition(self, used: bool) -> Condition:
+    def condition(self, used: bool, promised: int) -> Condition:
+        """`promised`: requests that routers will hand over to it."""
         load = self._engine.load()
         with self._live_lock:
             has_requests = any(self._live.values())  # also those that the engine has not looked at yet
-        idle = not (has_requests or load.queued_requests or load.running_requests or load.active_leases)
+        idle = not (has_requests or promised or load.queued_requests or load.running_requests or load.active_leases)
         return Condition(self._epoch, os.getpid(), self._drain.draining, idle, used, load.standing_s, load.fault)
 
     def told(self, message: ToWorker) -> None:

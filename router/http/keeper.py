@@ -21,8 +21,10 @@ log = logging.getLogger(__name__)
 
 _LOOK_EVERY_S = 0.2
 _PATIENCE_S = 1.0  # without a router that was there before; then it is restarted
+_FIRST_PATIENCE_S = 10.0  # until the first one is found, once Triton serves, which it does with all models loaded
 _BACKOFF_S = 10.0  # between tries
 _TIMEOUT_S = 60.0  # for one load
+_LIVE_TIMEOUT_S = 1.0
 
 
 class RouterKeeper:
@@ -31,6 +33,7 @@ class RouterKeeper:
         self._headers = dict(headers)
         self._silent: int | None = None  # pidfd of a router that was given up alive
         self._repository = f"http://{triton}/v2/repository/models/router"
+        self._live = f"http://{triton}/v2/health/live"
 
     def fell_silent(self, pidfd: int) -> None:
         """The router's process lives and does not answer: it is killed unless it does so soon."""
@@ -47,7 +50,7 @@ class RouterKeeper:
             await asyncio.gather(task, return_exceptions=True)
 
     async def _watch(self, door: DoorClient) -> None:
-        while door.router is None:  # while the server starts
+        while door.router is None and not (door.alone_s > _FIRST_PATIENCE_S and await self._serves()):  # the server starts
             await asyncio.sleep(_LOOK_EVERY_S)
         while True:
             await asyncio.sleep(_LOOK_EVERY_S)
@@ -67,6 +70,14 @@ class RouterKeeper:
         if self._silent is not None:
             os.close(self._silent)
             self._silent = None
+
+    async def _serves(self) -> bool:
+        """Whether Triton does. Then a router that is not there has died, maybe with the front end that had kept it."""
+        try:
+            async with httpx2.AsyncClient(timeout=_LIVE_TIMEOUT_S) as client:
+                return bool((await client.get(self._live)).is_success)
+        except httpx2.HTTPError:
+            return False
 
     async def _restart(self) -> None:
         try:

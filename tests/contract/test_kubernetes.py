@@ -23,7 +23,7 @@ from tests.tools import require_program
 
 ROOT = repository_root()
 ADAPTER = KUBERNETES / "prometheus-adapter.yaml"
-_VERSIONS = ("1.25", "1.37")  # the oldest with all that is used here, and the latest
+_VERSIONS = ("1.27", "1.37")  # the oldest with all that is used here, and the latest
 _ROLES = ("router", "prefill", "decode")
 
 

@@ -6,9 +6,11 @@ import asyncio
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -222,6 +224,41 @@ def test_nonsense_at_the_door_is_not_heeded(tmp_path: Path) -> None:
 
         _run(test)
         assert eventually(lambda: house.service.house.trouble == "")
+
+
+def test_a_front_end_that_finds_no_router_where_triton_serves_has_one_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that had kept it has died with it."""
+    monkeypatch.setattr("router.http.keeper._FIRST_PATIENCE_S", 0.2)
+    asked: list[str] = []
+
+    class Triton(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+
+        def do_POST(self) -> None:
+            asked.append(self.path)
+            self.do_GET()
+
+        def log_message(self, format: str, *arguments: object) -> None: ...
+
+    async def test() -> None:
+        keeper = RouterKeeper(f"127.0.0.1:{triton.server_port}", {})
+        async with DoorClient(_address(tmp_path), 3.0) as client, keeper.watching(client):
+            while len(asked) < 2:
+                await asyncio.sleep(0.05)
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Triton) as triton:
+        thread = threading.Thread(target=triton.serve_forever)
+        thread.start()
+        try:
+            _run(test)
+        finally:
+            triton.shutdown()
+            thread.join(5)
+    assert asked[:2] == [f"/v2/repository/models/router/{action}" for action in ("unload", "load")]
 
 
 def test_a_router_that_stands_still_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

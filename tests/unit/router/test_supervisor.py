@@ -127,6 +127,41 @@ def test_a_worker_that_fails_canaries_is_killed_only_by_who_can_reach_its_server
     assert caplog.text.count(f"so it is left alone: {problem}") == bool(problem)
 
 
+def test_one_that_recovers_while_its_server_is_reached_lives_on() -> None:
+    async def play(house: House, supervisor: Supervisor, beat: Heartbeat, process: subprocess.Popen[bytes]) -> None:
+        control = cast(Control, supervisor._control)
+        control.reach = lambda worker: time.sleep(0.3)  # type: ignore[method-assign]
+        house.rest(DECODE, "it fails canaries")
+        supervisor.take_out(DECODE, "has failed canaries")
+        house.fleet.resume(DECODE)
+        assert not await _until(lambda: process.poll() is not None, 0.8)
+        assert house.fleet.is_up(DECODE)
+
+    _watch(play, here=True)
+
+
+@pytest.mark.parametrize("recovers", [False, True])
+def test_one_elsewhere_that_says_it_lives_and_fails_canaries_is_restarted(
+    recovers: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is no process to kill, and its heartbeats go on."""
+    for name, value in {"_PATIENCE_S": 0.1, "_RECONNECT_S": 0.1, "_BACKOFF_S": (0.01,)}.items():
+        monkeypatch.setattr(module, name, value)
+
+    async def play(house: House, supervisor: Supervisor, beat: Heartbeat, process: subprocess.Popen[bytes]) -> None:
+        control = cast(Control, supervisor._control)
+        house.rest(DECODE, "it fails canaries")
+        supervisor.take_out(DECODE, "has failed canaries")
+        end = time.monotonic() + (1.0 if recovers else 3.0)
+        while not control.restarted and time.monotonic() < end:
+            house.hear_heartbeat(beat, time.monotonic())
+            if recovers:
+                house.fleet.resume(DECODE)
+            await asyncio.sleep(0.02)
+
+    assert [model for _, model in _watch(play, here=False).restarted] == ([] if recovers else ["decode"])
+
+
 def test_its_goodbye_is_read_after_its_death() -> None:
     """Who unloads it loads it again; a second restart would take away the next life."""
 

@@ -28,7 +28,7 @@ def worker() -> Iterator[subprocess.Popen[bytes]]:
 
 @pytest.fixture
 def watch() -> Iterator[WorkerWatch]:
-    made = WorkerWatch("decode", HealthConfig(canary_timeout_s=3.0), LOAD_S)
+    made = WorkerWatch("decode", HealthConfig(canary_timeout_s=3.0), LOAD_S, now=0.0)
     yield made
     made.close()
 
@@ -75,6 +75,13 @@ def test_a_stopped_process_is_wedged_after_a_minute(worker: subprocess.Popen[byt
     assert watch.wedged(1120.0) == ""
 
 
+def test_one_that_was_never_up_is_given_the_time_of_a_load(watch: WorkerWatch) -> None:
+    """As of this process: it may have been started anew while the worker stood still."""
+    watch.saw(None, 1.0)
+    assert watch.wedged(LOAD_S) == ""
+    assert "has not answered" in watch.wedged(LOAD_S + 400)
+
+
 def test_one_that_has_ended_is_given_the_time_of_a_load(worker: subprocess.Popen[bytes], watch: WorkerWatch) -> None:
     watch.saw(condition(worker.pid), 0.0)
     worker.kill()
@@ -87,7 +94,7 @@ def test_one_that_has_ended_is_given_the_time_of_a_load(worker: subprocess.Popen
 
 
 def test_where_steps_may_be_long_patience_is_too() -> None:
-    watch = WorkerWatch("decode", HealthConfig(canary_timeout_s=30.0), LOAD_S)
+    watch = WorkerWatch("decode", HealthConfig(canary_timeout_s=30.0), LOAD_S, now=0.0)
     watch.saw(condition(idle=False, standing_s=59), 0.0)
     assert watch.trouble() == ""
     watch.saw(condition(idle=False, standing_s=299), 0.0)

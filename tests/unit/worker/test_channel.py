@@ -34,6 +34,7 @@ WORKER, EPOCH = WorkerId("decode"), Epoch(1)
 class Listener:
     def __init__(self) -> None:
         self.running = 0
+        self.standing_s = 0
         self.draining = False
 
     def heartbeat(self) -> Heartbeat:
@@ -54,8 +55,8 @@ class Listener:
             events_sequence=0,
         )
 
-    def condition(self, used: bool) -> Condition:
-        return Condition(EPOCH, os.getpid(), self.draining, not self.running, used, 0, "")
+    def condition(self, used: bool, promised: int) -> Condition:
+        return Condition(EPOCH, os.getpid(), self.draining, not (self.running or promised), used, self.standing_s, "")
 
     def told(self, message: ToWorker) -> None:
         self.draining = isinstance(message, Drain)

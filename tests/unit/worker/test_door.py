@@ -73,6 +73,35 @@ def test_draining_waits_and_gives_up(address: str, listener: Listener, monkeypat
         assert not listener.draining
 
 
+def test_what_a_router_has_promised_is_waited_for(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts of it that another worker computes now."""
+    monkeypatch.setattr(door, "_SETTLED_S", 0.0)
+    monkeypatch.setattr(door, "_HAND_BACK_S", 0.1)
+    context = zmq.Context()
+    try:
+        with WorkersDoor({"decode": address}) as workers:
+            router = context.socket(zmq.DEALER)
+            router.connect(address)
+            router.send(encode(RouterHeartbeat("one", os.getpid(), host_id(), "one", promised=2)))
+            router.recv()  # it is known now
+            assert workers.drain(0.2) == ["decode"]
+            router.send(encode(RouterHeartbeat("one", os.getpid(), host_id(), "one", promised=0)))
+            assert workers.drain(5.0) == []
+    finally:
+        context.destroy(linger=0)
+
+
+def test_an_engine_that_stands_still_is_not_waited_for(
+    address: str, listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(door, "_SETTLED_S", 0.0)
+    with WorkersDoor({"decode": address}) as workers:
+        listener.running, listener.standing_s = 1, 60
+        began = time.monotonic()
+        assert workers.drain(60.0) == []
+        assert time.monotonic() - began < 10
+
+
 def test_a_worker_that_comes_back_is_seen_again(listener: Listener, tmp_path: Path) -> None:
     with WorkersDoor({"decode": f"ipc://{tmp_path}/channel"}) as workers:
         assert workers.look(0.2) == {}
