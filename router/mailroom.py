@@ -22,6 +22,7 @@ class Box:
         self.worker = worker
         self.worker_died = False
         self.not_taken = False  # the work could not be handed over
+        self.never_tried = False  # and that since the worker stood still already: it has not died of this
         self._outputs: asyncio.Queue[Output] = asyncio.Queue()
 
     async def get(self) -> Output:
@@ -63,14 +64,15 @@ class Mailroom:
         """Tell everybody who waits for this worker. Returns what it had been asked for. `died`: not by anybody's will."""
         lost = [box for box in self._boxes.values() if box.worker == worker]
         for box in lost:
-            box.worker_died = died
+            box.worker_died = died and not box.never_tried
             box.put(RequestFailed(box.request_id, TritonCode.UNAVAILABLE, why, retryable=True))
         return [box.request_id for box in lost]
 
-    def fail(self, request_ids: Iterable[RequestId], why: str) -> None:
-        """Work that could not be handed over."""
+    def fail(self, request_ids: Iterable[RequestId], why: str, *, never_tried: bool = False) -> None:
+        """Work that could not be handed over. `never_tried`: its worker stood still before."""
         request_ids = list(request_ids)
         for request_id in request_ids:
             if request_id in self._boxes:
                 self._boxes[request_id].not_taken = True
+                self._boxes[request_id].never_tried = never_tried
         self.deliver(RequestFailed(id, TritonCode.UNAVAILABLE, why, retryable=True) for id in request_ids)

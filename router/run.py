@@ -85,6 +85,7 @@ class Run:
         self._failed: dict[WorkerId, Epoch] = {}  # of these, which failed: another life of the worker may do better
         self._budget = RetryBudget(house.quarantine)
         self._worker_died = False  # in this attempt
+        self._never_tried = False  # nor was this attempt one: its worker stood still before
         self._prompt_ids: list[int] = []
         self._output_ids: list[int] = [*request.output_ids]
         self._cumulative_logprob = 0.0
@@ -139,7 +140,7 @@ class Run:
         """Wait for a worker that has room, and go there. Raises QueueFull, Unavailable, InvalidRequest, DeadlineExceeded."""
         await self._budget.turn()
         self._attempts += 1
-        self._worker_died = False
+        self._worker_died = self._never_tried = False
         self._lacks = None
         again = self._attempts > 1
         if again:
@@ -300,14 +301,18 @@ class Run:
     def retry(self, error: BatonError) -> None:
         """After a failed attempt: another one. Raises an error when the budget of attempts or of workers is used up."""
         self._entry.failed_attempt(str(error))
+        if not self._never_tried:
+            self._count_failure(error)
+        log.warning("request %s: attempt %d failed (%s); trying again", self._id, self._attempts, error)
+        self._house.observer.retried()
+        self._move(Event.WORKER_LOST)
+
+    def _count_failure(self, error: BatonError) -> None:
         try:
             self._budget.failed(error, len(self._output_ids), died=self._worker_died)
         except Poisoned:
             self._house.quarantine.remember(self._prompt_ids, self._request.salt)
             raise
-        log.warning("request %s: attempt %d failed (%s); trying again", self._id, self._attempts, error)
-        self._house.observer.retried()
-        self._move(Event.WORKER_LOST)
 
     def fail(self, error: BatonError) -> None:
         """Answer with the error and give back all that is held."""
@@ -415,7 +420,8 @@ class Run:
         if not isinstance(output, RequestFailed):
             return output
         self._failed[box.worker] = self._lives[box.worker]
-        if box.not_taken and not box.worker_died:
+        self._never_tried = box.never_tried
+        if box.not_taken and not box.worker_died and not box.never_tried:
             await asyncio.sleep(_DEATH_TOLD_S)
         self._worker_died = box.worker_died
         if output.code is TritonCode.INVALID_ARG:

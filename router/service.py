@@ -142,9 +142,9 @@ class RouterService:
         request_id, destination = work.request.request_id, self.house.destination(worker)
 
         def failed(why: str, *, wrecked: bool = False) -> None:
+            self._loop.call_soon_threadsafe(partial(self.house.mailroom.fail, [request_id], why, never_tried=wrecked))
             if wrecked and destination is not None:
                 self._loop.call_soon_threadsafe(self._end_wreck, destination)
-            self._loop.call_soon_threadsafe(self.house.mailroom.fail, [request_id], why)
 
         if destination is None:
             failed(f"worker {worker} has left")

@@ -282,3 +282,20 @@ def test_one_that_stood_still_when_it_was_handed_work_is_replaced() -> None:
         house.service._submit = not_answered
         _assert_whole(_asked(house, 6))
         assert eventually(lambda: house.is_up("decode_0", other_than=before), 15)
+
+
+def test_workers_that_stood_still_before_a_request_came_have_not_died_of_it() -> None:
+    """All that decode stand still at once, more of them than a request may kill."""
+    config = deployment(1, 5, router=ROUTER, engine=fake_engine(step_us=3000), silent_s=30.0)
+    with FlowHouse(config, processes=True, restart=True) as house:
+        stopped = {house.epoch(f"decode_{i}") for i in range(5)}
+        submit = house._submit
+
+        def not_answered(worker: Destination, work: Work, failed: Failed) -> None:
+            if worker.epoch in stopped:
+                failed("Stub process 'decode_0_0_0' is not healthy.", wrecked=True)
+            else:
+                submit(worker, work, failed)
+
+        house.service._submit = not_answered
+        _assert_whole(_asked(house, 3))
