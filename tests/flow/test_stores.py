@@ -19,8 +19,8 @@ from tests.kv.redis_server import RedisServer
 PATIENT = {"read_timeout_s": 1.0, "locate_timeout_s": 1.0}  # a busy machine is not what is tested
 NODE = StoreConfig(node_mib=16, read_timeout_s=1.0, locate_timeout_s=1.0)
 AUTO = RouterConfig(mode="adaptive", worker_wait_s=10.0, default_deadline_s=TIMEOUT_S)
-# Slow enough at prefill that reading always pays, on a busy machine too, where the first read was slow.
-ENGINE = fake_engine(prefill_us_per_token=1000)
+# Slow enough at prefill that reading always pays.
+ENGINE = fake_engine(prefill_us_per_token=200)
 
 
 def house(prefill: int, decode: int, *, processes: bool = True, restart: bool = False, store: StoreConfig = NODE) -> FlowHouse:
