@@ -72,12 +72,12 @@ class Canary:
         late = RequestFailed(request_id, TritonCode.UNAVAILABLE, "no answer in time", retryable=True)
         with self._house.mailroom.box(request_id, worker.id) as box:
             self._house.calls.submit(worker.id, work)
-            worker.sent += 1  # or it would seem to come from another router
+            worker.canaries += 1  # or it would seem to come from another router
             try:
                 while not outputs or not _is_last(outputs[-1]):
                     outputs.append(await _next(box, timeout_s) or late)
             finally:
-                worker.sent -= 1
+                worker.canaries -= 1
                 if not outputs or not isinstance(outputs[-1], PrefillDone | TokenChunk):
                     self._house.calls.abort(worker.id, request_id)
         return outputs

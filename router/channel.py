@@ -155,7 +155,7 @@ class RouterChannel:
         view = self._house.fleet.get(connection.worker) if connection.worker is not None else None
         if view is None:
             return self._greeting
-        return msgspec.structs.replace(self._greeting, uses=not view.resting, promised=max(view.requests - view.sent, 0))
+        return msgspec.structs.replace(self._greeting, uses=not view.resting, promised=view.requests - view.sent)
 
     def _hears(self, connection: _Connection) -> bool:
         return connection.worker is not None and self._house.fleet.is_up(connection.worker)

@@ -57,6 +57,7 @@ class WorkerView:
         self.kv = KvRoom(heartbeat.load, heartbeat.layout.block_size)
         self.requests = 0  # routed here and not ended
         self.sent = 0  # of these, what the worker has been told of: prompts that end here may still be computed elsewhere
+        self.canaries = 0  # under way to it, and no requests of anybody's
         self.streams = 0  # those whose prompt is computed
         self.prompts: dict[Charge, int] = {}  # prompts to be computed here, oldest first, with the tokens left of each
         self._crowd: tuple[int, bool] | None = None  # `crowd` and `has_long`, until the prompts change
@@ -111,7 +112,7 @@ class WorkerView:
         load = heartbeat.load
         self.step_ms = load.step_ms
         self.foreign_tokens = max(load.queued_tokens - self.prefill_tokens, 0)
-        self.foreign_requests = max(load.queued_requests + load.running_requests - self.sent, 0)
+        self.foreign_requests = max(load.queued_requests + load.running_requests - self.sent - self.canaries, 0)
         self.kv.beat(load, self.sent, self.foreign_requests)
 
     def crowd(self) -> tuple[int, bool]:
